@@ -1,0 +1,95 @@
+"""Settings: one frozen dataclass a process, filled once in main() from flags and SEQUOIA_* variables."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field
+from typing import Any, NoReturn, TypeVar, get_type_hints
+
+Settings = TypeVar("Settings")
+
+
+@dataclass(frozen=True, slots=True)
+class _Doc:
+    """What a flag means, and the values it is limited to."""
+
+    text: str
+    choices: tuple[str, ...] = ()
+
+
+def setting(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the help text of its flag. `default=MISSING` makes it required."""
+    return field(default=default, metadata={"doc": _Doc(text, choices)})
+
+
+def load(settings: type[Settings], prog: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
+    """Fill `settings`: a flag wins over its SEQUOIA_* variable, which wins over the default.
+
+    A bad or missing value ends the process with status 2 and one line that names the flag and the variable.
+    """
+    assert dataclasses.is_dataclass(settings)
+    types = get_type_hints(settings)
+    parser = argparse.ArgumentParser(prog=prog, description=settings.__doc__)
+    for each in dataclasses.fields(settings):
+        _add_flag(parser, each, types[each.name])
+    flags = vars(parser.parse_args(argv))
+    values = {each.name: _value(each, types[each.name], flags, environ) for each in dataclasses.fields(settings)}
+    try:
+        return settings(**{name: value for name, value in values.items() if value is not MISSING})
+    except ValueError as error:
+        fail(str(error))
+
+
+def fail(message: str) -> NoReturn:
+    """End the process with status 2 and one line on stderr."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _variable(name: str) -> str:
+    return "SEQUOIA_" + name.upper()
+
+
+def _add_flag(parser: argparse.ArgumentParser, each: Field[Any], kind: type) -> None:
+    doc: _Doc = each.metadata["doc"]
+    default = "required" if each.default is MISSING else f"default: {each.default!r}"
+    text = f"{doc.text} ({default}; or {_variable(each.name)})".replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(_flag(each.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+    else:
+        parser.add_argument(_flag(each.name), default=None, help=text, metavar="|".join(doc.choices) or None)
+
+
+def _value(each: Field[Any], kind: type, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
+    raw = flags[each.name]
+    if raw is None:
+        raw = environ.get(_variable(each.name))
+    where = f"{_flag(each.name)} ({_variable(each.name)})"
+    if raw is None:
+        if each.default is MISSING:
+            fail(f"{where} is required: {each.metadata['doc'].text}")
+        return each.default
+    value = _convert(raw, kind, where)
+    choices = each.metadata["doc"].choices
+    if choices and value not in choices:
+        fail(f"{where} is {value!r}; it must be one of {', '.join(choices)}")
+    return value
+
+
+def _convert(raw: str | bool, kind: type, where: str) -> Any:
+    if kind is bool and isinstance(raw, str):
+        lowered = raw.lower()
+        if lowered not in ("1", "0", "true", "false", "yes", "no"):
+            fail(f"{where} is {raw!r}; it must be true or false")
+        return lowered in ("1", "true", "yes")
+    try:
+        return kind(raw)
+    except ValueError:
+        fail(f"{where} is {raw!r}; it must be of type {kind.__name__}")

@@ -1,0 +1,155 @@
+"""gRPC as this system uses it: channels, servers, health, and errors over the border with their field names."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, Protocol
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, SequoiaError
+
+_log = logging.getLogger(__name__)
+
+MAX_REQUEST_BYTES = 4 * 2**20
+# A description carries the tokenizer file: 33 MB for a vocabulary of 262144.
+MAX_RESPONSE_BYTES = 128 * 2**20
+_KEEPALIVE_MS = 20_000
+_GRACE_SECONDS = 5.0
+_STATUS_DETAILS = "grpc-status-details-bin"
+
+# Keepalive has to be set on both sides: a default server closes connections that ping this often.
+_CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+_SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # Two servers on one port would share its connections in silence.
+    ("grpc.so_reuseport", 0),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel for asyncio code; it connects when first used."""
+    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+def open_sync_channel(address: str) -> grpc.Channel:
+    """A channel for threads; it connects when first used."""
+    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+
+
+class Server:
+    """A gRPC server with health and reflection. Add servicers to `grpc_server`, then `start`, `serve`, `stop`."""
+
+    def __init__(self, listen: str) -> None:
+        self.grpc_server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self._listen = listen
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+
+    async def start(self, services: Sequence[str]) -> str:
+        """Listen, say SERVING for the named services, return the address with its real port."""
+        reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc_server)
+        try:
+            port = self.grpc_server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise InvalidArgument(f"cannot listen on {self._listen}: {error}", "listen") from error
+        await self.grpc_server.start()
+        for service in ("", *services):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        is_port = not self._listen.startswith("unix:")
+        return f"{self._listen.rpartition(':')[0]}:{port}" if is_port else self._listen
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Say NOT_SERVING, let running calls end for `grace_seconds`, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc_server.stop(grace_seconds)
+
+
+@asynccontextmanager
+async def running(server: Server, services: tuple[str, ...]) -> AsyncIterator[None]:
+    """Start the server, announce its address on stdout, stop it in the end."""
+    address = await server.start(services)
+    print(json.dumps({"event": "serving", "address": address}), flush=True)
+    try:
+        yield
+    finally:
+        await server.stop(_GRACE_SECONDS)
+
+
+async def stop_signal() -> None:
+    """Wait for SIGTERM or SIGINT."""
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+
+class Context(Protocol):
+    """The part of a servicer context that the error border needs."""
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, bytes], ...] = ()
+    ) -> NoReturn: ...
+
+
+@asynccontextmanager
+async def error_border(context: Context) -> AsyncIterator[None]:
+    """Around a handler's body: a SequoiaError leaves as its status and field name, a fault of ours as INTERNAL."""
+    try:
+        yield
+    except SequoiaError as error:
+        await _abort(context, error)
+    except grpc.aio.AbortError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        _log.exception("handler failed")
+        await _abort(context, Internal(f"{type(error).__name__}: {error}"))
+
+
+async def _abort(context: Context, error: SequoiaError) -> NoReturn:
+    status = status_pb2.Status(code=error.code.value[0], message=str(error))
+    if error.field:
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
+        status.details.append(detail)
+    await context.abort(error.code, str(error), ((_STATUS_DETAILS, status.SerializeToString()),))
+
+
+def error_from(error: grpc.RpcError) -> SequoiaError:
+    """The SequoiaError that a failed call stands for: the peer's own, or one for its status code."""
+    kind = ERROR_BY_CODE.get(error.code(), SequoiaError)
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
+        if key == _STATUS_DETAILS and (violation := _first_violation(value)):
+            return kind(violation.description, violation.field)
+    return kind(error.details() or error.code().name)
+
+
+def _first_violation(status: bytes) -> error_details_pb2.BadRequest.FieldViolation | None:
+    for detail in status_pb2.Status.FromString(status).details:
+        request = error_details_pb2.BadRequest()
+        if detail.Unpack(request) and request.field_violations:
+            return request.field_violations[0]
+    return None

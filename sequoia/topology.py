@@ -1,0 +1,148 @@
+"""Token trees: their shape, their tokens, the draft distributions they were drawn from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The shape of a token tree, flat and in level order: `parents[0] == -1`, then `0 <= parents[i] < i`.
+
+    Siblings stand in rank order. Raises ValueError when `parents` is not such a tree.
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.parents or self.parents[0] != -1:
+            raise ValueError("a topology begins with its root: parents[0] must be -1")
+        for node, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < node:
+                raise ValueError(f"parents[{node}] is {parent}; a parent must be in 0..{node - 1}")
+        if any(self.depths[i] > self.depths[i + 1] for i in range(self.size - 1)):
+            raise ValueError("nodes must be in level order: a node's depth is never less than the one before")
+
+    @staticmethod
+    def root_only() -> Topology:
+        """The tree of plain decoding."""
+        return Topology((-1,))
+
+    @staticmethod
+    def chain(levels: int) -> Topology:
+        """One node per level; `levels` counts the root."""
+        return Topology(tuple(range(-1, levels - 1)))
+
+    @property
+    def size(self) -> int:
+        """Number of nodes n, root included: the tokens of the verify forward."""
+        return len(self.parents)
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, root included."""
+        return self.depths[-1] + 1
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of each node; the root's is 0."""
+        depths = [0] * len(self.parents)
+        for node, parent in enumerate(self.parents[1:], start=1):
+            depths[node] = depths[parent] + 1
+        return tuple(depths)
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Children of each node in rank order."""
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(node)
+        return tuple(map(tuple, children))
+
+    @cached_property
+    def ranks(self) -> tuple[int, ...]:
+        """Rank of each node among its siblings, from 0; the root's is 0."""
+        ranks = [0] * self.size
+        for siblings in self.children:
+            for rank, node in enumerate(siblings):
+                ranks[node] = rank
+        return tuple(ranks)
+
+    @cached_property
+    def internal_nodes(self) -> tuple[int, ...]:
+        """Nodes with children, ascending: the rows a drafter forwards."""
+        return tuple(node for node, children in enumerate(self.children) if children)
+
+    @cached_property
+    def ancestor_mask(self) -> Bool:
+        """(size, size) bool: `[i, j]` is true when j is i or an ancestor of i."""
+        mask = np.eye(self.size, dtype=np.bool_)
+        for node, parent in enumerate(self.parents[1:], start=1):
+            mask[node] |= mask[parent]
+        return mask
+
+    def truncated(self, max_levels: int) -> Topology:
+        """The tree without the nodes below `max_levels` levels (at least 1, the root)."""
+        if self.levels <= max_levels:
+            return self
+        return Topology(tuple(p for p, d in zip(self.parents, self.depths, strict=True) if d < max_levels))
+
+
+@dataclass(frozen=True)
+class DraftDistributions:
+    """Truncated draft distributions q, one row per internal node of a tree in ascending node order.
+
+    `q[row, k] = weights[row, k] / weights[row].sum()` for token `token_ids[row, k]`; weight 0 marks an unused column.
+    Integer weights make q bit-identical on both sides of the wire.
+    """
+
+    token_ids: NDArray[np.uint32]  # (rows, width)
+    weights: NDArray[np.uint16]  # (rows, width)
+
+
+@dataclass(frozen=True)
+class TokenTree:
+    """A topology with a token at every node; `token_ids[0]` is the last committed token."""
+
+    topology: Topology
+    token_ids: tuple[int, ...]
+    q: DraftDistributions | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != self.topology.size:
+            raise ValueError(f"{len(self.token_ids)} token ids for {self.topology.size} nodes; one per node is needed")
+
+    @staticmethod
+    def root_only(token_id: int) -> TokenTree:
+        """The tree of plain decoding."""
+        return TokenTree(Topology.root_only(), (token_id,))
+
+    def follow(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """The longest path of nodes from the root, root left out, whose tokens are a prefix of `tokens`."""
+        path: list[int] = []
+        node = 0
+        for token in tokens:
+            matching = (c for c in self.topology.children[node] if self.token_ids[c] == token)
+            if (child := next(matching, None)) is None:
+                break
+            path.append(node := child)
+        return tuple(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the target made of a tree: accepted nodes in path order (root left out) and the token that follows them."""
+
+    accepted_nodes: tuple[int, ...]
+    bonus_token_id: int
+
+    def tokens(self, tree: TokenTree) -> tuple[int, ...]:
+        """The newly committed tokens: at least one."""
+        return (*(tree.token_ids[node] for node in self.accepted_nodes), self.bonus_token_id)

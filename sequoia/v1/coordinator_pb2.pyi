@@ -1,0 +1,161 @@
+from sequoia.v1 import sampling_pb2 as _sampling_pb2
+from sequoia.v1 import tree_pb2 as _tree_pb2
+from sequoia.v1 import worker_pb2 as _worker_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class SpeculationMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPECULATION_MODE_UNSPECIFIED: _ClassVar[SpeculationMode]
+    SPECULATION_MODE_AUTO: _ClassVar[SpeculationMode]
+    SPECULATION_MODE_OFF: _ClassVar[SpeculationMode]
+    SPECULATION_MODE_TREE: _ClassVar[SpeculationMode]
+
+class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
+    FINISH_REASON_STOP: _ClassVar[FinishReason]
+    FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+SPECULATION_MODE_UNSPECIFIED: SpeculationMode
+SPECULATION_MODE_AUTO: SpeculationMode
+SPECULATION_MODE_OFF: SpeculationMode
+SPECULATION_MODE_TREE: SpeculationMode
+FINISH_REASON_UNSPECIFIED: FinishReason
+FINISH_REASON_STOP: FinishReason
+FINISH_REASON_LENGTH: FinishReason
+
+class GenerateRequest(_message.Message):
+    __slots__ = ("text", "chat", "token_ids", "sampling", "max_tokens", "stop", "speculation")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    SAMPLING_FIELD_NUMBER: _ClassVar[int]
+    MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    chat: Chat
+    token_ids: TokenIds
+    sampling: _sampling_pb2.Sampling
+    max_tokens: int
+    stop: _containers.RepeatedScalarFieldContainer[bytes]
+    speculation: Speculation
+    def __init__(self, text: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., max_tokens: _Optional[int] = ..., stop: _Optional[_Iterable[bytes]] = ..., speculation: _Optional[_Union[Speculation, _Mapping]] = ...) -> None: ...
+
+class Chat(_message.Message):
+    __slots__ = ("messages",)
+    MESSAGES_FIELD_NUMBER: _ClassVar[int]
+    messages: _containers.RepeatedCompositeFieldContainer[ChatMessage]
+    def __init__(self, messages: _Optional[_Iterable[_Union[ChatMessage, _Mapping]]] = ...) -> None: ...
+
+class ChatMessage(_message.Message):
+    __slots__ = ("role", "content")
+    ROLE_FIELD_NUMBER: _ClassVar[int]
+    CONTENT_FIELD_NUMBER: _ClassVar[int]
+    role: str
+    content: str
+    def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
+
+class TokenIds(_message.Message):
+    __slots__ = ("ids",)
+    IDS_FIELD_NUMBER: _ClassVar[int]
+    ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Speculation(_message.Message):
+    __slots__ = ("mode", "topology")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    mode: SpeculationMode
+    topology: _tree_pb2.Topology
+    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ...) -> None: ...
+
+class GenerateResponse(_message.Message):
+    __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    num_prompt_tokens: int
+    text: str
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    finish: Finish
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+
+class Finish(_message.Message):
+    __slots__ = ("reason", "num_completion_tokens", "speculation", "time_to_first_token_seconds", "total_seconds")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    NUM_COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SPECULATION_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    reason: FinishReason
+    num_completion_tokens: int
+    speculation: SpeculationReport
+    time_to_first_token_seconds: float
+    total_seconds: float
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_completion_tokens: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., time_to_first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
+
+class SpeculationReport(_message.Message):
+    __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "topology", "stages", "num_offered_by_rank", "num_accepted_by_rank", "num_fallback_steps", "fallback_reason")
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_OFFERED_BY_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_BY_RANK_FIELD_NUMBER: _ClassVar[int]
+    NUM_FALLBACK_STEPS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    num_steps: int
+    num_drafted_steps: int
+    num_drafted_tokens: int
+    num_accepted_tokens: int
+    topology: _tree_pb2.Topology
+    stages: StageSeconds
+    num_offered_by_rank: _containers.RepeatedScalarFieldContainer[int]
+    num_accepted_by_rank: _containers.RepeatedScalarFieldContainer[int]
+    num_fallback_steps: int
+    fallback_reason: str
+    def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_offered_by_rank: _Optional[_Iterable[int]] = ..., num_accepted_by_rank: _Optional[_Iterable[int]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...
+
+class StageSeconds(_message.Message):
+    __slots__ = ("draft", "verify", "network", "host", "prefill")
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    draft: float
+    verify: float
+    network: float
+    host: float
+    prefill: float
+    def __init__(self, draft: _Optional[float] = ..., verify: _Optional[float] = ..., network: _Optional[float] = ..., host: _Optional[float] = ..., prefill: _Optional[float] = ...) -> None: ...
+
+class DescribePairRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribePairResponse(_message.Message):
+    __slots__ = ("verify", "draft", "verify_rtt_seconds", "draft_rtt_seconds", "plans_json")
+    VERIFY_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PLANS_JSON_FIELD_NUMBER: _ClassVar[int]
+    verify: _worker_pb2.WorkerDescription
+    draft: _worker_pb2.WorkerDescription
+    verify_rtt_seconds: float
+    draft_rtt_seconds: float
+    plans_json: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -1,0 +1,33 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Topology(_message.Message):
+    __slots__ = ("parents",)
+    PARENTS_FIELD_NUMBER: _ClassVar[int]
+    parents: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, parents: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class TokenTree(_message.Message):
+    __slots__ = ("topology", "token_ids", "q")
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    Q_FIELD_NUMBER: _ClassVar[int]
+    topology: Topology
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    q: DraftDistributions
+    def __init__(self, topology: _Optional[_Union[Topology, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., q: _Optional[_Union[DraftDistributions, _Mapping]] = ...) -> None: ...
+
+class DraftDistributions(_message.Message):
+    __slots__ = ("width", "token_ids", "weights")
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    width: int
+    token_ids: bytes
+    weights: bytes
+    def __init__(self, width: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
