@@ -1,0 +1,160 @@
+"""Attention over a packed batch of ragged sequences, each with its own rows, positions and tree mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.topology import Bool, Int, TokenTree
+
+TREE_ATTENTION = "tree_sdpa"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One session's tokens in a packed forward. They are written to the slot's rows `first_row_written ...`.
+
+    Every token sees the slot's valid rows (`slot.length` of them at the time of building) and, of the rows behind
+    those, what `visible` says.
+    """
+
+    slot: KVSlot
+    token_ids: tuple[int, ...]
+    positions: Int  # (tokens,)
+    prefix_len: int  # rows that every token sees
+    first_row_written: int  # within the slot, >= prefix_len
+    visible: Bool  # (tokens, rows from prefix_len to the last one written)
+    row_positions: Int  # (rows from prefix_len to the last one written,)
+    logit_tokens: tuple[int, ...]  # which tokens' logits are wanted
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens this segment adds to the forward."""
+        return len(self.token_ids)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the slot that take part, from its first."""
+        return self.prefix_len + self.visible.shape[1]
+
+    def mask(self, window: int | None) -> Bool:
+        """(tokens, num_rows) bool: which row each token sees; with `window`, only the last `window` positions."""
+        mask = np.concatenate([np.ones((self.num_tokens, self.prefix_len), np.bool_), self.visible], axis=1)
+        if window is not None:
+            positions = np.concatenate([np.arange(self.prefix_len), self.row_positions])
+            mask &= positions[None, :] > self.positions[:, None] - window
+        return mask
+
+
+def chunk_segment(slot: KVSlot, token_ids: Sequence[int], *, logits: bool) -> Segment:
+    """A plain run of tokens behind the slot's valid rows; `logits` asks for the last token's."""
+    count = len(token_ids)
+    positions = np.arange(slot.length, slot.length + count)
+    wanted = (count - 1,) if logits else ()
+    visible = np.tri(count, dtype=np.bool_)
+    return Segment(slot, tuple(token_ids), positions, slot.length, slot.length, visible, positions, wanted)
+
+
+def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree) -> Segment:
+    """Committed tokens without rows (the root left out), then the whole tree; logits for every node."""
+    chain, size = len(pending), tree.topology.size
+    visible = np.zeros((chain + size, chain + size), np.bool_)
+    visible[:, :chain] = np.tri(chain + size, chain, dtype=np.bool_)
+    visible[chain:, chain:] = tree.topology.ancestor_mask
+    offsets = (*range(chain), *(chain + depth for depth in tree.topology.depths))
+    positions = slot.length + np.array(offsets)
+    tokens, wanted = (*pending, *tree.token_ids), tuple(range(chain, chain + size))
+    return Segment(slot, tokens, positions, slot.length, slot.length, visible, positions, wanted)
+
+
+class PackedBatch:
+    """Several segments as one forward: what the model and the attention function need, on the device."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device, dtype: torch.dtype) -> None:
+        self.segments = tuple(segments)
+        self._device, self._dtype = device, dtype
+        self._masks: dict[tuple[int | None, int], list[Tensor | None]] = {}
+
+    @cached_property
+    def token_ids(self) -> Tensor:
+        """(1, tokens) int64."""
+        return torch.tensor([[t for s in self.segments for t in s.token_ids]], device=self._device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """(1, tokens) int64."""
+        return torch.from_numpy(np.concatenate([s.positions for s in self.segments])[None]).to(self._device)
+
+    @cached_property
+    def write_rows(self) -> Tensor:
+        """(tokens,) int64: the pool row of every token."""
+        starts = ((s.slot.first_row + s.first_row_written, s.num_tokens) for s in self.segments)
+        return torch.cat([torch.arange(start, start + count) for start, count in starts]).to(self._device)
+
+    @cached_property
+    def logit_tokens(self) -> Tensor:
+        """(wanted,) int64: which tokens of the batch need logits."""
+        bounds = zip(self.segments, self.token_starts, strict=True)
+        return torch.tensor([start + t for s, start in bounds for t in s.logit_tokens], device=self._device).long()
+
+    @cached_property
+    def token_starts(self) -> tuple[int, ...]:
+        """Index of each segment's first token in the batch."""
+        return tuple(int(n) for n in np.cumsum([0, *(s.num_tokens for s in self.segments[:-1])]))
+
+    def masks(self, window: int | None, groups: int) -> list[Tensor | None]:
+        """For each segment (groups * tokens, num_rows) additive, or None where nothing is hidden; built once."""
+        if (key := (window, groups)) not in self._masks:
+            self._masks[key] = [self._additive(s.mask(window), groups) for s in self.segments]
+        return self._masks[key]
+
+    def _additive(self, mask: Bool, groups: int) -> Tensor | None:
+        if mask.all():
+            return None
+        additive = torch.zeros(mask.shape, dtype=self._dtype)
+        additive.masked_fill_(torch.from_numpy(~mask), float("-inf"))
+        return additive.repeat(groups, 1).to(self._device)
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,  # (1, heads, tokens, head size)
+    key: Tensor,  # (kv heads, pool rows, head size)
+    value: Tensor,  # (kv heads, pool rows, value size)
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    packed_batch: PackedBatch,
+    sliding_window: int | None = None,
+    **_: object,  # what the registry's callers add for other implementations
+) -> tuple[Tensor, None]:
+    """Attention function of the `transformers` registry. Returns (1, tokens, heads, value size).
+
+    The query heads of a KV head are folded into the query axis, so keys and values are read once and never repeated.
+    """
+    assert attention_mask is None, "the model built a mask of its own"
+    kv_heads = key.shape[0]
+    groups = query.shape[1] // kv_heads
+    masks = packed_batch.masks(sliding_window, groups)
+    output = query.new_empty((1, query.shape[2], query.shape[1], value.shape[2]))
+    for segment, start, mask in zip(packed_batch.segments, packed_batch.token_starts, masks, strict=True):
+        tokens = slice(start, start + segment.num_tokens)
+        rows = slice(segment.slot.first_row, segment.slot.first_row + segment.num_rows)
+        folded = query[0, :, tokens].reshape(1, kv_heads, groups * segment.num_tokens, -1)
+        attended = scaled_dot_product_attention(folded, key[None, :, rows], value[None, :, rows], mask, scale=scaling)
+        unfolded = attended.view(query.shape[1], segment.num_tokens, -1)
+        output[0, tokens] = unfolded.transpose(0, 1)
+    return output, None
+
+
+def register() -> None:
+    """Make `attn_implementation="tree_sdpa"` known. No mask function of that name exists, so models build no mask."""
+    AttentionInterface.register(TREE_ATTENTION, tree_attention)

@@ -1,0 +1,123 @@
+"""The KV cache: one preallocated pool of rows, divided into slots, one slot a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sequoia.errors import ResourceExhausted
+
+
+class KVLayer(CacheLayerMixin):
+    """Keys and values of one layer: (kv heads, pool rows, head size). Allocated by the first forward."""
+
+    def __init__(self, pool: KVCache) -> None:
+        super().__init__()
+        self._pool = pool
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate as many rows as the pool has, in the shapes and dtype the model produces."""
+        self.keys, self.values = (
+            states.new_empty((states.shape[1], self._pool.num_rows, states.shape[3]))
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Write the packed batch's rows, (1, kv heads, tokens, head size), and return the whole pool."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(1, self._pool.write_rows, key_states[0])
+        self.values.index_copy_(1, self._pool.write_rows, value_states[0])
+        return self.keys, self.values
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows within the pool; the source is read whole before anything is written."""
+        assert self.keys is not None
+        assert self.values is not None
+        for pool in (self.keys, self.values):
+            pool.index_copy_(1, target, pool.index_select(1, source))
+
+    def get_seq_length(self) -> int:
+        """Unused: the lengths belong to the slots."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Rows in the pool."""
+        return self._pool.num_rows
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Unused: the model builds no mask."""
+        return query_length, 0
+
+
+class KVSlot:
+    """One session's rows. `length` of them are valid; row r of a committed sequence is at position r."""
+
+    def __init__(self, cache: KVCache, index: int) -> None:
+        self._cache = cache
+        self.first_row = index * cache.slot_rows
+        self.length = 0
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make `rows` (ascending, counted from `length`) the next valid ones; all others behind are dropped."""
+        source = [self.length + row for row in rows]
+        moved = [(s, self.length + i) for i, s in enumerate(source) if s != self.length + i]
+        if moved:
+            self._cache.move([self.first_row + s for s, _ in moved], [self.first_row + t for _, t in moved])
+        self.length += len(rows)
+
+    def truncate(self, length: int) -> None:
+        """Drop all rows from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+
+class KVCache(Cache):
+    """The pool behind a model: `num_slots` slots of `slot_rows` rows. Written by the engine thread only.
+
+    Slots are taken and returned on the event loop. A row is read only after it was written, so a slot needs no
+    clearing between sessions.
+    """
+
+    def __init__(self, num_layers: int, num_slots: int, slot_rows: int) -> None:
+        self.slot_rows = slot_rows
+        self.num_slots = num_slots
+        self.write_rows = torch.empty(0, dtype=torch.int64)
+        self._free = list(reversed(range(num_slots)))
+        self._layers = [KVLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=[*self._layers])
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the pool."""
+        return self.num_slots * self.slot_rows
+
+    @property
+    def num_slots_used(self) -> int:
+        """Sessions at this moment."""
+        return self.num_slots - len(self._free)
+
+    @contextmanager
+    def slot(self) -> Iterator[KVSlot]:
+        """A slot for the life of a session. Raises ResourceExhausted when all are taken."""
+        if not self._free:
+            raise ResourceExhausted(f"all {self.num_slots} KV slots are in use; try again, or raise --num-slots")
+        index = self._free.pop()
+        try:
+            yield KVSlot(self, index)
+        finally:
+            self._free.append(index)
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy pool rows in every layer."""
+        device = self.write_rows.device
+        source_rows, target_rows = torch.tensor(source, device=device), torch.tensor(target, device=device)
+        for layer in self._layers:
+            layer.move(source_rows, target_rows)

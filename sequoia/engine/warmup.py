@@ -1,0 +1,31 @@
+"""Measured speed of a model on this machine: seconds of one forward by the number of tokens in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+from sequoia.engine.attention import chunk_segment
+from sequoia.engine.executor import Engine
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.hardware import LatencyCurve
+
+_CONTEXT_TOKENS = 64
+_ROUNDS = 3
+
+
+def measure_latency(engine: Engine, widths: Sequence[int]) -> LatencyCurve:
+    """Medians over interleaved rounds behind a short context; the first round, which allocates, is thrown away."""
+    with engine.cache.slot() as slot:
+        engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=False)])
+        slot.keep(range(_CONTEXT_TOKENS))
+        rounds = [[_seconds(engine, slot, width) for width in widths] for _ in range(1 + _ROUNDS)]
+    return LatencyCurve(tuple(widths), tuple(median(column) for column in zip(*rounds[1:], strict=True)))
+
+
+def _seconds(engine: Engine, slot: KVSlot, width: int) -> float:
+    started = time.perf_counter()
+    [logits] = engine.forward([chunk_segment(slot, [0] * width, logits=True)])
+    float(logits[0, 0])  # waits for the device
+    return time.perf_counter() - started

@@ -1,0 +1,108 @@
+"""Distributions and draws against independent definitions."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from sequoia.engine.sampling import (
+    RandomChoices,
+    Sampling,
+    argmax,
+    draft_distributions,
+    draw_children,
+    target_distribution,
+    top_children,
+)
+from sequoia.errors import Internal
+from sequoia.topology import DraftDistributions
+
+
+def reference_p(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """By a full sort on (logit descending, id ascending): slow and obvious."""
+    order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
+    kept = order[: sampling.top_k or None]
+    weights = np.zeros(len(logits))
+    weights[kept] = np.exp((logits[kept] - logits.max()) / sampling.temperature)
+    weights /= weights.sum()
+    mass, nucleus = 0.0, []
+    for token in kept:
+        nucleus.append(token)
+        mass += weights[token]
+        if mass >= sampling.top_p:
+            break
+    p = np.zeros(len(logits))
+    p[nucleus] = weights[nucleus]
+    return p / p.sum()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(0.3),
+        Sampling(1.1, 0.7),
+        Sampling(0.8, 1.0, 5),
+        Sampling(1.0, 0.9, 40),
+        Sampling(2.0, 0.999),
+    ],
+)
+def test_target_distribution_equals_the_definition(sampling: Sampling) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        logits = generator.normal(0, 3, 700).round(1)  # rounding makes ties
+        p = target_distribution(torch.tensor(logits), sampling).numpy()
+        np.testing.assert_allclose(p, reference_p(logits, sampling), atol=1e-12)
+
+
+def test_ties_at_a_cut_go_to_the_smaller_ids() -> None:
+    p = target_distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]), Sampling(top_k=2))
+    assert p.tolist() == [0.0, 0.5, 0.5, 0.0]
+    assert top_children(torch.tensor([1.0, 2.0, 0.0, 2.0, 2.0]), 2) == (1, 3)
+
+
+def test_nan_logits_are_an_error_and_never_a_token() -> None:
+    with pytest.raises(Internal, match="NaN"):
+        target_distribution(torch.tensor([0.0, float("nan")]), Sampling())
+    with pytest.raises(Internal, match="NaN"):
+        argmax(torch.tensor([0.0, float("nan")]))
+
+
+def test_an_index_of_weight_zero_is_never_drawn() -> None:
+    choices = RandomChoices(np.random.default_rng(0))
+    weights = torch.tensor([0.0, 1.0, 0.0, 1e-9, 0.0], dtype=torch.float64)
+    assert {choices.draw(weights) for _ in range(2000)} <= {1, 3}
+
+
+def test_children_are_drawn_without_replacement_from_q() -> None:
+    """Chi-square over the 6 ordered pairs of 3 tokens, 20,000 draws: 5 degrees of freedom, 1e-4 quantile 25.7."""
+    weights = np.array([5, 3, 2])
+    q = DraftDistributions(np.array([[10, 11, 12]], dtype=np.uint32), weights[None].astype(np.uint16))
+    generator, draws = np.random.default_rng(1), 20_000
+    pairs = [draw_children(q, 0, 2, generator) for _ in range(draws)]
+    statistic = 0.0
+    for first, second in permutations(range(3), 2):
+        expected = draws * weights[first] / 10 * weights[second] / (10 - weights[first])
+        statistic += (pairs.count((10 + first, 10 + second)) - expected) ** 2 / expected
+    assert statistic < 25.7
+
+
+def test_fewer_children_come_back_when_q_runs_out() -> None:
+    q = DraftDistributions(np.array([[4, 7, 9]], dtype=np.uint32), np.array([[1, 0, 2]], dtype=np.uint16))
+    assert set(draw_children(q, 0, 3, np.random.default_rng(0))) == {4, 9}
+
+
+def test_draft_distributions_apply_temperature_and_cuts() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    q = draft_distributions(logits, Sampling(1.0, 0.7))
+    assert q.token_ids[0, :2].tolist() == [0, 1]
+    assert q.weights[0, 2:].tolist() == [0, 0]
+    assert q.weights[0, 0] / q.weights[0, 1] == pytest.approx(5 / 3, rel=1e-4)
+
+
+def test_a_draft_with_nan_logits_yields_no_children() -> None:
+    q = draft_distributions(torch.full((1, 8), float("nan")), Sampling())
+    assert draw_children(q, 0, 3, np.random.default_rng(0)) == ()
