@@ -1,0 +1,1 @@
+"""The draft worker: grows token trees with the draft model."""

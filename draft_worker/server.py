@@ -1,0 +1,33 @@
+"""The draft worker's process: `python -m draft_worker.server --model REF`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import grpc
+
+from draft_worker.servicer import DraftServicer
+from sequoia.config import fail, load
+from sequoia.errors import SequoiaError
+from sequoia.telemetry import configure_logging
+from sequoia.v1 import draft_pb2_grpc, worker_pb2
+from sequoia.worker import Worker, WorkerConfig, serve
+
+
+def main() -> None:
+    """Load the settings, then serve until told to stop."""
+    config = load(WorkerConfig, "draft_worker", sys.argv[1:], os.environ)
+    configure_logging("draft_worker", config.log_level)
+    try:
+        serve(config, worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer)
+    except SequoiaError as error:
+        fail(str(error))
+
+
+def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
+    draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker), server)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""DraftService: wire <-> drafter. A stream is a session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from draft_worker.drafter import Drafter, DraftSession
+from sequoia.errors import InvalidArgument
+from sequoia.rpc import error_border
+from sequoia.v1 import draft_pb2, draft_pb2_grpc
+from sequoia.wire import sampling_from_wire, tokens_from_wire, topology_from_wire, tree_to_wire
+from sequoia.worker import Worker
+
+
+class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
+    """One handler a session; it awaits the engine and never computes."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._drafter = Drafter(worker.executor, worker.prefill_chunk)
+        self._limits = worker.description
+
+    async def Draft(self, request_iterator: AsyncIterator[draft_pb2.DraftRequest], context: Any) -> None:
+        """Opens the session with the first message, then answers every step with a tree."""
+        async with error_border(context):
+            opening = await anext(request_iterator, None)
+            if opening is None or opening.WhichOneof("kind") != "open":
+                raise InvalidArgument("the first message of a stream must be `open`", "kind")
+            sampling = sampling_from_wire(opening.open.sampling, opening.open.rule)
+            with self._drafter.session(sampling) as session:
+                await context.write(await self._open(session, opening.open))
+                async for request in request_iterator:
+                    if request.WhichOneof("kind") != "step":
+                        raise InvalidArgument("every message after the first must be `step`", "kind")
+                    await context.write(await self._step(session, request.step))
+
+    async def _open(self, session: DraftSession, request: draft_pb2.DraftOpen) -> draft_pb2.DraftResponse:
+        started = time.monotonic()
+        self._commit(session, 0, request.token_ids)
+        await self._drafter.executor.run(session.prefill())
+        return draft_pb2.DraftResponse(num_committed=session.num_committed, worker_seconds=time.monotonic() - started)
+
+    async def _step(self, session: DraftSession, request: draft_pb2.DraftStep) -> draft_pb2.DraftResponse:
+        started = time.monotonic()
+        topology = topology_from_wire(request.topology, self._limits.max_tree_size)
+        self._commit(session, request.base_len, request.token_ids)
+        tree = await self._drafter.executor.run(session.grow(topology))
+        return draft_pb2.DraftResponse(
+            step=request.step,
+            num_committed=session.num_committed,
+            tree=tree_to_wire(tree),
+            worker_seconds=time.monotonic() - started,
+        )
+
+    def _commit(self, session: DraftSession, base_len: int, token_ids: Sequence[int]) -> None:
+        limit = self._limits.context_length
+        if base_len + len(token_ids) > limit:
+            raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
+        session.commit(base_len, tokens_from_wire(token_ids, self._limits.padded_vocab_size, "token_ids"))

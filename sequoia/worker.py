@@ -1,0 +1,184 @@
+"""The chassis both workers share: settings, model and engine, the handshake, serving until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass
+from typing import Any
+
+import grpc
+import torch
+
+from sequoia.config import setting
+from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, register
+from sequoia.engine.executor import Engine, Executor, Job
+from sequoia.engine.kv_cache import KVCache, KVSlot
+from sequoia.engine.model import LoadedModel, load_model
+from sequoia.engine.sources import resolve
+from sequoia.engine.warmup import measure_latency
+from sequoia.errors import InvalidArgument
+from sequoia.rpc import Server, error_border, running, stop_signal
+from sequoia.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+
+# Logits in the widest forward are measured too, so that the planner never extrapolates within this range.
+_LATENCY_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+_DEFAULT_CONTEXT_LENGTH = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """Serves one model. The same settings for a draft and a verify worker."""
+
+    model: str = setting(MISSING, "model: a packaged name, a hub id, a folder or a GGUF file")
+    listen: str = setting("127.0.0.1:0", "address to listen on; port 0 takes a free one, unix:PATH a socket")
+    revision: str = setting("", "revision of a hub model: branch, tag or commit")
+    dtype: str = setting("auto", "element type", choices=("auto", "float32", "bfloat16", "float16"))
+    quantization: str = setting("none", "quantisation of the linear layers", choices=("none", "int8"))
+    device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
+    num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
+    context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
+    max_tree_size: int = setting(64, "largest tree in nodes, root included")
+    prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
+    num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
+    cache_dir: str = setting("", "folder for fetched models; empty: the user's cache folder")
+    log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be at least {least}")
+        if self.context_length < 0 or self.num_threads < 0:
+            raise ValueError("--context-length and --num-threads must not be negative")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A loaded model behind its executor, and what it says of itself."""
+
+    model: LoadedModel
+    executor: Executor
+    description: worker_pb2.WorkerDescription
+    prefill_chunk: int
+
+    @property
+    def cache(self) -> KVCache:
+        """The engine's KV cache."""
+        return self.executor.engine.cache
+
+
+def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
+    """Load the model, allocate the KV pool, measure the latency curve, start the engine's thread."""
+    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(num_threads)
+    register()
+    model = load_model(
+        resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None),
+        dtype=config.dtype,
+        quantization=config.quantization,
+        device=config.device,
+        attn_implementation=TREE_ATTENTION,
+        trust_remote_code=config.trust_remote_code,
+    )
+    context_length = _context_length(config, model)
+    num_layers = model.module.config.get_text_config().num_hidden_layers
+    cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
+    engine = Engine(model.module, cache, model.device, model.dtype)
+    widths = [width for width in _LATENCY_WIDTHS if width <= max(config.max_tree_size, 1)]
+    curve = measure_latency(engine, widths)
+    description = worker_pb2.WorkerDescription(
+        instance_id=secrets.token_hex(8),
+        role=role,
+        model=model.reference,
+        model_revision=model.revision,
+        dtype=model.dtype_name,
+        quantization=model.quantization,
+        tokenizer_hash=model.tokenizer.tokenizer_hash,
+        vocab_size=model.tokenizer.vocab_size,
+        padded_vocab_size=model.padded_vocab_size,
+        context_length=context_length,
+        max_tree_size=config.max_tree_size,
+        rules=[sampling_pb2.RULE_GREEDY, sampling_pb2.RULE_SEQUOIA],
+        hardware_key=_hardware_key(model, num_threads),
+        latency=worker_pb2.LatencyCurve(num_tokens=curve.num_tokens, seconds=curve.seconds),
+        num_slots=config.num_slots,
+    )
+    return Worker(
+        model, Executor(engine, config.prefill_chunk + config.max_tree_size), description, config.prefill_chunk
+    )
+
+
+def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
+    """Chunked prefill: make rows for the tokens, `chunk` at a time, without logits."""
+    for start in range(0, len(token_ids), chunk):
+        part = token_ids[start : start + chunk]
+        yield chunk_segment(slot, part, logits=False)
+        slot.keep(range(len(part)))
+
+
+def serve(
+    config: WorkerConfig,
+    role: worker_pb2.WorkerRole,
+    service: str,
+    add_servicer: Callable[[Worker, grpc.aio.Server], None],
+) -> None:
+    """Run a worker until SIGTERM or SIGINT. Prints one JSON line with its address when it serves."""
+    worker = start_worker(config, role)
+    with worker.executor:
+        asyncio.run(_serve(config, worker, service, add_servicer))
+
+
+async def _serve(
+    config: WorkerConfig, worker: Worker, service: str, add_servicer: Callable[[Worker, grpc.aio.Server], None]
+) -> None:
+    server = Server(config.listen)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
+    add_servicer(worker, server.grpc_server)
+    async with running(server, (service, "sequoia.v1.WorkerService")):
+        await stop_signal()
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """Describes the worker and tells its present state."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    async def Describe(self, request: worker_pb2.DescribeRequest, context: Any) -> worker_pb2.DescribeResponse:
+        """The description; the tokenizer's files when asked for."""
+        async with error_border(context):
+            response = worker_pb2.DescribeResponse(worker=self._worker.description)
+            if request.include_tokenizer:
+                tokenizer = self._worker.model.tokenizer
+                response.tokenizer.tokenizer_json = tokenizer.tokenizer_json
+                response.tokenizer.chat_template = tokenizer.chat_template
+                response.tokenizer.eos_token_ids.extend(tokenizer.eos_token_ids)
+                response.tokenizer.special_tokens.update(tokenizer.special_tokens)
+        return response
+
+    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:
+        """Slots and forwards at this moment."""
+        engine = self._worker.executor.engine
+        return worker_pb2.GetStatusResponse(
+            num_slots=engine.cache.num_slots,
+            num_slots_used=engine.cache.num_slots_used,
+            num_forwards=engine.num_forwards,
+            num_forward_tokens=engine.num_forward_tokens,
+        )
+
+
+def _context_length(config: WorkerConfig, model: LoadedModel) -> int:
+    if config.context_length > model.context_length:
+        longest = model.context_length
+        raise InvalidArgument(f"{config.context_length} is more than the model's {longest} tokens", "context_length")
+    return config.context_length or min(model.context_length, _DEFAULT_CONTEXT_LENGTH)
+
+
+def _hardware_key(model: LoadedModel, num_threads: int) -> str:
+    if model.device.type == "cuda":
+        return f"{torch.cuda.get_device_name(model.device)}/{model.dtype_name}/{model.quantization}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"cpu-{capability}/{num_threads} threads/{model.dtype_name}/{model.quantization}"

@@ -1,0 +1,1 @@
+"""The verify worker: scores token trees with the target model."""

@@ -1,0 +1,72 @@
+"""The verifier: scores a session's trees with the target model and commits what it accepts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from sequoia.engine.attention import tree_segment
+from sequoia.engine.executor import Executor, Job
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.sampling import Choices, RandomChoices, Sampling
+from sequoia.engine.verification import verify_tree
+from sequoia.errors import InvalidArgument
+from sequoia.topology import TokenTree, Verdict
+from sequoia.worker import feed
+
+
+class VerifySession:
+    """One session of the verifier. `committed` grows by every verdict; the last of them is the next root."""
+
+    def __init__(
+        self, slot: KVSlot, committed: tuple[int, ...], sampling: Sampling, choices: Choices, prefill_chunk: int
+    ) -> None:
+        self._slot, self._sampling, self._choices = slot, sampling, choices
+        self._prefill_chunk = prefill_chunk
+        self._committed = committed
+
+    @property
+    def prefix_len(self) -> int:
+        """KV rows before the root: committed tokens less the root."""
+        return len(self._committed) - 1
+
+    @property
+    def root_only(self) -> TokenTree:
+        """The tree of a plain step."""
+        return TokenTree.root_only(self._committed[-1])
+
+    def verify(self, tree: TokenTree) -> Job[Verdict]:
+        """One target forward over the tree (more only for a long prompt), the verdict, and the KV rows it keeps."""
+        self._check(tree)
+        pending = self._committed[self._slot.length : self.prefix_len]
+        num_fed = len(pending) // self._prefill_chunk * self._prefill_chunk
+        yield from feed(self._slot, pending[:num_fed], self._prefill_chunk)
+        chain = pending[num_fed:]
+        logits = yield tree_segment(self._slot, chain, tree)
+        verdict = verify_tree(tree, logits, self._sampling, self._choices)
+        self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
+        self._committed += verdict.tokens(tree)
+        return verdict
+
+    def _check(self, tree: TokenTree) -> None:
+        if tree.token_ids[0] != self._committed[-1]:
+            raise InvalidArgument(f"the root must be the last committed token {self._committed[-1]}", "tree.token_ids")
+        if tree.q is None and tree.topology.size > 1 and not self._sampling.greedy:
+            raise InvalidArgument("the sequoia rule needs the distributions the children were drawn from", "tree.q")
+
+
+class Verifier:
+    """Opens sessions on one target model."""
+
+    def __init__(self, executor: Executor, prefill_chunk: int) -> None:
+        self.executor = executor
+        self._prefill_chunk = prefill_chunk
+
+    @contextmanager
+    def session(self, committed: tuple[int, ...], sampling: Sampling) -> Iterator[VerifySession]:
+        """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
+        with self.executor.engine.cache.slot() as slot:
+            choices = RandomChoices(np.random.default_rng())
+            yield VerifySession(slot, committed, sampling, choices, self._prefill_chunk)
