@@ -1,0 +1,227 @@
+"""Text and tokens: the target's own tokenizer, text that grows token by token, stop strings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+
+from coordinator.chat_template import ChatTemplate
+from sequoia.errors import FailedPrecondition, InvalidArgument
+from sequoia.v1 import worker_pb2
+
+MAX_STOPS = 16
+MAX_STOP_BYTES = 256
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
+# Tokens kept as context for decoding the next one. A token is at least one byte and a character at most four, so four
+# would do: decoding then agrees from the first byte after them.
+_NUM_CONTEXT_TOKENS = 8
+
+
+class TextCodec:
+    """The target's tokenizer and chat template: text to token ids and back. Needs no model library."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, eos_token_ids: frozenset[int]) -> None:
+        self.eos_token_ids = eos_token_ids
+        self._tokenizer = tokenizer
+        self._template = template
+        added = tokenizer.get_added_tokens_decoder().values()
+        self._special_tokens = frozenset(token.content for token in added if token.special)
+        decoder = tokenizer.decoder
+        self._has_byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+
+    @staticmethod
+    def from_files(files: worker_pb2.TokenizerFiles) -> TextCodec:
+        """The codec of a verify worker's description. Raises FailedPrecondition for a malformed tokenizer."""
+        try:
+            tokenizer = Tokenizer.from_buffer(files.tokenizer_json)
+        except ValueError as error:
+            raise FailedPrecondition(
+                f"the verify worker's tokenizer is not one that `tokenizers` reads: {error}"
+            ) from error
+        # Files saved after training may carry the lengths used there, which would cut prompts in silence.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
+        return TextCodec(tokenizer, template, frozenset(files.eos_token_ids))
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of raw text, with the special tokens the tokenizer itself adds, such as a leading `<s>`.
+
+        Special tokens that are spelled out in the text count as such.
+        """
+        return tuple(self._tokenizer.encode(text).ids)
+
+    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation of (role, content) pairs, ready for the assistant's answer.
+
+        Special tokens are the template's business: none is added. Raises InvalidArgument naming `chat`.
+        """
+        if not messages:
+            raise InvalidArgument("a conversation needs at least one message", "chat")
+        if self._template is None:
+            raise InvalidArgument("the model has no chat template; send text or token_ids", "chat")
+        return tuple(self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of all the tokens; special tokens and ids beyond the vocabulary give nothing."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def is_silent(self, token_id: int) -> bool:
+        """Whether decoding leaves the token out: special tokens, and padding of the vocabulary."""
+        token = self._tokenizer.id_to_token(token_id)
+        return token is None or token in self._special_tokens
+
+    def is_fallback_byte(self, token_id: int) -> bool:
+        """Whether the token is a single byte, such as `<0xE4>`, and decoded together with its neighbours."""
+        token = self._tokenizer.id_to_token(token_id)
+        return self._has_byte_fallback and token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+
+class Detokenizer:
+    """The text of one answer, token by token: all pieces and the flush together are the decode of all tokens.
+
+    A push decodes a window of at most 16 tokens and an open run of bytes. What may still change is held back: a last
+    U+FFFD, which may be the head of a character, and a run of fallback bytes, of which one invalid byte makes every one
+    a U+FFFD.
+
+    Why not `tokenizers.decoders.DecodeStream` (0.23): it emits such runs early, so that its text differs from the full
+    decode or it raises "Invalid prefix" (141 and 38 of 300 random runs); on invalid bytes its window, and so its time
+    per token, grows without bound; and it has no flush.
+    """
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._window: list[int] = []
+        self._num_emitted = 0  # characters of the window's text that are out
+        self._num_run_bytes = 0  # fallback bytes at the window's end
+
+    def push(self, token_id: int) -> str:
+        """The text that this token makes final: whole characters, possibly none."""
+        # Silent tokens stay out of the window: one alone would make the next token look like the first of the answer.
+        if self._codec.is_silent(token_id):
+            return ""
+        self._window.append(token_id)
+        if self._codec.is_fallback_byte(token_id):
+            self._num_run_bytes += 1
+            return ""
+        self._num_run_bytes = 0
+        text = self._codec.decode(self._window)
+        piece = text[self._num_emitted : _num_final(text)]
+        self._num_emitted += len(piece)
+        if len(self._window) >= 2 * _NUM_CONTEXT_TOKENS:
+            self._window = self._window[-_NUM_CONTEXT_TOKENS:]
+            self._num_emitted = _num_final(self._codec.decode(self._window))
+        return piece
+
+    @property
+    def pending(self) -> str:
+        """Text that stands if the answer ends here, but that another token could undo: a valid open run of bytes."""
+        if not self._num_run_bytes:
+            return ""
+        tail = self._codec.decode(self._window)[self._num_emitted :]
+        return "" if tail.endswith(_REPLACEMENT * self._num_run_bytes) else tail
+
+    def flush(self) -> str:
+        """The rest at the end of the answer; a dangling half character is U+FFFD, as in a full decode."""
+        tail = self._codec.decode(self._window)[self._num_emitted :]
+        self._window, self._num_emitted, self._num_run_bytes = [], 0, 0
+        return tail
+
+
+class StopMatcher:
+    """Ends a growing text before its first stop string: the first to be complete, of two that end together the longer.
+
+    Holds back exactly the longest suffix that could still become a stop string.
+    """
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self.stopped = False
+        self._stops = stops
+        self._held = ""
+
+    def push(self, text: str, pending: str = "") -> str:
+        """The text now free to go. `pending` follows `text` and is only searched: it comes again or never was."""
+        text = self._held + text
+        if (start := self._find(text + pending)) is not None:
+            self.stopped, self._held = True, ""
+            return (text + pending)[:start]
+        num_free = len(text) - self._num_held(text)
+        self._held = text[num_free:]
+        return text[:num_free]
+
+    def flush(self) -> str:
+        """The text held back, which can no longer become a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+    def _find(self, text: str) -> int | None:
+        found = ((text.find(stop), stop) for stop in self._stops)
+        spans = [(start + len(stop), start) for start, stop in found if start >= 0]
+        return min(spans)[1] if spans else None
+
+    def _num_held(self, text: str) -> int:
+        longest = min(len(text), max(map(len, self._stops), default=0) - 1)
+        sizes = (n for n in range(longest, 0, -1) if any(stop.startswith(text[-n:]) for stop in self._stops))
+        return next(sizes, 0)
+
+
+class TextPiece(NamedTuple):
+    """What one token added to the answer."""
+
+    text: str
+    stopped: bool  # a stop string is complete: `text` ends before it, and so does the answer
+
+
+class TextStream:
+    """The text of one answer as its tokens are committed: whole characters, nothing past a stop string.
+
+    The answer stops at the first token after which its decoded text contains a stop string, also when that token is in
+    the middle of an accepted run. The text does not depend on how the tokens were grouped into steps.
+    """
+
+    def __init__(self, codec: TextCodec, stops: tuple[str, ...] = ()) -> None:
+        self._detokenizer = Detokenizer(codec)
+        self._matcher = StopMatcher(stops)
+        self._has_stops = bool(stops)
+
+    def push(self, token_id: int) -> TextPiece:
+        """The text that this committed token sets free. After a piece that stopped, push and flush give nothing."""
+        if self._matcher.stopped:
+            return TextPiece("", True)
+        final = self._detokenizer.push(token_id)
+        text = self._matcher.push(final, self._detokenizer.pending if self._has_stops else "")
+        return TextPiece(text, self._matcher.stopped)
+
+    def flush(self) -> str:
+        """The text still held back, at the end of the answer.
+
+        Only a stop string with U+FFFD in it can become complete here, through a dangling half character: the text is
+        cut before it like any other.
+        """
+        if self._matcher.stopped:
+            return ""
+        return self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
+
+
+def parse_stops(raw: Sequence[bytes]) -> tuple[str, ...]:
+    """The stop strings of a request. Raises InvalidArgument naming `stop` or `stop[i]`."""
+    if len(raw) > MAX_STOPS:
+        raise InvalidArgument(f"{len(raw)} stop strings were given; send at most {MAX_STOPS}", "stop")
+    return tuple(_parse_stop(stop, f"stop[{index}]") for index, stop in enumerate(raw))
+
+
+def _parse_stop(stop: bytes, field: str) -> str:
+    if not 1 <= len(stop) <= MAX_STOP_BYTES:
+        raise InvalidArgument(f"it has {len(stop)} bytes; send 1 to {MAX_STOP_BYTES}", field)
+    try:
+        return stop.decode()
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"byte {error.start} is not UTF-8; send the string encoded as UTF-8", field) from error
+
+
+def _num_final(text: str) -> int:
+    return len(text) - text.endswith(_REPLACEMENT)
