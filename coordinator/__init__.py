@@ -1,0 +1,1 @@
+"""The coordinator: owns the committed tokens and runs the loop."""

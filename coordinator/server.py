@@ -1,0 +1,62 @@
+"""The coordinator's process: `python -m coordinator.server --verify ADDRESS [--draft ADDRESS] [--redis URL]`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from dataclasses import MISSING, dataclass
+
+from coordinator.servicer import CoordinatorServicer
+from coordinator.trees import TreePlans
+from coordinator.workers import Workers
+from sequoia.config import fail, load, setting
+from sequoia.errors import SequoiaError
+from sequoia.rpc import Server, running, stop_signal
+from sequoia.telemetry import configure_logging
+from sequoia.v1 import coordinator_pb2_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorConfig:
+    """Owns the committed tokens of every request and runs the loop between a draft and a verify worker."""
+
+    verify: str = setting(MISSING, "address of the verify worker")
+    draft: str = setting("", "address of the draft worker; empty: plain decoding")
+    redis: str = setting("", "URL of the Redis that holds tree plans; empty: the built-in tree")
+    listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
+    draft_timeout_seconds: float = setting(5.0, "longest wait for a tree before the step is decoded plainly, seconds")
+    plan_refresh_seconds: float = setting(2.0, "time between two looks for new plans, seconds")
+    start_timeout_seconds: float = setting(120.0, "longest wait for the verify worker at start, seconds")
+    log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        for name in ("draft_timeout_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be above 0")
+
+
+def main() -> None:
+    """Load the settings, then serve until told to stop."""
+    config = load(CoordinatorConfig, "coordinator", sys.argv[1:], os.environ)
+    configure_logging("coordinator", config.log_level)
+    try:
+        asyncio.run(_serve(config))
+    except SequoiaError as error:
+        fail(str(error))
+
+
+async def _serve(config: CoordinatorConfig) -> None:
+    async with (
+        Workers(config.verify, config.draft, config.start_timeout_seconds) as workers,
+        TreePlans(config.redis, workers, config.plan_refresh_seconds) as plans,
+    ):
+        server = Server(config.listen)
+        servicer = CoordinatorServicer(workers, plans, config.draft_timeout_seconds)
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
+        async with running(server, ("sequoia.v1.CoordinatorService",)):
+            await stop_signal()
+
+
+if __name__ == "__main__":
+    main()

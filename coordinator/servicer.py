@@ -1,0 +1,93 @@
+"""CoordinatorService: wire <-> session."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+from coordinator.request import Request, parse_request
+from coordinator.session import Session
+from coordinator.streams import DraftStream, Opening, VerifyStream
+from coordinator.text import TextCodec, TextStream
+from coordinator.transcript import Step, Transcript
+from coordinator.trees import TreePlans
+from coordinator.workers import Workers
+from sequoia.rpc import error_border
+from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """One handler a request."""
+
+    def __init__(self, workers: Workers, plans: TreePlans, draft_timeout_seconds: float) -> None:
+        self._workers, self._plans = workers, plans
+        self._draft_timeout_seconds = draft_timeout_seconds
+        self._codec = TextCodec.from_files(workers.tokenizer)
+
+    async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
+        """Streams the answer as it is committed."""
+        async with error_border(context):
+            request = parse_request(message, self._codec, self._workers.verify_description)
+            request_id = secrets.token_hex(8)
+            async with self._session(request, context.time_remaining()) as session, aclosing(session.run()) as steps:
+                num_tokens = 0
+                async for step in steps:
+                    num_tokens += len(step.token_ids)
+                    await context.write(_response(request_id, request, session, step, num_tokens))
+            _log.info("generated", extra={"request_id": request_id, "num_tokens": num_tokens})
+
+    async def DescribePair(
+        self, message: coordinator_pb2.DescribePairRequest, context: Any
+    ) -> coordinator_pb2.DescribePairResponse:
+        """Both workers, the round trips to them, the plans in force."""
+        workers = self._workers
+        async with error_border(context):
+            response = coordinator_pb2.DescribePairResponse(
+                verify=workers.verify_description,
+                draft=workers.draft_description,
+                verify_rtt_seconds=await workers.verify.round_trip_seconds(),
+                plans_json=[plan.to_json() for plan in self._plans.in_force()],
+            )
+            if workers.draft is not None and workers.draft_description is not None:
+                response.draft_rtt_seconds = await workers.draft.round_trip_seconds()
+        return response
+
+    @asynccontextmanager
+    async def _session(self, request: Request, timeout_seconds: float | None) -> AsyncIterator[Session]:
+        """Both streams, for as long as the request lives: their end frees both KV slots."""
+        workers = self._workers
+        opening = Opening(len(request.prompt), request.sampling, request.rule, timeout_seconds)
+        speculates = request.mode != coordinator_pb2.SPECULATION_MODE_OFF
+        draft = None
+        if speculates and workers.draft is not None and workers.draft_description is not None:
+            draft = DraftStream(workers.draft, opening, self._draft_timeout_seconds)
+        verify = VerifyStream(workers.verify, opening)
+        stream = TextStream(self._codec, request.stops)
+        transcript = Transcript(request.prompt, request.max_tokens, self._codec.eos_token_ids, stream)
+        try:
+            yield Session(transcript, verify, draft, lambda: self._plans.topology(request))
+        finally:
+            verify.close()
+            if draft is not None:
+                draft.close()
+
+
+def _response(
+    request_id: str, request: Request, session: Session, step: Step, num_tokens: int
+) -> coordinator_pb2.GenerateResponse:
+    response = coordinator_pb2.GenerateResponse(
+        request_id=request_id, num_prompt_tokens=len(request.prompt), text=step.text, token_ids=step.token_ids
+    )
+    if step.finish_reason is not None:
+        report = session.report
+        response.finish.reason = step.finish_reason
+        response.finish.num_completion_tokens = num_tokens
+        response.finish.speculation.CopyFrom(report.message)
+        response.finish.time_to_first_token_seconds = report.first_token_seconds
+        response.finish.total_seconds = report.total_seconds
+    return response

@@ -1,0 +1,63 @@
+"""The committed tokens of one request, and what a client gets to see of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coordinator.text import TextStream
+from sequoia.v1 import coordinator_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one verdict added: text and tokens up to the end of the answer, and the end's reason if it was reached."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: coordinator_pb2.FinishReason | None
+
+
+class Transcript:
+    """Prompt and generated tokens: the truth from which either worker can be rebuilt.
+
+    A verdict's tokens are taken one by one, so an end inside an accepted run cuts the run there.
+    """
+
+    def __init__(
+        self, prompt: tuple[int, ...], max_tokens: int, eos_token_ids: frozenset[int], text: TextStream
+    ) -> None:
+        self.token_ids = list(prompt)
+        self.num_prompt_tokens = len(prompt)
+        self._max_tokens, self._eos_token_ids, self._text = max_tokens, eos_token_ids, text
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Generated tokens, an end-of-sequence token included."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens until the length limit."""
+        return self._max_tokens - self.num_completion_tokens
+
+    def commit(self, token_ids: Sequence[int]) -> Step:
+        """Take a verdict's tokens, at least one, up to the end of the answer."""
+        text: list[str] = []
+        for index, token_id in enumerate(token_ids, start=1):
+            self.token_ids.append(token_id)
+            piece, reason = self._take(token_id)
+            text.append(piece)
+            if reason is not None:
+                return Step("".join(text), tuple(token_ids[:index]), reason)
+        return Step("".join(text), tuple(token_ids), None)
+
+    def _take(self, token_id: int) -> tuple[str, coordinator_pb2.FinishReason | None]:
+        if token_id in self._eos_token_ids:
+            return self._text.flush(), coordinator_pb2.FINISH_REASON_STOP
+        piece = self._text.push(token_id)
+        if piece.stopped:
+            return piece.text, coordinator_pb2.FINISH_REASON_STOP
+        if self.num_tokens_left == 0:
+            return piece.text + self._text.flush(), coordinator_pb2.FINISH_REASON_LENGTH
+        return piece.text, None
