@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 from collections.abc import AsyncIterator
@@ -32,7 +33,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
         async with error_border(context):
-            request = parse_request(message, self._codec, self._workers.verify_description)
+            # Tokenising a long prompt or rendering a template must not hold up the other requests.
+            target = self._workers.verify_description
+            request = await asyncio.to_thread(parse_request, message, self._codec, target)
             request_id = secrets.token_hex(8)
             async with self._session(request, context.time_remaining()) as session, aclosing(session.run()) as steps:
                 num_tokens = 0

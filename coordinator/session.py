@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from coordinator.report import Report
 from coordinator.streams import DraftStream, VerifyStream
@@ -28,7 +28,7 @@ class Session:
         self._transcript, self._verify, self._draft, self._topology = transcript, verify, draft, topology
         self.report = Report()
 
-    async def run(self) -> AsyncIterator[Step]:
+    async def run(self) -> AsyncGenerator[Step]:
         """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first."""
         if self._draft is not None:
             self._draft.open(self._transcript.token_ids)

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -180,9 +180,9 @@ async def _exchange(call: grpc.aio.StreamStreamCall[Request, Response], request:
     except asyncio.InvalidStateError as error:
         # Writing to a stream that has ended.
         raise await _end_of(call) from error
-    if not isinstance(response, Message):
+    if response is grpc.aio.EOF:
         raise await _end_of(call)
-    return response
+    return cast(Response, response)
 
 
 async def _end_of(call: grpc.aio.StreamStreamCall[Request, Response]) -> SequoiaError:

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -75,13 +76,15 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
     register()
+    cache_dir = Path(config.cache_dir) if config.cache_dir else None
     model = load_model(
-        resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None),
+        resolve(config.model, revision=config.revision or None, cache_dir=cache_dir),
         dtype=config.dtype,
         quantization=config.quantization,
         device=config.device,
         attn_implementation=TREE_ATTENTION,
         trust_remote_code=config.trust_remote_code,
+        cache_dir=cache_dir,
     )
     context_length = _context_length(config, model)
     num_layers = model.module.config.get_text_config().num_hidden_layers

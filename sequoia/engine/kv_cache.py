@@ -37,6 +37,7 @@ class KVLayer(CacheLayerMixin):
         self.values.index_copy_(1, self._pool.write_rows, value_states[0])
         return self.keys, self.values
 
+    @torch.inference_mode()
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows within the pool; the source is read whole before anything is written."""
         assert self.keys is not None

@@ -1,0 +1,110 @@
+"""The planner job: measure a running pair, choose its trees, put them where the coordinator finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from coordinator.trees import max_tree_size, plan_key
+from sequoia.acceptance import AcceptanceCounts
+from sequoia.client import AsyncClient, SpeculationFigures
+from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
+from sequoia.hardware import LatencyCurve
+from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
+from sequoia.topology import Topology
+from sequoia.tree_cache import TreeCache, temperature_bucket
+from sequoia.v1.coordinator_pb2 import DescribePairResponse
+from sequoia.v1.worker_pb2 import WorkerDescription
+
+PROMPTS = (
+    "The harbour was quiet that morning. Old Marta untied her boat and",
+    "def is_prime(number: int) -> bool:\n    ",
+    "Question: Why do leaves change colour in autumn?\nAnswer:",
+    "Shopping list for a vegetable soup:\n- 2 onions\n- 3 carrots\n-",
+    "Dear Ms Okafor,\n\nThank you for your letter of 3 May. We are pleased to",
+    "The theorem follows by induction. For n = 1 the claim holds, since",
+)
+# 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
+MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
+TTL_SECONDS = 7 * 24 * 3600
+
+Progress = Callable[[int, int], None]
+
+
+async def plan_pair(
+    address: str,
+    redis_url: str,
+    *,
+    temperatures: Sequence[float] = (0.0,),
+    prompts: Sequence[str] = PROMPTS,
+    max_tokens: int = 48,
+    max_levels: int = MAX_LEVELS,
+    ttl_seconds: int = TTL_SECONDS,
+    on_progress: Progress = lambda done, total: None,
+) -> list[TreePlan]:
+    """One plan per temperature, in that order, measured on the coordinator at `address` and stored in Redis.
+
+    Acceptance is counted while the pair generates `max_tokens` tokens from each prompt; the latency curves are those
+    that the workers measured. `on_progress` is called with (prompts done, prompts in all). Raises InvalidArgument for
+    two temperatures of one bucket, FailedPrecondition for a pair that cannot be planned for (no draft worker, say),
+    Unavailable when a part cannot be reached.
+    """
+    _check_buckets(temperatures)
+    total = len(temperatures) * len(prompts)
+    plans: list[TreePlan] = []
+    async with AsyncClient(address) as client, TreeCache(redis_url) as cache:
+        pair = await client.describe_pair()
+        if not pair.HasField("draft"):
+            raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
+        for temperature in temperatures:
+            figures: list[SpeculationFigures] = []
+            for prompt in prompts:
+                on_progress(len(plans) * len(prompts) + len(figures), total)
+                figures.append(await _speculate(client, pair, prompt, temperature, max_tokens))
+            limit = max_tree_size(pair.verify, pair.draft)
+            plans.append(choose(plan_inputs(pair, figures), max_size=limit, max_levels=max_levels))
+            key = plan_key(pair.verify, pair.draft, temperature_bucket(temperature))
+            await cache.put(key, plans[-1], ttl_seconds)
+        on_progress(total, total)
+    return plans
+
+
+def plan_inputs(pair: DescribePairResponse, figures: Sequence[SpeculationFigures]) -> PlanInputs:
+    """What a plan for this pair follows from, by its workers' measurements and by what speculation did.
+
+    Raises Unavailable when no step was drafted, FailedPrecondition when a worker's measurements are of no use.
+    """
+    counts = sum(
+        (AcceptanceCounts(each.offered_by_rank, each.accepted_by_rank) for each in figures), AcceptanceCounts()
+    )
+    if not counts.offered:
+        raise Unavailable(f"no step was drafted: {next((each.fallback_reason for each in figures), 'no prompts')}")
+    try:
+        return PlanInputs(
+            acceptance=counts.vector(),
+            verify_curve=_curve(pair.verify),
+            draft_curve=_curve(pair.draft),
+            draft_rtt_seconds=pair.draft_rtt_seconds,
+            verify_rtt_seconds=pair.verify_rtt_seconds,
+            host_seconds=sum(each.stage_seconds.host for each in figures) / sum(each.num_steps for each in figures),
+        )
+    except ValueError as error:
+        raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
+
+
+async def _speculate(
+    client: AsyncClient, pair: DescribePairResponse, prompt: str, temperature: float, max_tokens: int
+) -> SpeculationFigures:
+    tree = Topology(MEASURING_TREE.parents[: max_tree_size(pair.verify, pair.draft)])
+    generation = await client.generate(prompt, max_tokens=max_tokens, temperature=temperature, speculation=tree)
+    return generation.speculation
+
+
+def _check_buckets(temperatures: Sequence[float]) -> None:
+    buckets = [temperature_bucket(each) for each in temperatures]
+    for bucket in set(buckets):
+        if buckets.count(bucket) > 1:
+            raise InvalidArgument(f"two of {tuple(temperatures)} share the plan for {bucket}; name one", "temperature")
+
+
+def _curve(worker: WorkerDescription) -> LatencyCurve:
+    return LatencyCurve(tuple(worker.latency.num_tokens), tuple(worker.latency.seconds))

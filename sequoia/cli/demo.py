@@ -1,0 +1,84 @@
+"""`sequoia demo`: the whole system once, from start to stop, with one answer and what speculation did for it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+
+from rich.console import Console
+from rich.table import Table
+
+from coordinator.planner_job import PROMPTS, plan_pair
+from coordinator.trees import BUILT_IN_TREE
+from sequoia.cli.deployment import Deployment
+from sequoia.cli.figures import new_table, shares, verdict
+from sequoia.cli.generate import print_as_it_comes
+from sequoia.cli.steps import Steps
+from sequoia.cli.up import add_model_arguments, deployment_settings, stop_on_sigterm
+from sequoia.client import Client, Generation, Message
+from sequoia.planner import TreePlan
+
+_NUM_TOKENS = 128
+_NUM_PROMPTS = 3
+_NUM_PLAN_TOKENS = 32
+_INTRODUCTION = """\
+A draft proposes a tree of tokens; the target checks it in one forward and keeps the path it agrees with.
+This demonstrates the machinery: the default draft is the target's own weights in int8, real but too slow to pay.
+So the answer is made with a tree whatever the planner says, and the planner's verdict stands beside the figures.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of this command."""
+    parser.add_argument("prompt", metavar="PROMPT", help="a user's message")
+    add_model_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start, plan, answer with a tree and without, show the figures, stop."""
+    stop_on_sigterm()
+    console = Console()
+    steps = Steps(console)
+    steps.say(_INTRODUCTION)
+    with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as system:
+        plan = _plan(system, steps)
+        steps.say(f"the planner says: {verdict(plan)}")
+        with Client(system.address) as client:
+            question = [Message("user", arguments.prompt)]
+            tree = BUILT_IN_TREE if plan.kind == "off" else plan.topology
+            console.rule("the answer, as its tokens are committed")
+            drafted = print_as_it_comes(
+                client.stream(question, max_tokens=_NUM_TOKENS, temperature=0, speculation=tree)
+            )
+            console.rule()
+            with steps.step("the same prompt without speculation"):
+                plain = client.generate(question, max_tokens=_NUM_TOKENS, temperature=0, speculation="off")
+        console.print(_comparison(drafted, plain, plan))
+    return 0
+
+
+def _plan(system: Deployment, steps: Steps) -> TreePlan:
+    """A short measurement: enough for a verdict, not for the last per cent."""
+    prompts = PROMPTS[:_NUM_PROMPTS]
+    with steps.step("measuring the pair, planning its trees") as on_progress:
+        planning = plan_pair(
+            system.address, system.redis_url, prompts=prompts, max_tokens=_NUM_PLAN_TOKENS, on_progress=on_progress
+        )
+        (plan,) = asyncio.run(planning)
+    return plan
+
+
+def _comparison(drafted: Generation, plain: Generation, plan: TreePlan) -> Table:
+    figures = drafted.speculation
+    table = new_table("", "with a tree", "without")
+    table.add_row("tokens/s", *(f"{each.usage.tokens_per_second:.1f}" for each in (drafted, plain)))
+    table.add_row("tokens/step", *(f"{each.speculation.mean_tokens_per_step:.2f}" for each in (drafted, plain)))
+    table.add_row("tree", f"{figures.tree_size} nodes x {figures.tree_levels} levels", "none")
+    table.add_row("share of a step", *(shares(each.speculation.stage_seconds) for each in (drafted, plain)))
+    table.add_row("text", f"{len(drafted.token_ids)} tokens", "identical" if _equal(drafted, plain) else "DIFFERENT")
+    table.add_row("planner's verdict", verdict(plan))
+    return table
+
+
+def _equal(drafted: Generation, plain: Generation) -> bool:
+    return drafted.token_ids == plain.token_ids

@@ -1,0 +1,97 @@
+"""`sequoia generate`: one prompt to a running system, its answer to stdout as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable
+
+from sequoia.client import DEFAULT_ADDRESS, Chunk, Client, Generation, Message, Prompt, Speculation
+from sequoia.errors import InvalidArgument
+from sequoia.topology import Topology
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of this command."""
+    parser.add_argument("prompt", metavar="PROMPT", help="a user's message; - reads it from stdin")
+    parser.add_argument("--raw", action="store_true", help="PROMPT is plain text to continue, no chat template")
+    add_address(parser)
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy decoding")
+    parser.add_argument("--top-p", type=float, metavar="P", help="nucleus mass")
+    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of the request's randomness")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
+    parser.add_argument("--speculation", choices=("auto", "off", "tree"), help="default: auto, or tree with --tree")
+    parser.add_argument("--tree", metavar="PARENTS", help="the tree to use: each node's parent, as in -1,0,0,1")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print one JSON object at the end, figures included")
+    output.add_argument("--stats", action="store_true", help="print a table of figures on stderr at the end")
+
+
+def add_address(parser: argparse.ArgumentParser) -> None:
+    """Declare --address, whose default comes from SEQUOIA_ADDRESS."""
+    default = os.environ.get("SEQUOIA_ADDRESS", DEFAULT_ADDRESS)
+    parser.add_argument("--address", default=default, help=f"the coordinator (default {default}; or SEQUOIA_ADDRESS)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate and print."""
+    with Client(arguments.address) as client:
+        chunks = client.stream(
+            _prompt(arguments),
+            max_tokens=arguments.max_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            top_k=arguments.top_k,
+            seed=arguments.seed,
+            stop=arguments.stop,
+            speculation=_speculation(arguments),
+        )
+        if arguments.json:
+            *_, last = chunks
+            assert last.generation is not None
+            print(json.dumps(last.generation.to_dict(), ensure_ascii=False))
+            return 0
+        generation = print_as_it_comes(chunks)
+    if arguments.stats:
+        from rich.console import Console
+
+        from sequoia.cli.figures import figures_table
+
+        Console(stderr=True).print(figures_table(generation))
+    return 0
+
+
+def print_as_it_comes(chunks: Iterable[Chunk]) -> Generation:
+    """Print the text of a stream, and return what its last chunk carries."""
+    generation = None
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        generation = chunk.generation
+    print(flush=True)
+    assert generation is not None, "a stream without a finish raises"
+    return generation
+
+
+def _prompt(arguments: argparse.Namespace) -> Prompt:
+    text = arguments.prompt
+    if text == "-":
+        try:
+            text = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise InvalidArgument(f"stdin is not UTF-8: {error}", "prompt") from error
+    return text if arguments.raw else [Message("user", text)]
+
+
+def _speculation(arguments: argparse.Namespace) -> Speculation:
+    if arguments.tree is None:
+        return arguments.speculation or "auto"
+    if arguments.speculation not in (None, "tree"):
+        raise InvalidArgument(f"cannot be used with --speculation {arguments.speculation}", "tree")
+    try:
+        return Topology(tuple(int(parent) for parent in arguments.tree.split(",")))
+    except ValueError as error:
+        raise InvalidArgument(f"{arguments.tree!r} is not a tree such as -1,0,0,1: {error}", "tree") from error

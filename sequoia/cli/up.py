@@ -1,0 +1,83 @@
+"""`sequoia up`: the whole system on this machine, until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from pathlib import Path
+
+from rich.console import Console
+
+from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.process import wait_for_end
+from sequoia.cli.steps import Steps
+from sequoia.errors import Unavailable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of this command."""
+    parser.epilog = "What has no flag here reaches the processes from the environment, such as SEQUOIA_NUM_SLOTS."
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--listen",
+        default=DeploymentSettings.listen,
+        metavar="ADDRESS",
+        help="of the coordinator (default %(default)s)",
+    )
+    parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `up` and `demo` share: the models and how they run."""
+    parser.add_argument(
+        "--target",
+        default=DeploymentSettings.target,
+        metavar="MODEL",
+        help="packaged name, hub id, folder or GGUF file (default %(default)s)",
+    )
+    draft = parser.add_mutually_exclusive_group()
+    draft.add_argument("--draft", metavar="MODEL", help="default: the target's own weights, quantised to int8")
+    draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
+    parser.add_argument(
+        "--draft-quantization", choices=("none", "int8"), help="default: int8 without --draft, else none"
+    )
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="per worker (default 0: one a core)")
+    parser.add_argument("--context-length", type=int, metavar="N", help="longest session in tokens")
+    parser.add_argument("--log-dir", type=Path, metavar="DIR", help="keep the logs here (default: a temporary folder)")
+
+
+def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: str | None) -> DeploymentSettings:
+    """What `add_model_arguments` collected, and where to listen."""
+    return DeploymentSettings(
+        target=arguments.target,
+        draft=arguments.draft,
+        draft_quantization=arguments.draft_quantization,
+        has_draft=not arguments.no_draft,
+        dtype=arguments.dtype,
+        listen=listen,
+        redis_url=redis_url,
+        num_threads=arguments.num_threads,
+        context_length=arguments.context_length,
+        log_dir=arguments.log_dir,
+    )
+
+
+def stop_on_sigterm() -> None:
+    """Make SIGTERM end this process like Ctrl-C, so that what it started is stopped in order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Start, say where, and stay until interrupted or until the target is lost."""
+    stop_on_sigterm()
+    steps = Steps(Console())
+    with Deployment(deployment_settings(arguments, arguments.listen, arguments.redis), steps) as system:
+        steps.say(f"serving on {system.address}; Ctrl-C stops it")
+        steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
+        steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
+        for process in wait_for_end(list(system.processes.values())):
+            if process.name != "draft":
+                raise Unavailable(process.obituary())
+            steps.say(f"{process.obituary()}\nit goes on without a draft: the same text, decoded plainly")
+    return 0

@@ -1,0 +1,51 @@
+"""Linear layers in int8 for draft models on CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sequoia.errors import InvalidArgument
+
+# One bit less for activations: without it the 16-bit sums of CPUs that lack VNNI overflow.
+_REDUCE_RANGE = True
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights, scaled per output row and held packed, and int8 activations.
+
+    Activations are scaled by the range of the whole input, so **a row's result depends on the rows beside it**: good
+    for a draft, never for a target, whose distribution must not depend on the tree.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach().float()
+        scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        zeros = torch.zeros(len(scales), dtype=torch.int64)
+        quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        self._packed = torch.ops.quantized.linear_prepack(quantized, bias)
+
+    def forward(self, rows: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features), same dtype
+        """The product; no rows give no rows, which the kernel itself refuses."""
+        if rows.numel() == 0:
+            return rows.new_empty((*rows.shape[:-1], self.out_features))
+        output = torch.ops.quantized.linear_dynamic(rows.float(), self._packed, _REDUCE_RANGE)
+        return output.to(rows.dtype)
+
+
+def quantize_int8(module: nn.Module) -> None:
+    """Replace every nn.Linear in `module` (on CPU, not itself one) by an Int8Linear, the head included.
+
+    A tied embedding keeps its own float weight. Experts that are not nn.Linear stay as they are. Raises
+    InvalidArgument naming `quantization` where int8 cannot run.
+    """
+    if torch.backends.quantized.engine == "none":
+        raise InvalidArgument("this build of torch has no int8 kernels; use none", "quantization")
+    linears = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    if any(layer.weight.device.type != "cpu" for _, layer in linears):
+        raise InvalidArgument("int8 runs on the CPU only; use none, or --device cpu", "quantization")
+    for name, layer in linears:
+        module.set_submodule(name, Int8Linear(layer))

@@ -1,0 +1,74 @@
+"""Fixtures that several test files share: running systems of real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from rich.console import Console
+from tiny_models import ARCHITECTURES, write_perturbed_model, write_tiny_model
+
+from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.steps import Steps
+from sequoia.client import Client
+from sequoia.rpc import open_sync_channel
+from sequoia.v1 import worker_pb2, worker_pb2_grpc
+
+
+@dataclass(frozen=True)
+class System:
+    """A running system, its target's folder, and a client."""
+
+    deployment: Deployment
+    target: Path
+    client: Client
+
+    def num_slots_used(self, name: str) -> int:
+        """KV slots in use on one of the workers."""
+        with open_sync_channel(self.deployment.processes[name].address) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            return stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5).num_slots_used
+
+    def status(self, name: str) -> grpc.StatusCode:
+        """How one of the workers answers."""
+        try:
+            self.num_slots_used(name)
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+
+def start_tiny_system(folder: Path, architecture: str) -> Iterator[System]:
+    """A tiny random target in float32, and a draft that is the same model with some noise on its weights."""
+    target, draft = folder / "target", folder / "draft"
+    write_tiny_model(target, architecture)
+    write_perturbed_model(target, draft)
+    settings = DeploymentSettings(
+        target=str(target), draft=str(draft), dtype="float32", listen="127.0.0.1:0", num_threads=1
+    )
+    with (
+        Deployment(settings, Steps(Console(quiet=True))) as deployment,
+        Client(deployment.address, timeout_seconds=60) as client,
+    ):
+        yield System(deployment, target, client)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def every_tiny_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """One system an architecture."""
+    yield from start_tiny_system(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def tiny_system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """A system of tiny Llama models."""
+    yield from start_tiny_system(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def own_tiny_system(tmp_path: Path) -> Iterator[System]:
+    """A system of tiny Llama models for one test, which may break it."""
+    yield from start_tiny_system(tmp_path, "llama")

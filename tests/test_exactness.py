@@ -1,0 +1,127 @@
+"""The promise, through three real processes: the text is the target's own, whatever the tree."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import System
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.steps import Steps
+from sequoia.client import Client, Message
+from sequoia.engine.model import load_model
+from sequoia.engine.sampling import Sampling, target_distribution
+from sequoia.engine.sources import resolve
+from sequoia.topology import Topology
+
+TREES = (Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *([0] * 7))))
+PROMPTS = (
+    "Explain why the sky is blue.",
+    "Write a haiku about the sea.",
+    "What is the capital of Norway, and what is it known for?",
+    "List five uses of a paper clip.",
+    "Translate to French: the cat sleeps on the sofa.",
+    "Write a Python function that reverses a list.",
+    "Who wrote Don Quixote?",
+    "Give me a recipe for pancakes.",
+    "Summarise the plot of Romeo and Juliet in two sentences.",
+    "Count from one to twenty.",
+)
+
+
+def greedy(module: torch.nn.Module, prompt: list[int], max_tokens: int) -> list[int]:
+    """What `transformers` generates, an end-of-sequence token included."""
+    ids = torch.tensor([prompt])
+    with torch.inference_mode():
+        output = module.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False, pad_token_id=0
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_greedy_output_equals_generate_on_every_architecture(every_tiny_system: System) -> None:
+    module = AutoModelForCausalLM.from_pretrained(every_tiny_system.target, dtype=torch.float32)
+    num_accepted = 0
+    for seed in range(10):
+        prompt = torch.randint(5, 250, (3 + 7 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        found = every_tiny_system.client.generate(
+            prompt, max_tokens=64, temperature=0, speculation=TREES[seed % len(TREES)]
+        )
+        assert list(found.token_ids) == greedy(module, prompt, 64)
+        num_accepted += found.speculation.num_accepted_tokens
+        assert found.speculation.num_fallback_steps <= 1, found.speculation.fallback_reason
+    assert num_accepted > 50, "a draft that is never accepted proves nothing"
+
+
+def test_speculation_off_gives_the_same_greedy_text(tiny_system: System) -> None:
+    prompt = list(range(20, 60))
+    texts = {
+        tiny_system.client.generate(prompt, max_tokens=48, temperature=0, speculation=mode).token_ids
+        for mode in ("auto", "off", "tree")
+    }
+    assert len(texts) == 1
+
+
+def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System) -> None:
+    """Chi-square of 1000 triples of tokens, cells below 5 expected pooled; false alarm 1e-4 (Wilson-Hilferty)."""
+    module = AutoModelForCausalLM.from_pretrained(tiny_system.target, dtype=torch.float32)
+    sampling, draws = Sampling(temperature=0.7, top_k=4, top_p=0.95), 1000
+    prompt = list(range(30, 50))
+
+    def law(tokens: list[int]) -> dict[int, float]:
+        with torch.inference_mode():
+            p = target_distribution(module(torch.tensor([tokens])).logits[0, -1], sampling)
+        return {int(token): float(p[token]) for token in p.nonzero()[:, 0]}
+
+    joint = {(a, b): pa * pb for a, pa in law(prompt).items() for b, pb in law([*prompt, a]).items()}
+    triples = {(*ab, c): pab * pc for ab, pab in joint.items() for c, pc in law([*prompt, *ab]).items()}
+    parameters = {"temperature": 0.7, "top_k": 4, "top_p": 0.95}
+    found = Counter(
+        tuple(tiny_system.client.generate(prompt, max_tokens=3, **parameters, speculation=TREES[1]).token_ids)
+        for _ in range(draws)
+    )
+    assert set(found) <= set(triples)
+    assert chi_square_z(found, triples, draws) < 3.72
+
+
+def chi_square_z(found: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float], draws: int) -> float:
+    """The statistic as a standard normal deviate."""
+    cells = [(found[key], draws * p) for key, p in law.items() if draws * p >= 5]
+    rest = (draws - sum(count for count, _ in cells), draws - sum(expected for _, expected in cells))
+    cells = [*cells, rest] if rest[1] >= 1 else cells
+    statistic = sum((count - expected) ** 2 / expected for count, expected in cells)
+    freedom = len(cells) - 1
+    return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def real_client() -> Iterator[Client]:
+    settings = DeploymentSettings(target="smollm2-135m", dtype="float32", listen="127.0.0.1:0", context_length=1024)
+    with (
+        Deployment(settings, Steps(Console(quiet=True))) as deployment,
+        Client(deployment.address, timeout_seconds=120) as client,
+    ):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def real_module() -> torch.nn.Module:
+    files = resolve("smollm2-135m")
+    return load_model(files, dtype="float32", quantization="none", device="cpu", attn_implementation="sdpa").module
+
+
+@pytest.mark.timeout(420)
+def test_greedy_output_equals_generate_on_the_real_model(real_client: Client, real_module: torch.nn.Module) -> None:
+    files = resolve("smollm2-135m")
+    tokenizer = AutoTokenizer.from_pretrained(files.directory, gguf_file=files.gguf_file)
+    for index, text in enumerate(PROMPTS):
+        tree = TREES[index % 2]
+        found = real_client.generate([Message("user", text)], max_tokens=64, temperature=0, speculation=tree)
+        prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+        assert list(found.token_ids) == greedy(real_module, prompt, 64), text
+        assert found.speculation.num_accepted_tokens > 0

@@ -1,0 +1,153 @@
+"""What goes wrong costs time and never text: a dead draft, a client that leaves, bad input, parts that do not fit."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from conftest import System
+from rich.console import Console
+from tiny_models import write_tiny_model
+
+from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.steps import Steps
+from sequoia.client import Message
+from sequoia.errors import InvalidArgument, Unavailable
+from sequoia.rpc import error_from, open_sync_channel
+from sequoia.topology import Topology
+from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc, sampling_pb2
+
+PROMPT = list(range(40, 70))
+TREE = Topology((-1, 0, 0, 1, 1, 3))
+
+
+def test_draft_killed_in_mid_request_costs_no_text(own_tiny_system: System) -> None:
+    client = own_tiny_system.client
+    undisturbed = client.generate(PROMPT, max_tokens=200, temperature=0, speculation="off")
+    stream = client.stream(PROMPT, max_tokens=200, temperature=0, speculation=TREE)
+    token_ids = [*next(stream).token_ids, *next(stream).token_ids, *next(stream).token_ids]
+    own_tiny_system.deployment.kill("draft")
+    for chunk in stream:
+        token_ids.extend(chunk.token_ids)
+        last = chunk
+    assert tuple(token_ids) == undisturbed.token_ids
+    assert last.generation is not None
+    assert last.generation.speculation.num_drafted_steps > 0
+    assert last.generation.speculation.num_fallback_steps > 0
+    assert "draft" in last.generation.speculation.fallback_reason
+    assert own_tiny_system.status("draft") == grpc.StatusCode.UNAVAILABLE
+    assert own_tiny_system.num_slots_used("verify") == 0
+
+
+def test_cancelled_request_frees_both_slots_within_a_second(tiny_system: System) -> None:
+    stream = tiny_system.client.stream(PROMPT, max_tokens=400, temperature=0, speculation=TREE)
+    for _ in range(3):
+        next(stream)
+    assert tiny_system.num_slots_used("verify") == 1
+    assert tiny_system.num_slots_used("draft") == 1
+    cancelled = time.monotonic()
+    stream.close()
+    while tiny_system.num_slots_used("verify") or tiny_system.num_slots_used("draft"):
+        assert time.monotonic() - cancelled < 1.0
+
+
+def test_requests_at_the_same_time_share_forwards_and_get_their_own_text(tiny_system: System) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    prompts = [list(range(20 + i, 40 + 2 * i)) for i in range(4)]
+
+    def generate(prompt: list[int]) -> tuple[int, ...]:
+        return tiny_system.client.generate(prompt, max_tokens=48, temperature=0, speculation=TREE).token_ids
+
+    alone = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(generate, prompts))
+    assert together == alone
+
+
+def test_stop_string_inside_an_accepted_run_leaks_nothing(tiny_system: System) -> None:
+    whole = tiny_system.client.generate(PROMPT, max_tokens=60, temperature=0, speculation="off").text
+    stop = whole[len(whole) // 2 :][:3]
+    found = tiny_system.client.generate(PROMPT, max_tokens=60, temperature=0, speculation=TREE, stop=[stop])
+    assert found.text == whole[: whole.index(stop)]
+    assert found.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 3, 7])
+def test_max_tokens_cuts_inside_an_accepted_run(tiny_system: System, max_tokens: int) -> None:
+    found = tiny_system.client.generate(PROMPT, max_tokens=max_tokens, temperature=0, speculation=TREE)
+    assert len(found.token_ids) == max_tokens
+    assert found.finish_reason == "length"
+
+
+def test_generation_ends_at_the_context_limit(tiny_system: System) -> None:
+    limit = tiny_system.client.describe_pair().verify.context_length
+    prompt = [50 + i % 100 for i in range(limit - 10)]
+    found = tiny_system.client.generate(prompt, max_tokens=100, temperature=0, speculation=TREE)
+    assert len(found.token_ids) == 10
+    assert found.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"temperature": -0.1}, "sampling.temperature"),
+        ({"temperature": float("nan")}, "sampling.temperature"),
+        ({"top_p": 0.0}, "sampling.top_p"),
+        ({"seed": 7}, "sampling.seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop": [b"\xff\xfe"]}, "stop[0]"),
+        ({"stop": [""]}, "stop[0]"),
+        ({"prompt": []}, "token_ids"),
+        ({"prompt": ""}, "text"),
+        ({"prompt": [10**6]}, "token_ids"),
+        ({"prompt": [5] * 5000}, "token_ids"),
+        ({"speculation": Topology.chain(65)}, "speculation.topology"),
+    ],
+)
+def test_bad_input_is_refused_by_name(tiny_system: System, arguments: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidArgument) as caught:
+        tiny_system.client.generate(**{"prompt": PROMPT, "max_tokens": 4, **arguments})
+    assert caught.value.field == field
+    assert tiny_system.num_slots_used("verify") == 0
+
+
+def test_bad_input_is_refused_by_the_server_itself_whatever_the_client(tiny_system: System) -> None:
+    with open_sync_channel(tiny_system.deployment.address) as channel:
+        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+        request = coordinator_pb2.GenerateRequest(
+            token_ids=coordinator_pb2.TokenIds(ids=PROMPT),
+            sampling=sampling_pb2.Sampling(temperature=-1),
+            stop=[b"\xff"],
+        )
+        with pytest.raises(grpc.RpcError) as caught:
+            next(stub.Generate(request, timeout=10))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert error_from(caught.value).field == "sampling.temperature"
+
+
+def test_model_without_a_chat_template_says_so_or_answers(tiny_system: System) -> None:
+    assert tiny_system.client.generate([Message("user", "hi")], max_tokens=2).token_ids
+
+
+def start(settings: DeploymentSettings) -> None:
+    with Deployment(settings, Steps(Console(quiet=True))):
+        pass
+
+
+def test_unknown_model_stops_the_start_and_says_what_is_possible() -> None:
+    with pytest.raises(Unavailable, match=r"error: model: .*no-such-model"):
+        start(DeploymentSettings(target="no-such-model", has_draft=False, listen="127.0.0.1:0"))
+
+
+def test_mismatched_tokenizers_stop_the_start_and_name_both(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "target", "llama")
+    write_tiny_model(tmp_path / "other", "llama", vocab_size=300)
+    settings = DeploymentSettings(
+        target=str(tmp_path / "target"), draft=str(tmp_path / "other"), listen="127.0.0.1:0", num_threads=1
+    )
+    with pytest.raises(Unavailable, match=r"error: draft: .*different tokenizers"):
+        start(settings)

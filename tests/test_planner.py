@@ -1,0 +1,230 @@
+import json
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sequoia.acceptance import PRIOR
+from sequoia.hardware import LatencyCurve
+from sequoia.optimal_tree import best_first, depth_limited
+from sequoia.planner import PlanInputs, TreePlan, choose, expected_tokens, optimal_tree, price
+from sequoia.topology import Topology
+
+CASES = json.loads(Path(__file__).with_name("data").joinpath("dp_cases.json").read_text())["cases"]
+OPTIMA = [
+    pytest.param(
+        tuple(case["acceptance"]),
+        8 if limit == "unlimited" else int(limit.removeprefix("levels<=")),
+        int(size),
+        optimum,
+    )
+    for case in CASES.values()
+    for limit, optima in case["optimum"].items()
+    for size, optimum in optima.items()
+]
+FLAT = LatencyCurve((1, 32), (0.1, 0.1))
+FREE = LatencyCurve((1, 32), (1e-9, 1e-9))
+
+
+@pytest.mark.parametrize(("acceptance", "levels", "size", "optimum"), OPTIMA)
+def test_optimal_trees_equal_the_brute_force_optima(
+    acceptance: tuple[float, ...], levels: int, size: int, optimum: float | None
+) -> None:
+    [*_, frontier] = depth_limited(acceptance, 8, levels)
+    if optimum is None:
+        assert frontier.tokens[size] == -math.inf
+        with pytest.raises(ValueError, match="no tree"):
+            optimal_tree(acceptance, size, levels)
+        return
+    tree = optimal_tree(acceptance, size, levels)
+    assert (tree.size, tree.levels <= levels) == (size, True)
+    assert expected_tokens(tree, acceptance) == pytest.approx(optimum)
+    assert expected_tokens(frontier.tree(size), acceptance) == pytest.approx(optimum)
+    assert frontier.tokens[size] == pytest.approx(optimum)
+
+
+def test_best_first_and_dynamic_programming_agree_where_both_apply() -> None:
+    by_levels = depth_limited(PRIOR, 80, 7)
+    for levels, exact in enumerate(by_levels, start=1):
+        greedy = best_first(PRIOR, 80, levels)
+        assert greedy.tokens.tolist() == pytest.approx(exact.tokens.tolist())
+
+
+@pytest.mark.parametrize("acceptance", [PRIOR, (0.3, 0.1, 0.5)])
+def test_internal_nodes_are_counted_by_depth(acceptance: tuple[float, ...]) -> None:
+    for frontier in (depth_limited(acceptance, 30, 5)[-1], best_first(acceptance, 30, 5)):
+        tree = frontier.tree(30)
+        depths = [tree.depths[node] for node in tree.internal_nodes]
+        assert frontier.internal[30].tolist() == [depths.count(depth) for depth in range(5)]
+
+
+def test_dynamic_programming_beats_best_first_on_noisy_vectors() -> None:
+    noisy = (0.3, 0.1, 0.5)
+    assert expected_tokens(optimal_tree(noisy, 7, 7), noisy) == pytest.approx(2.35)
+    assert best_first(noisy, 7, 7).tokens[7] == pytest.approx(2.19)
+
+
+def test_the_paper_vectors_give_the_published_expectations() -> None:
+    assert expected_tokens(optimal_tree(PRIOR, 8, 8), PRIOR) == pytest.approx(3.846, abs=5e-4)
+
+
+def outcomes(topology: Topology, acceptance: tuple[float, ...], node: int = 0) -> Iterator[tuple[float, int]]:
+    """Every way a step can go from `node` on: its probability and the tokens it commits."""
+    stays = 1.0
+    for child, probability in zip(topology.children[node], acceptance, strict=False):
+        stays -= probability
+        for below, tokens in outcomes(topology, acceptance, child):
+            yield probability * below, tokens + 1
+    yield stays, 1
+
+
+def test_expected_tokens_is_the_mean_over_all_outcomes() -> None:
+    acceptance = (0.5, 0.25, 0.125)
+    tree = Topology((-1, 0, 0, 0, 1, 1, 3, 4))
+    assert sum(probability for probability, _ in outcomes(tree, acceptance)) == pytest.approx(1.0)
+    mean = sum(probability * tokens for probability, tokens in outcomes(tree, acceptance))
+    assert expected_tokens(tree, acceptance) == pytest.approx(mean)
+
+
+def test_ranks_without_a_measurement_add_nothing() -> None:
+    assert expected_tokens(Topology((-1, 0, 0)), (0.5,)) == 1.5
+
+
+def test_off_wins_when_the_draft_is_as_slow_as_the_target() -> None:
+    plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FLAT))
+    assert (plan.kind, plan.parents, plan.speedup, plan.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
+    assert plan.best_tree is not None
+    assert plan.best_tree.speedup < 1.0
+    assert plan.best_tree.topology.size > 1
+
+
+def test_a_tree_as_large_as_can_be_wins_when_draft_and_width_cost_nothing() -> None:
+    plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
+    assert (plan.kind, plan.topology.size) == ("tree", 32)
+    assert plan.speedup == pytest.approx(plan.tokens_per_step, rel=1e-6)
+    assert plan.best_tree is not None
+    assert plan.best_tree.parents == plan.parents
+
+
+def test_a_chain_wins_when_siblings_are_never_accepted() -> None:
+    steep = LatencyCurve((1, 4, 8), (0.1, 0.12, 10.0))
+    assert choose(PlanInputs((0.8, 0.0), verify_curve=steep, draft_curve=FREE)).kind == "chain"
+
+
+def test_a_chain_wins_where_every_tree_of_most_tokens_drafts_two_rows_at_once() -> None:
+    only_five = LatencyCurve((1, 2, 4, 5), (1.0, 100.0, 100.0, 1.0))
+    only_one_row = LatencyCurve((1, 2, 5), (0.01, 100.0, 100.0))
+    plan = choose(PlanInputs((0.5, 0.4), verify_curve=only_five, draft_curve=only_one_row))
+    assert plan.parents == Topology.chain(5).parents
+
+
+def test_longer_round_trips_make_larger_trees_and_then_none() -> None:
+    curve = LatencyCurve((1, 64), (0.01, 0.04))
+    near = PlanInputs(PRIOR, verify_curve=curve, draft_curve=FREE)
+    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).topology.size for rtt in (0.0, 0.005, 0.02, 1.0)]
+    assert sizes[0] < sizes[1] < sizes[2]
+    assert sizes[3] == 1
+
+
+def test_the_price_counts_every_forward_and_every_round_trip() -> None:
+    inputs = PlanInputs(
+        (0.5, 0.25), LatencyCurve((1, 9), (1.0, 9.0)), LatencyCurve((1, 2), (0.1, 0.3)), 0.5, 0.25, 0.125
+    )
+    priced = price(Topology((-1, 0, 0, 1, 2)), inputs)
+    assert priced.tokens_per_step == 1 + 0.75 + 0.5 * 0.5 + 0.25 * 0.5
+    assert priced.seconds_per_token == pytest.approx((5.0 + 0.1 + 0.3 + 0.875) / 2.125)
+    assert priced.speedup == pytest.approx(1.0 / priced.seconds_per_token)
+
+
+@pytest.mark.parametrize("acceptance", [(0.6, 0.2, 0.1), (0.3, 0.1, 0.4)])
+def test_the_choice_is_the_cheapest_of_all_small_trees_of_most_tokens(acceptance: tuple[float, ...]) -> None:
+    inputs = PlanInputs(acceptance, LatencyCurve((1, 6), (0.1, 0.14)), LatencyCurve((1, 6), (0.01, 0.02)), 0.01, 0.01)
+    optima = [optimal_tree(acceptance, n, d) for n, d in product(range(2, 7), range(2, 7)) if n <= 1 + 3 * (d - 1)]
+    cheapest = min(price(tree, inputs).seconds_per_token for tree in optima)
+    assert choose(inputs).seconds_per_token == pytest.approx(cheapest)
+
+
+def test_trees_stay_within_the_given_limits_and_the_measured_widths() -> None:
+    inputs = PlanInputs((0.4, 0.3, 0.2), verify_curve=FLAT, draft_curve=LatencyCurve((1, 2), (1e-9, 1e-9)))
+    plan = choose(inputs, max_size=20, max_levels=3)
+    internal_depths = [plan.topology.depths[node] for node in plan.topology.internal_nodes]
+    assert plan.topology.levels <= 3
+    assert plan.topology.size <= 20
+    assert max(internal_depths.count(depth) for depth in range(3)) <= 2
+
+
+def random_inputs(generator: random.Random) -> PlanInputs:
+    weights = [generator.random() for _ in range(5)]
+    acceptance = tuple(0.9 * weight / sum(weights) for weight in weights)
+    return PlanInputs(acceptance, LatencyCurve((1, 16), (0.1, generator.uniform(0.1, 0.3))), FREE, 0.001, 0.002, 0.003)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_plan_survives_json(seed: int) -> None:
+    plan = choose(random_inputs(random.Random(seed)))
+    assert TreePlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("schema", "sequoia.tree_plan.v0"),
+        ("parents", [-1, 0, 7]),
+        ("parents", [-1, 0, 0.5]),
+        ("kind", "magic"),
+        ("speedup", 100.0),
+        ("tokens_per_step", float("nan")),
+        ("best_tree", 3),
+        ("inputs", {}),
+        ("note", "one key too many"),
+    ],
+)
+def test_a_document_that_was_tampered_with_is_refused(key: str, value: object) -> None:
+    document = choose(PlanInputs((0.6, 0.2), FLAT, FREE)).to_dict()
+    with pytest.raises(ValueError, match="not a tree plan"):
+        TreePlan.from_json(json.dumps({**document, key: value}))
+
+
+@pytest.mark.parametrize("document", ["", "7", "[]", "{}", "{", b"\xff\x00", "[" * 100_000])
+def test_a_document_that_is_no_plan_is_refused(document: str | bytes) -> None:
+    with pytest.raises(ValueError, match="not a tree plan"):
+        TreePlan.from_json(document)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"acceptance": (0.7, 0.7)},
+        {"acceptance": (-0.1,)},
+        {"acceptance": (math.nan,)},
+        {"draft_rtt_seconds": -1.0},
+        {"host_seconds": math.inf},
+        {"verify_curve": LatencyCurve((2, 4), (0.1, 0.1))},
+    ],
+)
+def test_inputs_that_cannot_be_right_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        replace(PlanInputs((0.6,), FLAT, FREE), **change)
+
+
+def test_a_curve_is_linear_between_its_widths_and_ends_with_them() -> None:
+    curve = LatencyCurve.from_dict({"8": 0.8, "2": 0.2})
+    assert curve.at(5) == pytest.approx(0.5)
+    assert LatencyCurve.from_dict(curve.to_dict()) == curve
+    for outside in (1, 9):
+        with pytest.raises(ValueError, match="measured from 2 to 8 only"):
+            curve.at(outside)
+
+
+@pytest.mark.parametrize(
+    ("widths", "seconds"),
+    [((), ()), ((1,), ()), ((0,), (1.0,)), ((2, 1), (1.0, 1.0)), ((1,), (0.0,)), ((1,), (math.nan,))],
+)
+def test_a_curve_that_cannot_be_measured_is_refused(widths: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="latency curve"):
+        LatencyCurve(widths, seconds)
