@@ -59,8 +59,9 @@ class Report:
         message.num_drafted_steps += 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
-        del message.topology.parents[:]
-        message.topology.parents.extend(topology.parents)
+        # Trees are cut towards the end of an answer, so the last one would say little.
+        if topology.size > len(message.topology.parents):
+            message.topology.parents[:] = topology.parents
         for node in (0, *verdict.accepted_nodes):
             for rank in range(len(topology.children[node])):
                 _increment(message.num_offered_by_rank, rank)

@@ -154,12 +154,16 @@ class DraftStream:
 
     def _reply(self, pending: asyncio.Task[draft_pb2.DraftResponse]) -> draft_pb2.DraftResponse | None:
         self._pending = None
-        error = pending.exception()
-        if error is None and pending.result().step == self._step:
-            self._acknowledged = pending.result().num_committed
-            return pending.result()
-        self._lose(f"draft: {error or 'answered another step'}")
-        return None
+        try:
+            response = pending.result()
+        except SequoiaError as error:
+            self._lose(f"draft: lost ({error.code.name}: {error})")
+            return None
+        if response.step != self._step:
+            self._lose(f"draft: lost (answered step {response.step} instead of {self._step})")
+            return None
+        self._acknowledged = response.num_committed
+        return response
 
     def _lose(self, reason: str) -> None:
         assert self._call is not None

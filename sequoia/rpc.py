@@ -41,6 +41,8 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", _KEEPALIVE_MS // 2),
     ("grpc.keepalive_permit_without_calls", 1),
+    # gRPC's own bandwidth probes are pings too, and a busy client would be shut out for them ("too_many_pings").
+    ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
     # Two servers on one port would share its connections in silence.

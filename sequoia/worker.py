@@ -7,11 +7,11 @@ import os
 import secrets
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import torch
+from filelock import FileLock
 
 from sequoia.config import setting
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, register
@@ -76,22 +76,24 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
     register()
-    cache_dir = Path(config.cache_dir) if config.cache_dir else None
+    files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
     model = load_model(
-        resolve(config.model, revision=config.revision or None, cache_dir=cache_dir),
+        files,
         dtype=config.dtype,
         quantization=config.quantization,
         device=config.device,
         attn_implementation=TREE_ATTENTION,
         trust_remote_code=config.trust_remote_code,
-        cache_dir=cache_dir,
     )
     context_length = _context_length(config, model)
     num_layers = model.module.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
     engine = Engine(model.module, cache, model.device, model.dtype)
     widths = [width for width in _LATENCY_WIDTHS if width <= max(config.max_tree_size, 1)]
-    curve = measure_latency(engine, widths)
+    # Workers of one machine take turns, or each would measure the other.
+    files.cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(files.cache_dir / "measuring.lock"):
+        curve = measure_latency(engine, widths)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
         role=role,

@@ -28,7 +28,9 @@ def test_draft_killed_in_mid_request_costs_no_text(own_tiny_system: System) -> N
     client = own_tiny_system.client
     undisturbed = client.generate(PROMPT, max_tokens=200, temperature=0, speculation="off")
     stream = client.stream(PROMPT, max_tokens=200, temperature=0, speculation=TREE)
-    token_ids = [*next(stream).token_ids, *next(stream).token_ids, *next(stream).token_ids]
+    token_ids: list[int] = []
+    while len(token_ids) < 40:
+        token_ids.extend(next(stream).token_ids)
     own_tiny_system.deployment.kill("draft")
     for chunk in stream:
         token_ids.extend(chunk.token_ids)
@@ -37,7 +39,7 @@ def test_draft_killed_in_mid_request_costs_no_text(own_tiny_system: System) -> N
     assert last.generation is not None
     assert last.generation.speculation.num_drafted_steps > 0
     assert last.generation.speculation.num_fallback_steps > 0
-    assert "draft" in last.generation.speculation.fallback_reason
+    assert last.generation.speculation.fallback_reason.startswith("draft: lost (UNAVAILABLE")
     assert own_tiny_system.status("draft") == grpc.StatusCode.UNAVAILABLE
     assert own_tiny_system.num_slots_used("verify") == 0
 
@@ -101,7 +103,7 @@ def test_generation_ends_at_the_context_limit(tiny_system: System) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": [b"\xff\xfe"]}, "stop[0]"),
         ({"stop": [""]}, "stop[0]"),
-        ({"prompt": []}, "token_ids"),
+        ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "text"),
         ({"prompt": [10**6]}, "token_ids"),
         ({"prompt": [5] * 5000}, "token_ids"),
@@ -139,7 +141,7 @@ def start(settings: DeploymentSettings) -> None:
 
 
 def test_unknown_model_stops_the_start_and_says_what_is_possible() -> None:
-    with pytest.raises(Unavailable, match=r"error: model: .*no-such-model"):
+    with pytest.raises(InvalidArgument, match=r"model: .*no-such-model.*hub id"):
         start(DeploymentSettings(target="no-such-model", has_draft=False, listen="127.0.0.1:0"))
 
 

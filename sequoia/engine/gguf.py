@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import tempfile
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from sequoia.engine.sources import ModelFiles
 from sequoia.errors import InvalidArgument
@@ -29,7 +32,10 @@ def dense_files(files: ModelFiles, dtype: torch.dtype) -> ModelFiles:
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             _LOG.info("converting %s to %s", files.gguf_file, folder)
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
+            with (
+                tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch,
+                _quiet_unless_terminal(),
+            ):
                 _convert(files, dtype, Path(scratch) / "model")
                 os.replace(Path(scratch) / "model", folder)
     return replace(files, directory=folder, gguf_file=None)
@@ -53,9 +59,16 @@ def _convert(files: ModelFiles, dtype: torch.dtype, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def tie_equal_head(module: nn.Module) -> None:
+def _quiet_unless_terminal() -> AbstractContextManager[object]:
+    """The reader's progress bar cannot be switched off, and would break up the JSON lines of the log."""
+    return nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO())
+
+
+def tie_equal_head(module: PreTrainedModel) -> None:
     """Tie a head that equals the embedding: some files hold a tied matrix twice."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
     if head.weight is not embedding.weight and torch.equal(head.weight, embedding.weight):
         module.config.tie_word_embeddings = True
         module.tie_weights()

@@ -14,8 +14,9 @@ _REDUCE_RANGE = True
 class Int8Linear(nn.Module):
     """A linear layer with int8 weights, scaled per output row and held packed, and int8 activations.
 
-    Activations are scaled by the range of the whole input, so **a row's result depends on the rows beside it**: good
-    for a draft, never for a target, whose distribution must not depend on the tree.
+    Activations are scaled by their own row, but the kernel's zero point comes from the whole input, so **a row's result
+    depends on the rows beside it**: good for a draft, never for a target, whose distribution must not depend on the
+    tree.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -25,15 +26,17 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-        bias = None if linear.bias is None else linear.bias.detach().float()
-        self._packed = torch.ops.quantized.linear_prepack(quantized, bias)
+        self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        self._bias = 0.0 if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, rows: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features), same dtype
         """The product; no rows give no rows, which the kernel itself refuses."""
         if rows.numel() == 0:
             return rows.new_empty((*rows.shape[:-1], self.out_features))
-        output = torch.ops.quantized.linear_dynamic(rows.float(), self._packed, _REDUCE_RANGE)
-        return output.to(rows.dtype)
+        # The kernel has one scale for all rows: without this one outlier token rounds all the others to nothing.
+        largest = rows.float().abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        output = torch.ops.quantized.linear_dynamic(rows.float() / largest, self._packed, _REDUCE_RANGE)
+        return (output * largest + self._bias).to(rows.dtype)
 
 
 def quantize_int8(module: nn.Module) -> None:

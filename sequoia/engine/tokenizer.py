@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from sequoia.engine.sources import ModelFiles
 from sequoia.errors import InvalidArgument
@@ -37,13 +37,16 @@ def describe_tokenizer(
     The tokens that end a sequence are those of the generation config; where it names none, the model config's; where
     that names none, the tokenizer's. Raises InvalidArgument naming `model` when there is no fast tokenizer.
     """
+    # AutoTokenizer rebuilds the tokenizer of some model types from its vocabulary, with another normaliser and tokens
+    # of its own; what the model was trained with is tokenizer.json.
+    kind = PreTrainedTokenizerFast if (files.directory / "tokenizer.json").exists() else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
+        tokenizer = kind.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidArgument(f"the tokenizer of {files.reference} cannot be loaded: {error}", "model") from error
     if not tokenizer.is_fast:
-        kind = type(tokenizer).__name__
-        raise InvalidArgument(f"{files.reference} has only a Python tokenizer ({kind}); a fast one is needed", "model")
+        name = type(tokenizer).__name__
+        raise InvalidArgument(f"{files.reference} has only a Python tokenizer ({name}); a fast one is needed", "model")
     # A copy: lengths from training, saved with the tokenizer, would cut or pad prompts in silence.
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()

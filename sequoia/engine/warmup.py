@@ -16,12 +16,12 @@ _ROUNDS = 3
 
 
 def measure_latency(engine: Engine, widths: Sequence[int]) -> LatencyCurve:
-    """Medians over interleaved rounds behind a short context; the first round, which allocates, is thrown away."""
+    """Medians over interleaved rounds behind a short context, after a first forward that allocates."""
     with engine.cache.slot() as slot:
-        engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=False)])
+        engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
         slot.keep(range(_CONTEXT_TOKENS))
-        rounds = [[_seconds(engine, slot, width) for width in widths] for _ in range(1 + _ROUNDS)]
-    return LatencyCurve(tuple(widths), tuple(median(column) for column in zip(*rounds[1:], strict=True)))
+        rounds = [[_seconds(engine, slot, width) for width in widths] for _ in range(_ROUNDS)]
+    return LatencyCurve(tuple(widths), tuple(median(column) for column in zip(*rounds, strict=True)))
 
 
 def _seconds(engine: Engine, slot: KVSlot, width: int) -> float:
