@@ -59,6 +59,12 @@ class Usage:
         """Generated tokens by total time, prefill included."""
         return self.num_completion_tokens / self.total_seconds if self.total_seconds else 0.0
 
+    @property
+    def time_per_output_token_seconds(self) -> float:
+        """Time per generated token after the first (TPOT); 0 for a single token."""
+        num_tokens = self.num_completion_tokens - 1
+        return (self.total_seconds - self.time_to_first_token_seconds) / num_tokens if num_tokens > 0 else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
@@ -110,7 +116,11 @@ class Generation:
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
-            "usage": {**asdict(self.usage), "tokens_per_second": self.usage.tokens_per_second},
+            "usage": {
+                **asdict(self.usage),
+                "time_per_output_token_seconds": self.usage.time_per_output_token_seconds,
+                "tokens_per_second": self.usage.tokens_per_second,
+            },
             "speculation": {
                 "steps": speculation.pop("num_steps"),
                 "mean_tokens_per_step": self.speculation.mean_tokens_per_step,

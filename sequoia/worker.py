@@ -71,8 +71,8 @@ class Worker:
         return self.executor.engine.cache
 
 
-def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
-    """Load the model, allocate the KV pool, measure the latency curve, start the engine's thread."""
+def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
+    """Load the model, allocate the KV pool, measure the latency curve. Runs on the engine's thread."""
     num_threads = config.num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(num_threads)
     register()
@@ -88,7 +88,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
     context_length = _context_length(config, model)
     num_layers = model.module.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
-    engine = Engine(model.module, cache, model.device, model.dtype)
+    executor.engine = engine = Engine(model.module, cache, model.device, model.dtype)
     widths = [width for width in _LATENCY_WIDTHS if width <= max(config.max_tree_size, 1)]
     # Workers of one machine take turns, or each would measure the other.
     files.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -111,9 +111,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole) -> Worker:
         latency=worker_pb2.LatencyCurve(num_tokens=curve.num_tokens, seconds=curve.seconds),
         num_slots=config.num_slots,
     )
-    return Worker(
-        model, Executor(engine, config.prefill_chunk + config.max_tree_size), description, config.prefill_chunk
-    )
+    return Worker(model, executor, description, config.prefill_chunk)
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
@@ -131,8 +129,8 @@ def serve(
     add_servicer: Callable[[Worker, grpc.aio.Server], None],
 ) -> None:
     """Run a worker until SIGTERM or SIGINT. Prints one JSON line with its address when it serves."""
-    worker = start_worker(config, role)
-    with worker.executor:
+    with Executor(config.prefill_chunk + config.max_tree_size) as executor:
+        worker = executor.call(lambda: start_worker(config, role, executor))
         asyncio.run(_serve(config, worker, service, add_servicer))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,13 @@ def test_packed_batch_of_four_ragged_sessions_equals_four_single_ones(pair: tupl
         assert (together - alone).abs().max() < TOLERANCE
 
 
+@contextmanager
+def running(engine: Engine) -> Iterator[Executor]:
+    with Executor(max_forward_tokens=64) as executor:
+        executor.engine = engine
+        yield executor
+
+
 async def test_jobs_of_several_sessions_share_forwards_and_keep_their_results_apart(
     pair: tuple[Engine, Oracle],
 ) -> None:
@@ -137,7 +146,7 @@ async def test_jobs_of_several_sessions_share_forwards_and_keep_their_results_ap
     prompts = [random_tokens(length, seed=length) for length in (5, 40, 23)]
     before = engine.num_forwards
     cache = engine.cache
-    with Executor(engine, max_forward_tokens=64) as executor, cache.slot() as a, cache.slot() as b, cache.slot() as c:
+    with running(engine) as executor, cache.slot() as a, cache.slot() as b, cache.slot() as c:
         jobs = [job(slot, prompt) for slot, prompt in zip((a, b, c), prompts, strict=True)]
         found = await asyncio.gather(*map(executor.run, jobs))
     for logits, prompt in zip(found, prompts, strict=True):
@@ -152,7 +161,7 @@ async def test_an_error_in_one_job_reaches_its_caller_and_no_other(pair: tuple[E
         yield chunk_segment(slot, [1, 2, 3], logits=False)
         raise ValueError("mine")
 
-    with Executor(engine, max_forward_tokens=64) as executor, engine.cache.slot() as a, engine.cache.slot() as b:
+    with running(engine) as executor, engine.cache.slot() as a, engine.cache.slot() as b:
         results = await asyncio.gather(
             executor.run(failing(a)), executor.run(feed(b, (1, 2, 3), 2)), return_exceptions=True
         )

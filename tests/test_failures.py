@@ -104,7 +104,6 @@ def test_generation_ends_at_the_context_limit(tiny_system: System) -> None:
         ({"stop": [b"\xff\xfe"]}, "stop[0]"),
         ({"stop": [""]}, "stop[0]"),
         ({"prompt": []}, "prompt"),
-        ({"prompt": ""}, "text"),
         ({"prompt": [10**6]}, "token_ids"),
         ({"prompt": [5] * 5000}, "token_ids"),
         ({"speculation": Topology.chain(65)}, "speculation.topology"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -52,11 +54,15 @@ class Engine:
 class _Task(Generic[Result]):
     """A job on its way: what it wants forwarded next, and who waits for its result."""
 
-    def __init__(self, job: Job[Result], loop: asyncio.AbstractEventLoop) -> None:
-        self.job, self._loop = job, loop
-        self.future: asyncio.Future[Result] = loop.create_future()
+    def __init__(self, job: Job[Result]) -> None:
+        self.job = job
+        self.future: Future[Result] = Future()
         self.wanted: Segment | None = None
-        self.abandoned = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits any more."""
+        return self.future.cancelled()
 
     def advance(self, logits: Tensor | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
@@ -66,16 +72,18 @@ class _Task(Generic[Result]):
         except StopIteration as end:
             self._finish(self.future.set_result, end.value)
         except Exception as error:  # noqa: BLE001 - it belongs to the one who awaits the job
-            self._finish(self.future.set_exception, error)
+            self.fail(error)
         return False
 
     def fail(self, error: Exception) -> None:
-        """End the job with an error that came from outside it."""
+        """End the job with an error."""
         self.job.close()
         self._finish(self.future.set_exception, error)
 
-    def _finish(self, setter: Any, value: Any) -> None:
-        self._loop.call_soon_threadsafe(lambda: None if self.future.done() else setter(value))
+    @staticmethod
+    def _finish(settle: Callable[[Any], None], value: object) -> None:
+        with suppress(InvalidStateError):  # abandoned at this very moment
+            settle(value)
 
 
 class Executor:
@@ -85,8 +93,9 @@ class Executor:
     the next turn, so a long prompt, fed in chunks, never stalls the others for more than a forward.
     """
 
-    def __init__(self, engine: Engine, max_forward_tokens: int) -> None:
-        self.engine = engine
+    engine: Engine
+
+    def __init__(self, max_forward_tokens: int) -> None:
         self._max_forward_tokens = max_forward_tokens
         self._tasks: deque[_Task[Any]] = deque()
         self._new: deque[_Task[Any]] = deque()
@@ -106,16 +115,29 @@ class Executor:
             self._wake.notify()
         self._thread.join()
 
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function on the engine's thread and wait for it: all of a model's life is spent there.
+
+        A model that is loaded or measured on another thread leaves a second OpenMP pool behind. With more threads than
+        cores the pools stop spinning at their barriers, and every later forward is slower by a third.
+        """
+
+        def job() -> Job[Result]:
+            return function()
+            yield
+
+        return self._submit(job()).result()
+
     async def run(self, job: Job[Result]) -> Result:
         """The job's result. Cancelling the caller drops the job before its next forward."""
-        task = _Task(job, asyncio.get_running_loop())
+        return await asyncio.wrap_future(self._submit(job))
+
+    def _submit(self, job: Job[Result]) -> Future[Result]:
+        task = _Task(job)
         with self._wake:
             self._new.append(task)
             self._wake.notify()
-        try:
-            return await task.future
-        finally:
-            task.abandoned = True
+        return task.future
 
     def _run(self) -> None:
         with torch.inference_mode():
