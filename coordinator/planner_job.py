@@ -9,7 +9,7 @@ from sequoia.acceptance import AcceptanceCounts
 from sequoia.client import AsyncClient, SpeculationFigures
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.hardware import LatencyCurve
-from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
+from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose, draft_seconds
 from sequoia.topology import Topology
 from sequoia.tree_cache import TreeCache, temperature_bucket
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
@@ -44,9 +44,9 @@ async def plan_pair(
     """One plan per temperature, in that order, measured on the coordinator at `address` and stored in Redis.
 
     Acceptance is counted while the pair generates `max_tokens` tokens from each prompt; the latency curves are those
-    that the workers measured. `on_progress` is called with (prompts done, prompts in all). Raises InvalidArgument for
-    two temperatures of one bucket, FailedPrecondition for a pair that cannot be planned for (no draft worker, say),
-    Unavailable when a part cannot be reached.
+    that the workers measured, scaled to what the same forwards took in the loop. `on_progress` is called with (prompts
+    done, prompts in all). Raises InvalidArgument for two temperatures of one bucket, FailedPrecondition for a pair that
+    cannot be planned for (no draft worker, say), Unavailable when a part cannot be reached.
     """
     _check_buckets(temperatures)
     total = len(temperatures) * len(prompts)
@@ -56,46 +56,75 @@ async def plan_pair(
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
         for temperature in temperatures:
+            plain = await client.generate(prompts[0], max_tokens=max_tokens, temperature=temperature, speculation="off")
             figures: list[SpeculationFigures] = []
             for prompt in prompts:
                 on_progress(len(plans) * len(prompts) + len(figures), total)
                 figures.append(await _speculate(client, pair, prompt, temperature, max_tokens))
             limit = max_tree_size(pair.verify, pair.draft)
-            plans.append(choose(plan_inputs(pair, figures), max_size=limit, max_levels=max_levels))
+            inputs = plan_inputs(pair, plain.speculation, figures)
+            plans.append(choose(inputs, max_size=limit, max_levels=max_levels))
             key = plan_key(pair.verify, pair.draft, temperature_bucket(temperature))
             await cache.put(key, plans[-1], ttl_seconds)
         on_progress(total, total)
     return plans
 
 
-def plan_inputs(pair: DescribePairResponse, figures: Sequence[SpeculationFigures]) -> PlanInputs:
-    """What a plan for this pair follows from, by its workers' measurements and by what speculation did.
+def plan_inputs(
+    pair: DescribePairResponse, plain: SpeculationFigures, drafted: Sequence[SpeculationFigures]
+) -> PlanInputs:
+    """What a plan for this pair follows from: its workers' measurements, and what plain and drafted steps took.
 
     Raises Unavailable when no step was drafted, FailedPrecondition when a worker's measurements are of no use.
     """
     counts = sum(
-        (AcceptanceCounts(each.offered_by_rank, each.accepted_by_rank) for each in figures), AcceptanceCounts()
+        (AcceptanceCounts(each.offered_by_rank, each.accepted_by_rank) for each in drafted), AcceptanceCounts()
     )
     if not counts.offered:
-        raise Unavailable(f"no step was drafted: {next((each.fallback_reason for each in figures), 'no prompts')}")
+        raise Unavailable(f"no step was drafted: {next((each.fallback_reason for each in drafted), 'no prompts')}")
     try:
         return PlanInputs(
             acceptance=counts.vector(),
-            verify_curve=_curve(pair.verify),
-            draft_curve=_curve(pair.draft),
+            verify_curve=_verify_curve(pair, plain, drafted),
+            draft_curve=_draft_curve(pair, drafted),
             draft_rtt_seconds=pair.draft_rtt_seconds,
             verify_rtt_seconds=pair.verify_rtt_seconds,
-            host_seconds=sum(each.stage_seconds.host for each in figures) / sum(each.num_steps for each in figures),
+            host_seconds=sum(each.stage_seconds.host for each in drafted) / sum(each.num_steps for each in drafted),
         )
     except ValueError as error:
         raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
 
 
+def _verify_curve(
+    pair: DescribePairResponse, plain: SpeculationFigures, drafted: Sequence[SpeculationFigures]
+) -> LatencyCurve:
+    """t(1) as plain decoding took it, t(n) scaled to what the measuring tree took: beside a draft both are longer."""
+    curve, size = _curve(pair.verify), _measuring_tree(pair).size
+    plain_seconds = plain.stage_seconds.verify / plain.num_steps if plain.num_steps else curve.at(1)
+    num_drafted = sum(each.num_drafted_steps for each in drafted)
+    num_plain = sum(each.num_steps for each in drafted) - num_drafted
+    tree_seconds = (sum(each.stage_seconds.verify for each in drafted) - num_plain * plain_seconds) / num_drafted
+    wider = curve.scaled(tree_seconds / curve.at(size)).seconds[1:]
+    return LatencyCurve(curve.num_tokens, (plain_seconds, *wider))
+
+
+def _draft_curve(pair: DescribePairResponse, drafted: Sequence[SpeculationFigures]) -> LatencyCurve:
+    """The worker's curve, scaled to what growing the measuring tree took."""
+    curve = _curve(pair.draft)
+    measured = sum(each.stage_seconds.draft for each in drafted) / sum(each.num_drafted_steps for each in drafted)
+    return curve.scaled(measured / draft_seconds(_measuring_tree(pair), curve))
+
+
+def _measuring_tree(pair: DescribePairResponse) -> Topology:
+    return Topology(MEASURING_TREE.parents[: max_tree_size(pair.verify, pair.draft)])
+
+
 async def _speculate(
     client: AsyncClient, pair: DescribePairResponse, prompt: str, temperature: float, max_tokens: int
 ) -> SpeculationFigures:
-    tree = Topology(MEASURING_TREE.parents[: max_tree_size(pair.verify, pair.draft)])
-    generation = await client.generate(prompt, max_tokens=max_tokens, temperature=temperature, speculation=tree)
+    generation = await client.generate(
+        prompt, max_tokens=max_tokens, temperature=temperature, speculation=_measuring_tree(pair)
+    )
     return generation.speculation
 
 

@@ -44,6 +44,10 @@ class LatencyCurve:
         """The widest forward measured."""
         return self.num_tokens[-1]
 
+    def scaled(self, factor: float) -> LatencyCurve:
+        """The same curve with every time multiplied."""
+        return LatencyCurve(self.num_tokens, tuple(factor * seconds for seconds in self.seconds))
+
     def at(self, num_tokens: int) -> float:
         """Seconds of a forward of `num_tokens`. Raises ValueError outside the measured range."""
         if not self.num_tokens[0] <= num_tokens <= self.max_tokens:

@@ -14,7 +14,16 @@ from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import Frontier, expected_tokens, frontiers, optimal_tree
 from sequoia.topology import Topology
 
-__all__ = ["PlanInputs", "PricedTree", "TreePlan", "choose", "expected_tokens", "optimal_tree", "price"]
+__all__ = [
+    "PlanInputs",
+    "PricedTree",
+    "TreePlan",
+    "choose",
+    "draft_seconds",
+    "expected_tokens",
+    "optimal_tree",
+    "price",
+]
 
 SCHEMA = "sequoia.tree_plan.v1"
 MAX_LEVELS = 16
@@ -167,18 +176,23 @@ def price(topology: Topology, inputs: PlanInputs) -> PricedTree:
     off_seconds = inputs.verify_curve.at(1)
     if topology.size == 1:
         return PricedTree(topology, 1.0, off_seconds, 1.0)
-    widths = np.bincount([topology.depths[node] for node in topology.internal_nodes])
-    draft_seconds = sum(inputs.draft_curve.at(int(width)) for width in widths)
-    step_seconds = inputs.verify_curve.at(topology.size) + draft_seconds + inputs.overhead_seconds
+    drafting = draft_seconds(topology, inputs.draft_curve)
+    step_seconds = inputs.verify_curve.at(topology.size) + drafting + inputs.overhead_seconds
     tokens = expected_tokens(topology, inputs.acceptance)
     return PricedTree(topology, tokens, step_seconds / tokens, off_seconds / (step_seconds / tokens))
+
+
+def draft_seconds(topology: Topology, curve: LatencyCurve) -> float:
+    """Seconds to grow a tree: one forward per level with internal nodes, as wide as they are many."""
+    widths = np.bincount([topology.depths[node] for node in topology.internal_nodes])
+    return sum(curve.at(int(width)) for width in widths)
 
 
 def _cheapest(frontier: Frontier, inputs: PlanInputs) -> Topology:
     """The size with the fewest seconds per token, of the sizes that have a tree."""
     max_size = len(frontier.tokens) - 1
-    draft_seconds = inputs.draft_curve.table(max_size)[frontier.internal].sum(axis=1)
-    step_seconds = inputs.verify_curve.table(max_size) + draft_seconds + inputs.overhead_seconds
+    drafting = inputs.draft_curve.table(max_size)[frontier.internal].sum(axis=1)
+    step_seconds = inputs.verify_curve.table(max_size) + drafting + inputs.overhead_seconds
     with np.errstate(invalid="ignore"):
         seconds = np.where(frontier.tokens > 0.0, step_seconds / frontier.tokens, np.inf)
     # Size 1 is off, and has no round trips.

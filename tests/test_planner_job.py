@@ -30,8 +30,10 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             num_drafted_steps=1000,
             num_offered_by_rank=[20_000, 20_000],
             num_accepted_by_rank=[12_000, 4_000],
-            stages=pb.StageSeconds(host=3.0),
+            # The measuring tree of 16 nodes took twice what the curve says, and its 3 draft forwards three times.
+            stages=pb.StageSeconds(host=3.0, verify=1000 * 2 * (0.100 + 0.010 * 15 / 63), draft=1000 * 3 * 0.003),
         )
+        self.plain_report = pb.SpeculationReport(num_steps=10, stages=pb.StageSeconds(verify=1.5))
         self.requests: list[pb.GenerateRequest] = []
 
     async def DescribePair(self, request: pb.DescribePairRequest, context: Context) -> pb.DescribePairResponse:
@@ -39,7 +41,9 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
-        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_LENGTH, speculation=self.report))
+        is_off = request.speculation.mode == pb.SPECULATION_MODE_OFF
+        report = self.plain_report if is_off else self.report
+        yield pb.GenerateResponse(finish=pb.Finish(reason=pb.FINISH_REASON_LENGTH, speculation=report))
 
 
 def curve(first: float, last: float) -> LatencyCurve:
@@ -70,7 +74,9 @@ async def test_the_plan_follows_from_what_was_measured_and_lands_in_redis(
 ) -> None:
     [plan] = await plan_pair(address, redis.url, temperatures=[0.6], prompts=["a", "b"])
     assert plan.inputs.acceptance[:2] == pytest.approx((0.6, 0.2), abs=1e-3)
-    assert plan.inputs.verify_curve.at(64) == 0.110
+    assert plan.inputs.verify_curve.at(1) == pytest.approx(0.15)
+    assert plan.inputs.verify_curve.at(64) == pytest.approx(0.22)
+    assert plan.inputs.draft_curve.at(1) == pytest.approx(0.003)
     assert (plan.inputs.verify_rtt_seconds, plan.inputs.draft_rtt_seconds) == (0.002, 0.001)
     assert plan.inputs.host_seconds == pytest.approx(0.003)
     assert (plan.kind, plan.topology.size <= 16) == ("tree", True)
@@ -86,7 +92,7 @@ async def test_acceptance_is_measured_with_a_wide_tree_that_both_workers_take(
     await plan_pair(
         address, redis.url, prompts=["a", "b"], max_tokens=9, on_progress=lambda done, total: seen.append((done, total))
     )
-    [first, _] = coordinator.requests
+    [_, first, _] = coordinator.requests
     assert (first.text, first.max_tokens, first.sampling.temperature) == ("a", 9, 0.0)
     assert tuple(first.speculation.topology.parents) == MEASURING_TREE.parents[:16]
     assert seen == [(0, 2), (1, 2), (2, 2)]

@@ -9,6 +9,7 @@ from sequoia.errors import InvalidArgument
 
 # One bit less for activations: without it the 16-bit sums of CPUs that lack VNNI overflow.
 _REDUCE_RANGE = True
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Int8Linear(nn.Module):
@@ -23,20 +24,21 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
-        scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
+        scales = weight.abs().amax(dim=1).clamp_min(_TINY) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
         quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
         self._packed = torch.ops.quantized.linear_prepack(quantized, None)
-        self._bias = 0.0 if linear.bias is None else linear.bias.detach().float()
+        self._bias = None if linear.bias is None else linear.bias.detach().float()
 
     def forward(self, rows: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features), same dtype
         """The product; no rows give no rows, which the kernel itself refuses."""
         if rows.numel() == 0:
             return rows.new_empty((*rows.shape[:-1], self.out_features))
         # The kernel has one scale for all rows: without this one outlier token rounds all the others to nothing.
-        largest = rows.float().abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        output = torch.ops.quantized.linear_dynamic(rows.float() / largest, self._packed, _REDUCE_RANGE)
-        return (output * largest + self._bias).to(rows.dtype)
+        wide = rows.float()
+        largest = torch.linalg.vector_norm(wide, torch.inf, -1, keepdim=True).clamp_(min=_TINY)
+        output = torch.ops.quantized.linear_dynamic(wide / largest, self._packed, _REDUCE_RANGE).mul_(largest)
+        return (output if self._bias is None else output.add_(self._bias)).to(rows.dtype)
 
 
 def quantize_int8(module: nn.Module) -> None:
