@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from conftest import System
 from rich.console import Console
 from tiny_models import write_tiny_model
 
+from coordinator.planner_job import plan_pair
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Message
 from sequoia.errors import InvalidArgument, Unavailable
+from sequoia.planner import TreePlan
 from sequoia.rpc import error_from, open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc, sampling_pb2
@@ -42,6 +47,27 @@ def test_draft_killed_in_mid_request_costs_no_text(own_tiny_system: System) -> N
     assert last.generation.speculation.fallback_reason.startswith("draft: lost (UNAVAILABLE")
     assert own_tiny_system.status("draft") == grpc.StatusCode.UNAVAILABLE
     assert own_tiny_system.num_slots_used("verify") == 0
+
+
+def test_wedged_draft_is_never_awaited_before_the_first_token(own_tiny_system: System) -> None:
+    client, draft = own_tiny_system.client, own_tiny_system.deployment.processes["draft"]
+    undisturbed = client.generate(PROMPT, max_tokens=40, temperature=0, speculation="off")
+    os.kill(draft.pid, signal.SIGSTOP)
+    found = client.generate(PROMPT, max_tokens=40, temperature=0, speculation=TREE)
+    os.kill(draft.pid, signal.SIGCONT)
+    assert found.token_ids == undisturbed.token_ids
+    assert found.speculation.num_drafted_steps == 0
+    assert found.speculation.fallback_reason == "draft: not ready yet"
+
+
+def test_plan_reaches_a_running_coordinator_without_a_restart(own_tiny_system: System) -> None:
+    deployment, client = own_tiny_system.deployment, own_tiny_system.client
+    assert list(client.describe_pair().plans_json) == []
+    [plan] = asyncio.run(plan_pair(deployment.address, deployment.redis_url, prompts=["a tree"], max_tokens=24))
+    deadline = time.monotonic() + 10
+    while not client.describe_pair().plans_json:
+        assert time.monotonic() < deadline
+    assert TreePlan.from_json(client.describe_pair().plans_json[0]) == plan
 
 
 def test_cancelled_request_frees_both_slots_within_a_second(tiny_system: System) -> None:
