@@ -32,13 +32,16 @@ class Request:
 
 
 def parse_request(
-    message: coordinator_pb2.GenerateRequest, codec: TextCodec, target: worker_pb2.WorkerDescription
+    message: coordinator_pb2.GenerateRequest,
+    codec: TextCodec,
+    target: worker_pb2.WorkerDescription,
+    max_tree_size: int,
 ) -> Request:
-    """Raises InvalidArgument naming the first field that cannot be served."""
+    """Raises InvalidArgument naming the first field that cannot be served. `max_tree_size` is in nodes, root included."""
     sampling = _sampling(message.sampling)
     stops = parse_stops(message.stop)
     mode = message.speculation.mode or coordinator_pb2.SPECULATION_MODE_AUTO
-    topology = _topology(message.speculation, mode, target.max_tree_size)
+    topology = _topology(message.speculation, mode, max_tree_size)
     if message.HasField("max_tokens") and message.max_tokens == 0:
         raise InvalidArgument("must be at least 1; leave it out for the default", "max_tokens")
     prompt = _prompt(message, codec, target)
@@ -72,7 +75,7 @@ def _topology(
     if mode != coordinator_pb2.SPECULATION_MODE_TREE:
         raise InvalidArgument("a tree goes with mode `tree` only", field)
     if len(message.topology.parents) > max_size:
-        raise InvalidArgument(f"{len(message.topology.parents)} nodes; the target takes at most {max_size}", field)
+        raise InvalidArgument(f"{len(message.topology.parents)} nodes; the pair takes at most {max_size}", field)
     try:
         return Topology(tuple(message.topology.parents))
     except ValueError as error:

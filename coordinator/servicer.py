@@ -14,12 +14,15 @@ from coordinator.session import Session
 from coordinator.streams import DraftStream, Opening, VerifyStream
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Step, Transcript
-from coordinator.trees import TreePlans
+from coordinator.trees import TreePlans, max_tree_size
 from coordinator.workers import Workers
 from sequoia.rpc import error_border
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc
 
 _log = logging.getLogger(__name__)
+
+# The deadline of a request whose client sets none.
+_MOST_SECONDS = 3600.0
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
@@ -33,11 +36,15 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
         async with error_border(context):
+            target, draft = self._workers.verify_description, self._workers.draft_description
+            limit = max_tree_size(target, draft)
             # Tokenising a long prompt or rendering a template must not hold up the other requests.
-            target = self._workers.verify_description
-            request = await asyncio.to_thread(parse_request, message, self._codec, target)
+            request = await asyncio.to_thread(parse_request, message, self._codec, target, limit)
             request_id = secrets.token_hex(8)
-            async with self._session(request, context.time_remaining()) as session, aclosing(session.run()) as steps:
+            async with (
+                self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
+                aclosing(session.run()) as steps,
+            ):
                 num_tokens = 0
                 async for step in steps:
                     num_tokens += len(step.token_ids)
@@ -61,12 +68,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         return response
 
     @asynccontextmanager
-    async def _session(self, request: Request, timeout_seconds: float | None) -> AsyncIterator[Session]:
+    async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
         workers = self._workers
         opening = Opening(len(request.prompt), request.sampling, request.rule, timeout_seconds)
-        speculates = request.mode != coordinator_pb2.SPECULATION_MODE_OFF
         draft = None
+        # Off costs nothing: the draft does not even hear of the request.
+        speculates = self._plans.topology(request).size > 1
         if speculates and workers.draft is not None and workers.draft_description is not None:
             draft = DraftStream(workers.draft, opening, self._draft_timeout_seconds)
         verify = VerifyStream(workers.verify, opening)

@@ -30,7 +30,7 @@ class Opening:
     num_prompt_tokens: int
     sampling: sampling_pb2.Sampling
     rule: sampling_pb2.Rule
-    timeout_seconds: float | None
+    timeout_seconds: float
 
 
 class VerifyStream:

@@ -40,6 +40,14 @@ class GrownTree:
         return [self.forwarded.index(node) for node in path if node in self.forwarded]
 
 
+@dataclass(frozen=True, slots=True)
+class DraftLimits:
+    """What all sessions of a draft model share."""
+
+    prefill_chunk: int  # most prompt tokens in a forward
+    vocab_size: int  # tokens the tokenizer knows: padding of the draft's logits may lie outside the target's
+
+
 class DraftSession:
     """One session of the drafter. Its KV follows from the committed tokens alone.
 
@@ -47,9 +55,8 @@ class DraftSession:
     next root forward. Leaves are never forwarded, so a tree of d levels costs d - 1 forwards.
     """
 
-    def __init__(self, slot: KVSlot, sampling: Sampling, generator: np.random.Generator, prefill_chunk: int) -> None:
-        self._slot, self._sampling, self._generator = slot, sampling, generator
-        self._prefill_chunk = prefill_chunk
+    def __init__(self, slot: KVSlot, sampling: Sampling, generator: np.random.Generator, limits: DraftLimits) -> None:
+        self._slot, self._sampling, self._generator, self._limits = slot, sampling, generator, limits
         self._committed: tuple[int, ...] = ()
         self._last: GrownTree | None = None
 
@@ -67,7 +74,7 @@ class DraftSession:
 
     def prefill(self) -> Job[None]:
         """Make rows for all committed tokens but the root."""
-        yield from feed(self._slot, self._committed[self._slot.length : -1], self._prefill_chunk)
+        yield from feed(self._slot, self._committed[self._slot.length : -1], self._limits.prefill_chunk)
 
     def grow(self, topology: Topology) -> Job[TokenTree]:
         """The tree of that topology, smaller where a q had fewer tokens than a node has children."""
@@ -95,6 +102,7 @@ class DraftSession:
 
     def _choose(self, growth: Growth, logits: Tensor) -> Level:
         counts = growth.child_counts
+        logits = logits[:, : self._limits.vocab_size]
         if self._sampling.greedy:
             rows = zip(logits, counts, strict=True)
             return Level(tuple(top_children(row, count) for row, count in rows), None)
@@ -167,12 +175,12 @@ class Growth:
 class Drafter:
     """Opens sessions on one draft model."""
 
-    def __init__(self, executor: Executor, prefill_chunk: int) -> None:
+    def __init__(self, executor: Executor, limits: DraftLimits) -> None:
         self.executor = executor
-        self._prefill_chunk = prefill_chunk
+        self._limits = limits
 
     @contextmanager
     def session(self, sampling: Sampling) -> Iterator[DraftSession]:
         """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
         with self.executor.engine.cache.slot() as slot:
-            yield DraftSession(slot, sampling, np.random.default_rng(), self._prefill_chunk)
+            yield DraftSession(slot, sampling, np.random.default_rng(), self._limits)

@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from draft_worker.drafter import Drafter, DraftSession
+from draft_worker.drafter import Drafter, DraftLimits, DraftSession
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.v1 import draft_pb2, draft_pb2_grpc
@@ -18,8 +18,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """One handler a session; it awaits the engine and never computes."""
 
     def __init__(self, worker: Worker) -> None:
-        self._drafter = Drafter(worker.executor, worker.prefill_chunk)
         self._limits = worker.description
+        limits = DraftLimits(worker.prefill_chunk, worker.description.vocab_size)
+        self._drafter = Drafter(worker.executor, limits)
 
     async def Draft(self, request_iterator: AsyncIterator[draft_pb2.DraftRequest], context: Any) -> None:
         """Opens the session with the first message, then answers every step with a tree."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
@@ -13,7 +12,7 @@ import grpc
 import torch
 from filelock import FileLock
 
-from sequoia.config import setting
+from sequoia.config import num_cores, setting
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, register
 from sequoia.engine.executor import Engine, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
@@ -73,7 +72,7 @@ class Worker:
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
     """Load the model, allocate the KV pool, measure the latency curve. Runs on the engine's thread."""
-    num_threads = config.num_threads or len(os.sched_getaffinity(0))
+    num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
     register()
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
@@ -89,7 +88,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_layers = model.module.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
     executor.engine = engine = Engine(model.module, cache, model.device, model.dtype)
-    widths = [width for width in _LATENCY_WIDTHS if width <= max(config.max_tree_size, 1)]
+    widths = [width for width in _LATENCY_WIDTHS if width <= config.max_tree_size]
     # Workers of one machine take turns, or each would measure the other.
     files.cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(files.cache_dir / "measuring.lock"):

@@ -13,6 +13,7 @@ from types import TracebackType
 
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
+from sequoia.config import num_cores
 from sequoia.engine.sources import resolve
 
 
@@ -48,6 +49,8 @@ class DeploymentSettings:
         if self.context_length is not None:
             flags["context-length"] = self.context_length
         flags["quantization"] = self._draft_quantization if name == "draft" else "none"
+        if flags["quantization"] == "int8":
+            flags["device"] = "cpu"  # where there is a GPU, it is the target's
         return flags
 
     @property
@@ -140,11 +143,6 @@ class Deployment:
         for process in wait_until_serving(started):
             self._steps.say(f"  {process.name} serves on {process.address}, process {process.pid}")
         self.processes.update((process.name, process) for process in started)
-
-
-def num_cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _environment(num_threads: int) -> dict[str, str]:
