@@ -37,7 +37,7 @@ def parse_request(
     target: worker_pb2.WorkerDescription,
     max_tree_size: int,
 ) -> Request:
-    """Raises InvalidArgument naming the first field that cannot be served. `max_tree_size` is in nodes, root included."""
+    """Raises InvalidArgument naming the first field that cannot be served. `max_tree_size` counts nodes."""
     sampling = _sampling(message.sampling)
     stops = parse_stops(message.stop)
     mode = message.speculation.mode or coordinator_pb2.SPECULATION_MODE_AUTO

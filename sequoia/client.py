@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 import grpc
 from google.protobuf.message import Message as ProtoMessage
 
-from sequoia.errors import Internal, InvalidArgument
+from sequoia.errors import Internal, InvalidArgument, SequoiaError, Unavailable
 from sequoia.rpc import error_from, open_channel, open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
@@ -144,6 +144,7 @@ class Client:
     """A connection to a coordinator, for use from any thread. `timeout_seconds` is the default deadline of a call."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
+        self._address = address
         self._timeout_seconds = _checked_timeout(timeout_seconds)
         self._channel = open_sync_channel(address)
         self._stub = CoordinatorServiceStub(self._channel)
@@ -209,7 +210,7 @@ class Client:
         try:
             return self._stub.DescribePair(pb.DescribePairRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            raise error_from(error) from error
+            raise _failure(error, self._address) from error
 
     def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: _Answer) -> Generator[Chunk]:
         call = self._stub.Generate(request, timeout=timeout_seconds)
@@ -217,7 +218,7 @@ class Client:
             for response in call:
                 yield answer.add(response)
         except grpc.RpcError as error:
-            raise error_from(error) from error
+            raise _failure(error, self._address) from error
         finally:
             call.cancel()
         answer.finished()
@@ -227,6 +228,7 @@ class AsyncClient:
     """`Client` for asyncio. Make it where the event loop runs."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
+        self._address = address
         self._timeout_seconds = _checked_timeout(timeout_seconds)
         self._channel = open_channel(address)
         self._stub = CoordinatorServiceStub(self._channel)
@@ -294,7 +296,7 @@ class AsyncClient:
         try:
             return await self._stub.DescribePair(pb.DescribePairRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            raise error_from(error) from error
+            raise _failure(error, self._address) from error
 
     async def _chunks(
         self, request: pb.GenerateRequest, timeout_seconds: float, answer: _Answer
@@ -304,7 +306,7 @@ class AsyncClient:
             async for response in call:
                 yield answer.add(response)
         except grpc.RpcError as error:
-            raise error_from(error) from error
+            raise _failure(error, self._address) from error
         finally:
             call.cancel()
         answer.finished()
@@ -379,6 +381,14 @@ def _speculation(speculation: Speculation) -> pb.Speculation:
     if not isinstance(speculation, str) or speculation not in _MODES:
         raise InvalidArgument(f"{speculation!r} is none of 'auto', 'off', 'tree', or a Topology", "speculation")
     return pb.Speculation(mode=_MODES[speculation])
+
+
+def _failure(error: grpc.RpcError, address: str) -> SequoiaError:
+    """The error as ours; one that never left this machine says where nobody answered."""
+    failure = error_from(error)
+    if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
+        return Unavailable(f"no coordinator answers at {address}; is `sequoia up` running? ({failure.message})")
+    return failure
 
 
 def _checked_timeout(timeout_seconds: float | None, default: float | None = None) -> float:

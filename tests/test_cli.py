@@ -260,8 +260,10 @@ def test_the_default_draft_is_the_target_in_int8() -> None:
         "dtype": "auto",
         "num-threads": 1,
         "quantization": "int8",
+        "device": "cpu",
     }
     assert settings.worker_flags("verify")["quantization"] == "none"
+    assert "device" not in settings.worker_flags("verify")
 
 
 def test_a_draft_of_its_own_is_not_quantised_unless_asked() -> None:

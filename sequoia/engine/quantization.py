@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,10 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scales = weight.abs().amax(dim=1).clamp_min(_TINY) / 127
         zeros = torch.zeros(len(scales), dtype=torch.int64)
-        quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
+        with warnings.catch_warnings():
+            # torch 2.13 announces the end of these tensors, and has nothing else that feeds this kernel.
+            warnings.simplefilter("ignore", UserWarning)
+            quantized = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
         self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         self._bias = None if linear.bias is None else linear.bias.detach().float()
 
