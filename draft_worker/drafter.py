@@ -79,8 +79,11 @@ class DraftSession:
     def grow(self, topology: Topology) -> Job[TokenTree]:
         """The tree of that topology, smaller where a q had fewer tokens than a node has children."""
         self._keep_accepted()
-        yield from self.prefill()
-        root = self._committed[self._slot.length :]
+        chunk = self._limits.prefill_chunk
+        pending = self._committed[self._slot.length :]
+        num_fed = (len(pending) - 1) // chunk * chunk
+        yield from feed(self._slot, pending[:num_fed], chunk)
+        root = pending[num_fed:]  # and what rides along
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
         growth = Growth(topology, self._committed[-1])

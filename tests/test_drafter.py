@@ -117,9 +117,11 @@ def test_only_the_tokens_without_rows_are_forwarded(bench: Bench) -> None:
 
 
 def test_a_tree_of_d_levels_costs_d_minus_one_forwards(bench: Bench) -> None:
+    """Also where an accepted leaf and plain tokens have no rows yet: they ride along with the root."""
     with bench.session(GREEDY) as session:
         session.commit(0, PROMPT)
-        bench.run(session.prefill())
+        tree = bench.run(session.grow(TREE))
+        session.commit(len(PROMPT), (*path_tokens(tree, 9), 77, 78))
         before = bench.engine.num_forwards
         bench.run(session.grow(TREE))
     assert bench.engine.num_forwards - before == TREE.levels - 1
