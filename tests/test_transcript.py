@@ -1,0 +1,79 @@
+"""Ends inside an accepted run: end-of-sequence, stop strings, max_tokens; and what is counted on the way."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import build_tokenizer
+
+from coordinator.report import Report
+from coordinator.text import TextCodec, TextStream
+from coordinator.transcript import Step, Transcript
+from sequoia.v1.coordinator_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
+from sequoia.v1.draft_pb2 import DraftResponse
+from sequoia.v1.tree_pb2 import TokenTree, Topology
+from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
+from sequoia.v1.worker_pb2 import TokenizerFiles
+
+EOS = 1
+
+
+@pytest.fixture(scope="module")
+def codec() -> TextCodec:
+    backend = build_tokenizer(400).backend_tokenizer
+    return TextCodec.from_files(TokenizerFiles(tokenizer_json=backend.to_str().encode(), eos_token_ids=[EOS]))
+
+
+def transcript(codec: TextCodec, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> Transcript:
+    return Transcript((5, 6, 7), max_tokens, codec.eos_token_ids, TextStream(codec, stops))
+
+
+def tokens(codec: TextCodec, text: str) -> tuple[int, ...]:
+    return codec.encode(text)[1:]  # without <s>
+
+
+def test_end_of_sequence_inside_a_run_ends_the_answer_and_is_no_text(codec: TextCodec) -> None:
+    run = (*tokens(codec, "A tree"), EOS, *tokens(codec, " has leaked"))
+    step = transcript(codec).commit(run)
+    assert step == Step("A tree", run[: run.index(EOS) + 1], FINISH_REASON_STOP)
+
+
+def test_stop_string_inside_a_run_cuts_text_and_tokens(codec: TextCodec) -> None:
+    run = tokens(codec, "one root, many nodes and more leaves")
+    step = transcript(codec, stops=(", many",)).commit(run)
+    assert step.text == "one root"
+    assert step.finish_reason == FINISH_REASON_STOP
+    assert len(step.token_ids) < len(run)
+
+
+def test_text_that_may_become_a_stop_string_is_held_back_until_it_cannot(codec: TextCodec) -> None:
+    growing = transcript(codec, stops=("root!",))
+    first = growing.commit(tokens(codec, "one root"))
+    second = growing.commit(tokens(codec, " grows"))
+    assert (first.text, second.text) == ("one ", "root grows")
+
+
+def test_max_tokens_inside_a_run_cuts_there_and_flushes_what_was_held_back(codec: TextCodec) -> None:
+    run = tokens(codec, "one root")
+    growing = transcript(codec, max_tokens=len(run), stops=("root!",))
+    step = growing.commit((*run, *tokens(codec, " leaked")))
+    assert step == Step("one root", run, FINISH_REASON_LENGTH)
+    assert growing.num_tokens_left == 0
+
+
+def test_all_committed_tokens_are_kept_for_a_rebuild(codec: TextCodec) -> None:
+    growing = transcript(codec)
+    growing.commit((20, 21))
+    growing.commit((22,))
+    assert growing.token_ids == [5, 6, 7, 20, 21, 22]
+    assert growing.num_completion_tokens == 3
+
+
+def test_counts_by_rank_are_of_reached_nodes_only() -> None:
+    """Root with three children, its second (node 2) accepted, of whose two children the first (node 5)."""
+    tree = TokenTree(topology=Topology(parents=[-1, 0, 0, 0, 1, 2, 2]), token_ids=[0] * 7)
+    report = Report()
+    verdict = Verdict(accepted_nodes=[2, 5], bonus_token_id=9)
+    report.verified(VerifyResponse(verdict=verdict, worker_seconds=0.0), DraftResponse(tree=tree))
+    assert list(report.message.num_offered_by_rank) == [2, 2, 1]
+    assert list(report.message.num_accepted_by_rank) == [1, 1]
+    assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
