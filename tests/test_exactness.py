@@ -128,6 +128,7 @@ def assert_equal_to_generate(client: Client, module: torch.nn.Module, prompts: S
     assert num_accepted > 10 * len(prompts)
 
 
+@pytest.mark.timeout(420)  # the first run fetches and unpacks the model
 def test_greedy_output_equals_generate_on_the_real_model(real_client: Client, real_module: torch.nn.Module) -> None:
     assert_equal_to_generate(real_client, real_module, PROMPTS[:2])
 
