@@ -56,7 +56,9 @@ async def plan_pair(
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
         for temperature in temperatures:
-            plain = await client.generate(prompts[0], max_tokens=max_tokens, temperature=temperature, speculation="off")
+            plain = await client.generate(
+                prompts[0], max_tokens=(max_tokens + 1) // 2, temperature=temperature, speculation="off"
+            )
             figures: list[SpeculationFigures] = []
             for prompt in prompts:
                 on_progress(len(plans) * len(prompts) + len(figures), total)

@@ -20,6 +20,9 @@ _log = logging.getLogger(__name__)
 # Serves until a plan is measured: the best tree of 8 nodes and 4 levels for the paper's acceptance (acceptance.PRIOR).
 BUILT_IN_TREE = Topology((-1, 0, 0, 1, 1, 2, 3, 5))
 
+# What a plan must promise before `auto` speculates: short measurements on a shared machine are off by some per cent.
+LEAST_SPEEDUP = 1.1
+
 
 class Pair(Protocol):
     """The workers at this moment."""
@@ -66,7 +69,8 @@ class TreePlans:
             return self._fitting(BUILT_IN_TREE)
         if request.mode == coordinator_pb2.SPECULATION_MODE_TREE:
             return self._fitting(plan.best_tree.topology if plan.best_tree else BUILT_IN_TREE)
-        return self._fitting(plan.topology)
+        # Off is certain, a prediction is not.
+        return self._fitting(plan.topology) if plan.speedup >= LEAST_SPEEDUP else Topology.root_only()
 
     def plan_for(self, temperature: float) -> TreePlan | None:
         """The present pair's plan at that temperature; None when none was found yet."""

@@ -8,7 +8,7 @@ import pytest
 from redis import Redis
 
 from coordinator.request import Request
-from coordinator.trees import BUILT_IN_TREE, TreePlans, plan_key
+from coordinator.trees import BUILT_IN_TREE, LEAST_SPEEDUP, TreePlans, plan_key
 from sequoia.acceptance import PRIOR
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.hardware import LatencyCurve
@@ -100,6 +100,15 @@ async def test_the_plan_decides_in_mode_auto_and_its_best_tree_serves_mode_tree(
     assert DO_NOT.best_tree is not None
     assert plans.topology(request(SPECULATION_MODE_TREE)) == DO_NOT.best_tree.topology
     assert plans.topology(request(SPECULATION_MODE_OFF)) == Topology.root_only()
+
+
+async def test_a_plan_that_promises_next_to_nothing_is_not_acted_upon_in_mode_auto(idle: Idle) -> None:
+    draft_curve = LatencyCurve((1, 16), (0.068, 0.068))
+    plan = choose(PlanInputs((0.6, 0.2), verify_curve=SLOW, draft_curve=draft_curve))
+    assert 1.0 < plan.speedup < LEAST_SPEEDUP
+    plans = await idle.plans_with(pair(), plan)
+    assert plans.topology(request(SPECULATION_MODE_AUTO)) == Topology.root_only()
+    assert plans.topology(request(SPECULATION_MODE_TREE)) == plan.topology
 
 
 async def test_a_tree_named_by_the_request_is_used_as_it_is(idle: Idle) -> None:

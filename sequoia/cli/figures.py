@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.table import Table
 
+from coordinator.trees import LEAST_SPEEDUP
 from sequoia.client import Generation, StageSeconds
 from sequoia.planner import PricedTree, TreePlan
 
@@ -54,7 +55,7 @@ def plans_table(temperatures: Sequence[float], plans: Sequence[TreePlan]) -> Tab
 
 def verdict(plan: TreePlan) -> str:
     """The plan in a sentence."""
-    if plan.kind != "off":
+    if plan.kind != "off" and plan.speedup >= LEAST_SPEEDUP:
         return f"speculate: {_promise(plan)}"
     if plan.best_tree is None:
         return "do not speculate"
