@@ -64,11 +64,6 @@ class Worker:
     description: worker_pb2.WorkerDescription
     prefill_chunk: int
 
-    @property
-    def cache(self) -> KVCache:
-        """The engine's KV cache."""
-        return self.executor.engine.cache
-
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
     """Load the model, allocate the KV pool, measure the latency curve. Runs on the engine's thread."""

@@ -119,7 +119,8 @@ class Executor:
         """Run a function on the engine's thread and wait for it: all of a model's life is spent there.
 
         A model that is loaded or measured on another thread leaves a second OpenMP pool behind. With more threads than
-        cores the pools stop spinning at their barriers, and every later forward is slower by a third.
+        cores the pools stop spinning at their barriers, and every later forward takes longer (a draft level: 90 ms
+        instead of 60).
         """
 
         def job() -> Job[Result]:
