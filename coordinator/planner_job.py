@@ -10,10 +10,12 @@ from sequoia.client import AsyncClient, SpeculationFigures
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose, draft_seconds
+from sequoia.rules import ParameterError, Rule, choose_rule
 from sequoia.topology import Topology
 from sequoia.tree_cache import TreeCache, temperature_bucket
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.v1.worker_pb2 import WorkerDescription
+from sequoia.wire import rule_from_wire
 
 PROMPTS = (
     "The harbour was quiet that morning. Old Marta untied her boat and",
@@ -35,6 +37,7 @@ async def plan_pair(
     redis_url: str,
     *,
     temperatures: Sequence[float] = (0.0,),
+    rule_name: str = "",
     prompts: Sequence[str] = PROMPTS,
     max_tokens: int = 48,
     max_levels: int = MAX_LEVELS,
@@ -42,6 +45,8 @@ async def plan_pair(
     on_progress: Progress = lambda done, total: None,
 ) -> list[TreePlan]:
     """One plan per temperature, in that order, measured on the coordinator at `address` and stored in Redis.
+
+    Above temperature 0 a plan is for the rule of that name, by default the coordinator's own.
 
     Acceptance is counted while the pair generates `max_tokens` tokens from each prompt; the latency curves are those
     that the workers measured, scaled to what the same forwards took in the loop. `on_progress` is called with (prompts
@@ -56,17 +61,18 @@ async def plan_pair(
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
         for temperature in temperatures:
+            rule = _rule(rule_name, temperature, pair)
             plain = await client.generate(
                 prompts[0], max_tokens=(max_tokens + 1) // 2, temperature=temperature, speculation="off"
             )
             figures: list[SpeculationFigures] = []
             for prompt in prompts:
                 on_progress(len(plans) * len(prompts) + len(figures), total)
-                figures.append(await _speculate(client, pair, prompt, temperature, max_tokens))
+                figures.append(await _speculate(client, pair, prompt, temperature, rule, max_tokens))
             limit = max_tree_size(pair.verify, pair.draft)
             inputs = plan_inputs(pair, plain.speculation, figures)
             plans.append(choose(inputs, max_size=limit, max_levels=max_levels))
-            key = plan_key(pair.verify, pair.draft, temperature_bucket(temperature))
+            key = plan_key(pair.verify, pair.draft, temperature_bucket(temperature), rule)
             await cache.put(key, plans[-1], ttl_seconds)
         on_progress(total, total)
     return plans
@@ -121,11 +127,20 @@ def _measuring_tree(pair: DescribePairResponse) -> Topology:
     return Topology(MEASURING_TREE.parents[: max_tree_size(pair.verify, pair.draft)])
 
 
+def _rule(name: str, temperature: float, pair: DescribePairResponse) -> Rule:
+    """Raises InvalidArgument naming `rule`."""
+    default = rule_from_wire(pair.default_rule, "default_rule")
+    try:
+        return choose_rule("" if temperature == 0.0 else name, greedy=temperature == 0.0, seeded=False, default=default)
+    except ParameterError as error:
+        raise InvalidArgument(error.message, error.field) from error
+
+
 async def _speculate(
-    client: AsyncClient, pair: DescribePairResponse, prompt: str, temperature: float, max_tokens: int
+    client: AsyncClient, pair: DescribePairResponse, prompt: str, temperature: float, rule: Rule, max_tokens: int
 ) -> SpeculationFigures:
     generation = await client.generate(
-        prompt, max_tokens=max_tokens, temperature=temperature, speculation=_measuring_tree(pair)
+        prompt, max_tokens=max_tokens, temperature=temperature, rule=rule.name, speculation=_measuring_tree(pair)
     )
     return generation.speculation
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import secrets
+from dataclasses import dataclass, replace
 
 from coordinator.text import TextCodec, parse_stops
 from sequoia.errors import InvalidArgument
+from sequoia.rules import COUPLED, ParameterError, Rule, choose_rule
+from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology
-from sequoia.v1 import coordinator_pb2, sampling_pb2, worker_pb2
+from sequoia.v1 import coordinator_pb2, worker_pb2
+from sequoia.wire import rule_name, sampling_from_wire, topology_from_wire
 
 DEFAULT_MAX_TOKENS = 256
-_MAX_TEMPERATURE = 100.0
+# Of a seed drawn here: every JSON reader keeps that many.
+_NUM_SEED_BITS = 53
 
 
 @dataclass(frozen=True)
@@ -21,14 +25,9 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     stops: tuple[str, ...]
-    sampling: sampling_pb2.Sampling
+    decoding: Decoding
     mode: coordinator_pb2.SpeculationMode
     topology: Topology | None
-
-    @property
-    def rule(self) -> sampling_pb2.Rule:
-        """The rule that serves this temperature."""
-        return sampling_pb2.RULE_SEQUOIA if self.sampling.temperature > 0.0 else sampling_pb2.RULE_GREEDY
 
 
 def parse_request(
@@ -36,32 +35,47 @@ def parse_request(
     codec: TextCodec,
     target: worker_pb2.WorkerDescription,
     max_tree_size: int,
+    default_rule: Rule,
 ) -> Request:
-    """Raises InvalidArgument naming the first field that cannot be served. `max_tree_size` counts nodes."""
-    sampling = _sampling(message.sampling)
+    """Raises InvalidArgument naming the first field that cannot be served. `max_tree_size` counts nodes.
+
+    `default_rule` serves what is sampled without naming a rule or a seed.
+    """
+    rule, sampling = _rule_and_sampling(message, codec, target, default_rule)
     stops = parse_stops(message.stop)
     mode = message.speculation.mode or coordinator_pb2.SPECULATION_MODE_AUTO
     topology = _topology(message.speculation, mode, max_tree_size)
-    if message.HasField("max_tokens") and message.max_tokens == 0:
+    max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
+    if max_tokens == 0:
         raise InvalidArgument("must be at least 1; leave it out for the default", "max_tokens")
+    if sampling.min_tokens > max_tokens:
+        raise InvalidArgument(f"is {sampling.min_tokens}, more than max_tokens {max_tokens}", "sampling.min_tokens")
     prompt = _prompt(message, codec, target)
     # Generation ends at the context limit, whatever was asked for.
-    room = target.context_length - len(prompt)
-    max_tokens = min(message.max_tokens or DEFAULT_MAX_TOKENS, room)
-    return Request(prompt, max_tokens, stops, sampling, mode, topology)
+    max_tokens = min(max_tokens, target.context_length - len(prompt))
+    return Request(prompt, max_tokens, stops, Decoding(rule, sampling, len(prompt)), mode, topology)
 
 
-def _sampling(message: sampling_pb2.Sampling) -> sampling_pb2.Sampling:
-    if message.HasField("seed"):
-        raise InvalidArgument("seeded sampling is not served yet; leave the seed out", "sampling.seed")
-    temperature = message.temperature if message.HasField("temperature") else 1.0
-    if not (math.isfinite(temperature) and 0.0 <= temperature <= _MAX_TEMPERATURE):
-        remedy = f"is {temperature:g}; it must be from 0 (greedy) to {_MAX_TEMPERATURE:g}"
-        raise InvalidArgument(remedy, "sampling.temperature")
-    top_p = message.top_p if message.HasField("top_p") else 1.0
-    if not 0.0 < top_p <= 1.0:
-        raise InvalidArgument(f"is {top_p:g}; it must be above 0 and at most 1", "sampling.top_p")
-    return sampling_pb2.Sampling(temperature=temperature, top_p=top_p, top_k=message.top_k)
+def _rule_and_sampling(
+    message: coordinator_pb2.GenerateRequest,
+    codec: TextCodec,
+    target: worker_pb2.WorkerDescription,
+    default_rule: Rule,
+) -> tuple[Rule, Sampling]:
+    """Both as they will be in effect: a seed drawn where the rule needs one, all tokens that end the answer named."""
+    sampling = sampling_from_wire(message.sampling, target.vocab_size)
+    name, seeded = rule_name(message.speculation.rule), sampling.seed is not None
+    try:
+        rule = choose_rule(name, greedy=sampling.greedy, seeded=seeded, default=default_rule)
+    except ParameterError as error:
+        group = "speculation" if error.field == "rule" else "sampling"
+        raise InvalidArgument(error.message, f"{group}.{error.field}") from error
+    if refused := sorted(sampling.given & rule.refuses):
+        raise InvalidArgument(f"the rule {rule.name} cannot honour it; leave it out", f"sampling.{refused[0]}")
+    seed = secrets.randbits(_NUM_SEED_BITS) if rule is COUPLED and not seeded else sampling.seed
+    eos = frozenset() if message.sampling.ignore_eos else codec.eos_token_ids
+    ends = tuple(sorted(eos | set(sampling.stop_token_ids)))
+    return rule, replace(sampling, seed=seed, stop_token_ids=ends)
 
 
 def _topology(
@@ -74,12 +88,7 @@ def _topology(
         return None
     if mode != coordinator_pb2.SPECULATION_MODE_TREE:
         raise InvalidArgument("a tree goes with mode `tree` only", field)
-    if len(message.topology.parents) > max_size:
-        raise InvalidArgument(f"{len(message.topology.parents)} nodes; the pair takes at most {max_size}", field)
-    try:
-        return Topology(tuple(message.topology.parents))
-    except ValueError as error:
-        raise InvalidArgument(str(error), field) from error
+    return topology_from_wire(message.topology, max_size, field)
 
 
 def _prompt(
@@ -96,7 +105,7 @@ def _prompt(
         raise InvalidArgument("one of text, chat and token_ids is needed", "input")
     if not prompt:
         raise InvalidArgument("the prompt has no tokens; give at least one", kind)
-    if max(prompt) >= target.padded_vocab_size:
+    if max(prompt) >= target.vocab_size:
         raise InvalidArgument(f"token id {max(prompt)} is outside the vocabulary", kind)
     if len(prompt) >= target.context_length:
         limit = target.context_length

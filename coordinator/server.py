@@ -13,6 +13,7 @@ from coordinator.workers import Workers
 from sequoia.config import fail, load, setting
 from sequoia.errors import SequoiaError
 from sequoia.rpc import Server, running, stop_signal
+from sequoia.rules import DEFAULT_RULE, RULES, SAMPLED_RULES
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import coordinator_pb2_grpc
 
@@ -25,6 +26,11 @@ class CoordinatorConfig:
     draft: str = setting("", "address of the draft worker; empty: plain decoding")
     redis: str = setting("", "URL of the Redis that holds tree plans; empty: the built-in tree")
     listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
+    rule: str = setting(
+        DEFAULT_RULE.name,
+        "rule above temperature 0, for requests that name none and no seed",
+        choices=tuple(each.name for each in SAMPLED_RULES),
+    )
     draft_timeout_seconds: float = setting(5.0, "longest wait for a tree before the step is decoded plainly, seconds")
     plan_refresh_seconds: float = setting(2.0, "time between two looks for new plans, seconds")
     start_timeout_seconds: float = setting(120.0, "longest wait for the verify worker at start, seconds")
@@ -49,10 +55,10 @@ def main() -> None:
 async def _serve(config: CoordinatorConfig) -> None:
     async with (
         Workers(config.verify, config.draft, config.start_timeout_seconds) as workers,
-        TreePlans(config.redis, workers, config.plan_refresh_seconds) as plans,
+        TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
     ):
         server = Server(config.listen)
-        servicer = CoordinatorServicer(workers, plans, config.draft_timeout_seconds)
+        servicer = CoordinatorServicer(workers, plans, config.draft_timeout_seconds, RULES[config.rule])
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running(server, ("sequoia.v1.CoordinatorService",)):
             await stop_signal()

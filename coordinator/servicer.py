@@ -17,7 +17,9 @@ from coordinator.transcript import Step, Transcript
 from coordinator.trees import TreePlans, max_tree_size
 from coordinator.workers import Workers
 from sequoia.rpc import error_border
+from sequoia.rules import Rule
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc
+from sequoia.wire import rule_to_wire
 
 _log = logging.getLogger(__name__)
 
@@ -28,8 +30,8 @@ _MOST_SECONDS = 3600.0
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One handler a request."""
 
-    def __init__(self, workers: Workers, plans: TreePlans, draft_timeout_seconds: float) -> None:
-        self._workers, self._plans = workers, plans
+    def __init__(self, workers: Workers, plans: TreePlans, draft_timeout_seconds: float, rule: Rule) -> None:
+        self._workers, self._plans, self._rule = workers, plans, rule
         self._draft_timeout_seconds = draft_timeout_seconds
         self._codec = TextCodec.from_files(workers.tokenizer)
 
@@ -39,7 +41,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             target, draft = self._workers.verify_description, self._workers.draft_description
             limit = max_tree_size(target, draft)
             # Tokenising a long prompt or rendering a template must not hold up the other requests.
-            request = await asyncio.to_thread(parse_request, message, self._codec, target, limit)
+            request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
             request_id = secrets.token_hex(8)
             async with (
                 self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
@@ -62,6 +64,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 draft=workers.draft_description,
                 verify_rtt_seconds=await workers.verify.round_trip_seconds(),
                 plans_json=[plan.to_json() for plan in self._plans.in_force()],
+                default_rule=rule_to_wire(self._rule),
             )
             if workers.draft is not None and workers.draft_description is not None:
                 response.draft_rtt_seconds = await workers.draft.round_trip_seconds()
@@ -71,7 +74,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
         workers = self._workers
-        opening = Opening(len(request.prompt), request.sampling, request.rule, timeout_seconds)
+        opening = Opening(request.decoding, timeout_seconds)
         draft = None
         # Off costs nothing: the draft does not even hear of the request.
         speculates = self._plans.topology(request).size > 1
@@ -79,7 +82,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             draft = DraftStream(workers.draft, opening, self._draft_timeout_seconds)
         verify = VerifyStream(workers.verify, opening)
         stream = TextStream(self._codec, request.stops)
-        transcript = Transcript(request.prompt, request.max_tokens, self._codec.eos_token_ids, stream)
+        transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
         try:
             yield Session(transcript, verify, draft, lambda: self._plans.topology(request))
         finally:
@@ -92,7 +95,13 @@ def _response(
     request_id: str, request: Request, session: Session, step: Step, num_tokens: int
 ) -> coordinator_pb2.GenerateResponse:
     response = coordinator_pb2.GenerateResponse(
-        request_id=request_id, num_prompt_tokens=len(request.prompt), text=step.text, token_ids=step.token_ids
+        request_id=request_id,
+        num_prompt_tokens=len(request.prompt),
+        text=step.text,
+        token_ids=step.token_ids,
+        logprobs=step.logprobs,
+        rule=rule_to_wire(request.decoding.rule),
+        seed=request.decoding.sampling.seed,
     )
     if step.finish_reason is not None:
         report = session.report

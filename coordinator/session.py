@@ -57,4 +57,5 @@ class Session:
 
     def _commit(self, draft: draft_pb2.DraftResponse | None, response: verify_pb2.VerifyResponse) -> Step:
         accepted = [draft.tree.token_ids[node] for node in response.verdict.accepted_nodes] if draft else []
-        return self._transcript.commit([*accepted, response.verdict.bonus_token_id])
+        verdict = response.verdict
+        return self._transcript.commit([*accepted, verdict.bonus_token_id], verdict.logprobs)

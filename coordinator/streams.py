@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -14,8 +14,10 @@ from google.protobuf.message import Message
 from coordinator.workers import WorkerLink
 from sequoia.errors import Internal, SequoiaError
 from sequoia.rpc import error_from
+from sequoia.sampling import Decoding
 from sequoia.topology import Topology
-from sequoia.v1 import draft_pb2, draft_pb2_grpc, sampling_pb2, tree_pb2, verify_pb2, verify_pb2_grpc
+from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, verify_pb2, verify_pb2_grpc
+from sequoia.wire import rule_to_wire, sampling_to_wire
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -27,10 +29,17 @@ _REOPEN_AFTER_SECONDS = 1.0
 class Opening:
     """What a session needs, besides its tokens, to start on a worker or to start there again."""
 
-    num_prompt_tokens: int
-    sampling: sampling_pb2.Sampling
-    rule: sampling_pb2.Rule
+    decoding: Decoding
     timeout_seconds: float
+
+    def fields(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """The fields that both workers' opening messages have."""
+        return {
+            "token_ids": token_ids,
+            "num_prompt_tokens": self.decoding.num_prompt_tokens,
+            "sampling": sampling_to_wire(self.decoding.sampling),
+            "rule": rule_to_wire(self.decoding.rule),
+        }
 
 
 class VerifyStream:
@@ -45,13 +54,7 @@ class VerifyStream:
 
     async def open(self, token_ids: Sequence[int]) -> verify_pb2.VerifyResponse:
         """Prefill and the first verdict."""
-        opening = self._opening
-        message = verify_pb2.VerifyOpen(
-            token_ids=token_ids,
-            num_prompt_tokens=opening.num_prompt_tokens,
-            sampling=opening.sampling,
-            rule=opening.rule,
-        )
+        message = verify_pb2.VerifyOpen(**self._opening.fields(token_ids))
         return await self._ask(verify_pb2.VerifyRequest(open=message))
 
     async def step(
@@ -101,14 +104,8 @@ class DraftStream:
 
     def open(self, token_ids: Sequence[int]) -> None:
         """Start opening the session; nothing waits for it."""
-        opening = self._opening
-        message = draft_pb2.DraftOpen(
-            token_ids=token_ids,
-            num_prompt_tokens=opening.num_prompt_tokens,
-            sampling=opening.sampling,
-            rule=opening.rule,
-        )
-        self._call = self._stub.Draft(timeout=opening.timeout_seconds)
+        message = draft_pb2.DraftOpen(**self._opening.fields(token_ids))
+        self._call = self._stub.Draft(timeout=self._opening.timeout_seconds)
         self._step = 0
         self._ask(draft_pb2.DraftRequest(open=message))
 

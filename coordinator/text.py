@@ -188,11 +188,16 @@ class TextStream:
         self._matcher = StopMatcher(stops)
         self._has_stops = bool(stops)
 
-    def push(self, token_id: int) -> TextPiece:
-        """The text that this committed token sets free. After a piece that stopped, push and flush give nothing."""
+    def push(self, token_id: int, *, searched: bool = True) -> TextPiece:
+        """The text that this committed token sets free. After a piece that stopped, push and flush give nothing.
+
+        Text that is not `searched`, of tokens before all that are, is no part of a stop string.
+        """
         if self._matcher.stopped:
             return TextPiece("", True)
         final = self._detokenizer.push(token_id)
+        if not searched:
+            return TextPiece(final, False)
         text = self._matcher.push(final, self._detokenizer.pending if self._has_stops else "")
         return TextPiece(text, self._matcher.stopped)
 

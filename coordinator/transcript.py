@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.text import TextStream
-from sequoia.v1 import coordinator_pb2
+from sequoia.sampling import Sampling
+from sequoia.v1 import coordinator_pb2, sampling_pb2
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,7 @@ class Step:
     text: str
     token_ids: tuple[int, ...]
     finish_reason: coordinator_pb2.FinishReason | None
+    logprobs: tuple[sampling_pb2.TokenLogprobs, ...] = ()  # one a token, when asked for
 
 
 class Transcript:
@@ -24,12 +26,11 @@ class Transcript:
     A verdict's tokens are taken one by one, so an end inside an accepted run cuts the run there.
     """
 
-    def __init__(
-        self, prompt: tuple[int, ...], max_tokens: int, eos_token_ids: frozenset[int], text: TextStream
-    ) -> None:
+    def __init__(self, prompt: tuple[int, ...], max_tokens: int, sampling: Sampling, text: TextStream) -> None:
         self.token_ids = list(prompt)
         self.num_prompt_tokens = len(prompt)
-        self._max_tokens, self._eos_token_ids, self._text = max_tokens, eos_token_ids, text
+        self._max_tokens, self._min_tokens = max_tokens, sampling.min_tokens
+        self._stop_token_ids, self._text = frozenset(sampling.stop_token_ids), text
 
     @property
     def num_completion_tokens(self) -> int:
@@ -41,7 +42,7 @@ class Transcript:
         """Tokens until the length limit."""
         return self._max_tokens - self.num_completion_tokens
 
-    def commit(self, token_ids: Sequence[int]) -> Step:
+    def commit(self, token_ids: Sequence[int], logprobs: Sequence[sampling_pb2.TokenLogprobs] = ()) -> Step:
         """Take a verdict's tokens, at least one, up to the end of the answer."""
         text: list[str] = []
         for index, token_id in enumerate(token_ids, start=1):
@@ -49,13 +50,14 @@ class Transcript:
             piece, reason = self._take(token_id)
             text.append(piece)
             if reason is not None:
-                return Step("".join(text), tuple(token_ids[:index]), reason)
-        return Step("".join(text), tuple(token_ids), None)
+                return Step("".join(text), tuple(token_ids[:index]), reason, tuple(logprobs[:index]))
+        return Step("".join(text), tuple(token_ids), None, tuple(logprobs))
 
     def _take(self, token_id: int) -> tuple[str, coordinator_pb2.FinishReason | None]:
-        if token_id in self._eos_token_ids:
+        may_stop = self.num_completion_tokens > self._min_tokens
+        if may_stop and token_id in self._stop_token_ids:
             return self._text.flush(), coordinator_pb2.FINISH_REASON_STOP
-        piece = self._text.push(token_id)
+        piece = self._text.push(token_id, searched=may_stop)
         if piece.stopped:
             return piece.text, coordinator_pb2.FINISH_REASON_STOP
         if self.num_tokens_left == 0:

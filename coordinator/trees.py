@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from itertools import product
 from types import TracebackType
 from typing import Protocol
 
 from coordinator.request import Request
 from sequoia.errors import Unavailable
 from sequoia.planner import TreePlan
+from sequoia.rules import GREEDY, SAMPLED_RULES, Rule
+from sequoia.sampling import Decoding
 from sequoia.topology import Topology
 from sequoia.tree_cache import TEMPERATURE_BUCKETS, PlanKey, TreeCache, temperature_bucket
 from sequoia.v1 import coordinator_pb2
@@ -37,9 +40,10 @@ class TreePlans:
     Asking it never waits. Redis may be down, slow or left out (an empty URL): the plans it had stay in force.
     """
 
-    def __init__(self, redis_url: str, pair: Pair, refresh_seconds: float) -> None:
+    def __init__(self, redis_url: str, pair: Pair, refresh_seconds: float, default_rule: Rule) -> None:
         self._cache = TreeCache(redis_url) if redis_url else None
         self._pair = pair
+        self._default_rule = default_rule
         self._refresh_seconds = refresh_seconds
         self._plans: dict[PlanKey, TreePlan] = {}
         self._problem = ""
@@ -64,7 +68,7 @@ class TreePlans:
             return Topology.root_only()
         if request.topology is not None:
             return request.topology
-        plan = self.plan_for(request.sampling.temperature)
+        plan = self.plan_for(request.decoding)
         if plan is None:
             return self._fitting(BUILT_IN_TREE)
         if request.mode == coordinator_pb2.SPECULATION_MODE_TREE:
@@ -72,12 +76,18 @@ class TreePlans:
         # Off is certain, a prediction is not.
         return self._fitting(plan.topology) if plan.speedup >= LEAST_SPEEDUP else Topology.root_only()
 
-    def plan_for(self, temperature: float) -> TreePlan | None:
-        """The present pair's plan at that temperature; None when none was found yet."""
+    def plan_for(self, decoding: Decoding) -> TreePlan | None:
+        """The present pair's plan at that temperature, or None: made for the rule, or else for the default rule.
+
+        The rules accept within some per cent of each other, so another rule's tree is far better than a built-in one.
+        """
         draft = self._pair.draft_description
         if draft is None:
             return None
-        return self._plans.get(plan_key(self._pair.verify_description, draft, temperature_bucket(temperature)))
+        bucket = temperature_bucket(decoding.sampling.temperature)
+        rules = (decoding.rule, self._default_rule)
+        keys = (plan_key(self._pair.verify_description, draft, bucket, rule) for rule in rules)
+        return next((self._plans[key] for key in keys if key in self._plans), None)
 
     def in_force(self) -> list[TreePlan]:
         """The present pair's plans, coolest first."""
@@ -105,7 +115,11 @@ class TreePlans:
 
     def _keys(self) -> list[PlanKey]:
         verify, draft = self._pair.verify_description, self._pair.draft_description
-        return [] if draft is None else [plan_key(verify, draft, bucket) for bucket in TEMPERATURE_BUCKETS]
+        if draft is None:
+            return []
+        greedy, *sampled = TEMPERATURE_BUCKETS
+        served = [(greedy, GREEDY), *product(sampled, SAMPLED_RULES)]
+        return [plan_key(verify, draft, bucket, rule) for bucket, rule in served]
 
     def _fitting(self, topology: Topology) -> Topology:
         """Without the last nodes, when the workers were started with a lower limit than the plan was made for."""
@@ -120,13 +134,13 @@ class TreePlans:
         self._problem = problem
 
 
-def plan_key(verify: WorkerDescription, draft: WorkerDescription, bucket: str) -> PlanKey:
-    """Where the plan of two workers for a temperature bucket is kept."""
+def plan_key(verify: WorkerDescription, draft: WorkerDescription, bucket: str, rule: Rule) -> PlanKey:
+    """Where the plan of two workers for a temperature bucket and a rule is kept."""
     return PlanKey(
         pair=f"{_model(draft)} -> {_model(verify)}",
         draft_hardware=draft.hardware_key,
         verify_hardware=verify.hardware_key,
-        rule="greedy" if bucket == temperature_bucket(0.0) else "sequoia",
+        rule=rule.name,
         temperature_bucket=bucket,
     )
 

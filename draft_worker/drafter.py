@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from sequoia.engine.attention import Segment, chunk_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.engine.sampling import Sampling, draft_distributions, draw_children, top_children
+from sequoia.engine.sampling import (
+    Path,
+    adjusted_logits,
+    coupled_children,
+    draft_distributions,
+    draw_children,
+    top_children,
+)
 from sequoia.errors import InvalidArgument
+from sequoia.sampling import Decoding
 from sequoia.topology import DraftDistributions, TokenTree, Topology
 from sequoia.worker import feed
 
 
 @dataclass(frozen=True)
 class Level:
-    """The children chosen under some nodes of one depth, and the q they were drawn from (None at T = 0)."""
+    """The children chosen under some nodes of one depth, and the q they were drawn from, if the rule needs it."""
 
     children: tuple[tuple[int, ...], ...]  # tokens, one tuple a node
-    q: DraftDistributions | None  # one row a node
+    q: DraftDistributions | None = None  # one row a node
+
+
+def choose_level(
+    logits: Tensor, decoding: Decoding, paths: Sequence[Path], counts: Sequence[int], generator: np.random.Generator
+) -> Level:
+    """The children of nodes of one depth by the rule: `counts[i]` of them, or fewer where q has fewer.
+
+    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens.
+    """
+    sampling = decoding.sampling
+    if sampling.adjusts(paths[0].num_generated):
+        rows = zip(logits, paths, strict=True)
+        logits = torch.stack([adjusted_logits(row, sampling, path) for row, path in rows])
+    if decoding.rule.children == "top":
+        return Level(tuple(top_children(row, count) for row, count in zip(logits, counts, strict=True)))
+    if decoding.rule.children == "coupled":
+        return Level(coupled_children(logits, sampling, paths[0].position, counts))
+    q = draft_distributions(logits, sampling)
+    return Level(tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts)), q)
 
 
 @dataclass(frozen=True)
@@ -55,8 +83,8 @@ class DraftSession:
     next root forward. Leaves are never forwarded, so a tree of d levels costs d - 1 forwards.
     """
 
-    def __init__(self, slot: KVSlot, sampling: Sampling, generator: np.random.Generator, limits: DraftLimits) -> None:
-        self._slot, self._sampling, self._generator, self._limits = slot, sampling, generator, limits
+    def __init__(self, slot: KVSlot, decoding: Decoding, generator: np.random.Generator, limits: DraftLimits) -> None:
+        self._slot, self._decoding, self._generator, self._limits = slot, decoding, generator, limits
         self._committed: tuple[int, ...] = ()
         self._last: GrownTree | None = None
 
@@ -104,14 +132,10 @@ class DraftSession:
         self._slot.truncate(min(self._slot.length, self.num_committed - 1))
 
     def _choose(self, growth: Growth, logits: Tensor) -> Level:
-        counts = growth.child_counts
-        logits = logits[:, : self._limits.vocab_size]
-        if self._sampling.greedy:
-            rows = zip(logits, counts, strict=True)
-            return Level(tuple(top_children(row, count) for row, count in rows), None)
-        q = draft_distributions(logits, self._sampling)
-        drawn = (draw_children(q, row, count, self._generator) for row, count in enumerate(counts))
-        return Level(tuple(drawn), q)
+        prompt = self._decoding.num_prompt_tokens
+        paths = [Path(self._committed, prompt, drafted) for drafted in growth.frontier_paths]
+        rows = logits[:, : self._limits.vocab_size]
+        return choose_level(rows, self._decoding, paths, growth.child_counts, self._generator)
 
 
 class Growth:
@@ -124,6 +148,12 @@ class Growth:
         self._forwarded: list[int] = []
         self._q_rows: list[tuple[np.ndarray, np.ndarray]] = []
         self.frontier = [0] if topology.size > 1 else []
+
+    @property
+    def frontier_paths(self) -> list[tuple[int, ...]]:
+        """The tokens from the root, left out, to each node of the frontier."""
+        tree = TokenTree(Topology(tuple(self._parents)), tuple(self._tokens))
+        return [tree.path_tokens(node) for node in self.frontier]
 
     @property
     def child_counts(self) -> list[int]:
@@ -183,7 +213,7 @@ class Drafter:
         self._limits = limits
 
     @contextmanager
-    def session(self, sampling: Sampling) -> Iterator[DraftSession]:
+    def session(self, decoding: Decoding) -> Iterator[DraftSession]:
         """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
         with self.executor.engine.cache.slot() as slot:
-            yield DraftSession(slot, sampling, np.random.default_rng(), self._limits)
+            yield DraftSession(slot, decoding, np.random.default_rng(), self._limits)

@@ -10,7 +10,7 @@ from draft_worker.drafter import Drafter, DraftLimits, DraftSession
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.v1 import draft_pb2, draft_pb2_grpc
-from sequoia.wire import sampling_from_wire, tokens_from_wire, topology_from_wire, tree_to_wire
+from sequoia.wire import decoding_from_wire, tokens_from_wire, topology_from_wire, tree_to_wire
 from sequoia.worker import Worker
 
 
@@ -28,8 +28,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             opening = await anext(request_iterator, None)
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
-            sampling = sampling_from_wire(opening.open.sampling, opening.open.rule)
-            with self._drafter.session(sampling) as session:
+            decoding = decoding_from_wire(opening.open, self._limits.vocab_size)
+            with self._drafter.session(decoding) as session:
                 await context.write(await self._open(session, opening.open))
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
@@ -58,4 +58,4 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         limit = self._limits.context_length
         if base_len + len(token_ids) > limit:
             raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
-        session.commit(base_len, tokens_from_wire(token_ids, self._limits.padded_vocab_size, "token_ids"))
+        session.commit(base_len, tokens_from_wire(token_ids, self._limits.vocab_size, "token_ids"))

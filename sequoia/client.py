@@ -7,8 +7,8 @@
         for chunk in client.stream([Message("user", "Why is the sky blue?")]):
             print(chunk.text, end="")
 
-`prompt` is text, a conversation (a list of `Message`), or token ids. What is left out takes the server's default
-(protos/sequoia/v1/coordinator.proto). Every failure is a class of `sequoia.errors`; a wrong argument is an
+`prompt` is text, a conversation (a list of `Message`), or token ids. The options are those of `RequestOptions`; what is
+left out takes the server's default. Every failure is a class of `sequoia.errors`; a wrong argument is an
 `InvalidArgument` whose `field` names it, whether it was found here or by the server.
 """
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Generator
 from types import TracebackType
+from typing import Unpack
 
 import grpc
 
@@ -26,6 +27,7 @@ from sequoia.generation import (
     Generation,
     Message,
     Prompt,
+    RequestOptions,
     Speculation,
     SpeculationFigures,
     StageSeconds,
@@ -34,6 +36,7 @@ from sequoia.generation import (
     build_request,
 )
 from sequoia.rpc import error_from, open_channel, open_sync_channel
+from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
@@ -45,10 +48,12 @@ __all__ = [
     "Generation",
     "Message",
     "Prompt",
+    "RequestOptions",
     "Speculation",
     "SpeculationFigures",
     "StageSeconds",
     "Stop",
+    "TokenLogprobs",
     "Usage",
 ]
 
@@ -75,48 +80,28 @@ class Client:
         self._channel.close()
 
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Stop = (),
-        speculation: Speculation = "auto",
-        timeout_seconds: float | None = None,
+        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
     ) -> Generation:
         """The whole answer.
 
         >>> client.generate("1, 2, 3,", max_tokens=8, temperature=0, stop=["10"]).text
         ' 4, 5, 6'
         """
-        request = build_request(prompt, max_tokens, temperature, top_p, top_k, seed, stop, speculation)
+        request = build_request(prompt, options)
         answer = Answer()
         for _ in self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), answer):
             pass
         return answer.finished()
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Stop = (),
-        speculation: Speculation = "auto",
-        timeout_seconds: float | None = None,
+        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
     ) -> Generator[Chunk]:
         """The answer in pieces, as they are committed. Leaving the loop early cancels the request.
 
         >>> for chunk in client.stream([Message("user", "Hello!")]):
         ...     print(chunk.text, end="", flush=True)
         """
-        request = build_request(prompt, max_tokens, temperature, top_p, top_k, seed, stop, speculation)
+        request = build_request(prompt, options)
         return self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), Answer())
 
     def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
@@ -161,48 +146,28 @@ class AsyncClient:
         await self._channel.close()
 
     async def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Stop = (),
-        speculation: Speculation = "auto",
-        timeout_seconds: float | None = None,
+        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
     ) -> Generation:
         """The whole answer; cancelling the task cancels the request.
 
         >>> (await client.generate("1, 2, 3,", max_tokens=8, temperature=0)).text
         ' 4, 5, 6'
         """
-        request = build_request(prompt, max_tokens, temperature, top_p, top_k, seed, stop, speculation)
+        request = build_request(prompt, options)
         answer = Answer()
         async for _ in self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), answer):
             pass
         return answer.finished()
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int | None = None,
-        temperature: float | None = None,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Stop = (),
-        speculation: Speculation = "auto",
-        timeout_seconds: float | None = None,
+        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
     ) -> AsyncGenerator[Chunk]:
         """The answer in pieces, as they are committed. Leaving the loop early cancels the request.
 
         >>> async for chunk in client.stream([Message("user", "Hello!")]):
         ...     print(chunk.text, end="", flush=True)
         """
-        request = build_request(prompt, max_tokens, temperature, top_p, top_k, seed, stop, speculation)
+        request = build_request(prompt, options)
         return self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), Answer())
 
     async def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:

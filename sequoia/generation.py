@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
 from sequoia.errors import Internal, InvalidArgument
-from sequoia.topology import Topology
+from sequoia.rules import RULES
+from sequoia.topology import TokenLogprobs, Topology
 from sequoia.v1 import coordinator_pb2 as pb
-from sequoia.v1 import tree_pb2
+from sequoia.v1 import sampling_pb2, tree_pb2
+from sequoia.wire import logprobs_from_wire, rule_name, rule_to_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,31 @@ class Message:
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
 Speculation: TypeAlias = Literal["auto", "off", "tree"] | Topology
 Stop: TypeAlias = Sequence[str | bytes]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may say beside its prompt. What is left out, or None, takes the server's default.
+
+    The parameters act on p as sequoia.sampling.Sampling tells; each is honoured exactly or refused by name.
+    """
+
+    max_tokens: int | None  # most tokens to generate
+    temperature: float | None  # 0 is greedy
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]  # token id -> what is added to its logit
+    seed: int | None  # the same text for the same seed, whatever the draft and the tree
+    stop: Stop  # strings that end the answer
+    stop_token_ids: Sequence[int]  # tokens that end the answer, besides the model's own
+    ignore_eos: bool | None  # go on at the model's own end-of-sequence tokens
+    min_tokens: int | None  # nothing ends the answer before it has so many
+    logprobs: int | None  # logarithms of probabilities, with so many likeliest tokens beside each
+    speculation: Speculation
+    rule: str | None  # a name of sequoia.rules.RULES
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +111,31 @@ class SpeculationFigures:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A finished answer. `token_ids` holds the end-of-sequence token, `text` does not."""
+    """A finished answer. `token_ids` holds the end-of-sequence token, `text` does not.
+
+    `seed` is the one that determines the text, given or drawn by the server; None when none does. `logprobs` has one
+    entry a token when they were asked for, else none.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
     usage: Usage
     speculation: SpeculationFigures
+    rule: str
+    seed: int | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Ready for JSON: text, token_ids, finish_reason, usage, speculation."""
+        """Ready for JSON: text, token_ids, finish_reason, rule, seed, usage, speculation, and logprobs if any."""
         speculation = asdict(self.speculation)
         return {
             "text": self.text,
             "token_ids": list(self.token_ids),
             "finish_reason": self.finish_reason,
+            "rule": self.rule,
+            "seed": self.seed,
+            **({"logprobs": [_logprobs_to_dict(each) for each in self.logprobs]} if self.logprobs else {}),
             "usage": {
                 **asdict(self.usage),
                 "time_per_output_token_seconds": self.usage.time_per_output_token_seconds,
@@ -120,38 +158,60 @@ class Chunk:
     text: str
     token_ids: tuple[int, ...]
     generation: Generation | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
-def build_request(
-    prompt: Prompt,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_p: float | None,
-    top_k: int | None,
-    seed: int | None,
-    stop: Stop,
-    speculation: Speculation,
-) -> pb.GenerateRequest:
+_WHOLE = "a whole number from 0 to 2**32 - 1"
+# Options that are fields of the wire's Sampling, by the names they have there.
+_SCALARS = {
+    "temperature": ("temperature", "a number"),
+    "top_p": ("top_p", "a number"),
+    "top_k": ("top_k", _WHOLE),
+    "min_p": ("min_p", "a number"),
+    "repetition_penalty": ("repetition_penalty", "a number"),
+    "presence_penalty": ("presence_penalty", "a number"),
+    "frequency_penalty": ("frequency_penalty", "a number"),
+    "seed": ("seed", "a whole number from 0 to 2**64 - 1"),
+    "ignore_eos": ("ignore_eos", "true or false"),
+    "min_tokens": ("min_tokens", _WHOLE),
+    "logprobs": ("num_logprobs", _WHOLE),
+}
+
+
+def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest:
     """The wire form of a request; what is None is left out. Raises InvalidArgument naming the argument."""
+    if unknown := sorted(options.keys() - RequestOptions.__annotations__.keys()):
+        raise InvalidArgument(f"is no option; known are {', '.join(RequestOptions.__annotations__)}", unknown[0])
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
-    _set(request, "max_tokens", max_tokens, "a whole number from 1 to 2**32 - 1")
-    _set(request.sampling, "temperature", temperature, "a number")
-    _set(request.sampling, "top_p", top_p, "a number")
-    _set(request.sampling, "top_k", top_k, "a whole number from 0 to 2**32 - 1")
-    _set(request.sampling, "seed", seed, "a whole number from 0 to 2**64 - 1")
-    _set_stop(request, stop)
-    request.speculation.CopyFrom(_speculation(speculation))
+    _set(request, "max_tokens", options.get("max_tokens"), "max_tokens", "a whole number from 1 to 2**32 - 1")
+    for name, (field_name, expected) in _SCALARS.items():
+        _set(request.sampling, field_name, options.get(name), name, expected)
+    _set_tokens(request.sampling, options)
+    _set_stop(request, options.get("stop", ()))
+    request.speculation.CopyFrom(_speculation(options.get("speculation", "auto"), options.get("rule")))
     return request
 
 
-def _set(message: ProtoMessage, name: str, value: float | None, expected: str) -> None:
+def _set(message: ProtoMessage, field_name: str, value: object, name: str, expected: str) -> None:
     if value is None:
         return
     try:
-        setattr(message, name, value)
+        setattr(message, field_name, value)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"{value!r} is not {expected}", name) from error
+
+
+def _set_tokens(sampling: sampling_pb2.Sampling, options: RequestOptions) -> None:
+    biases, stops = options.get("logit_bias") or {}, options.get("stop_token_ids") or ()
+    try:
+        sampling.logit_bias.update(biases)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgument(f"{biases!r} does not map token ids to numbers: {error}", "logit_bias") from error
+    try:
+        sampling.stop_token_ids.extend(stops)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{stops!r} is not a list of token ids: {error}", "stop_token_ids") from error
 
 
 def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
@@ -185,13 +245,16 @@ def _set_stop(request: pb.GenerateRequest, stop: Stop) -> None:
 _MODES = {"auto": pb.SPECULATION_MODE_AUTO, "off": pb.SPECULATION_MODE_OFF, "tree": pb.SPECULATION_MODE_TREE}
 
 
-def _speculation(speculation: Speculation) -> pb.Speculation:
+def _speculation(speculation: Speculation, rule: str | None) -> pb.Speculation:
+    if rule is not None and rule not in RULES:
+        raise InvalidArgument(f"{rule!r} is none of {', '.join(RULES)}", "rule")
+    number = rule_to_wire(RULES[rule]) if rule else sampling_pb2.RULE_UNSPECIFIED
     if isinstance(speculation, Topology):
         topology = tree_pb2.Topology(parents=speculation.parents)
-        return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, topology=topology)
+        return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, topology=topology, rule=number)
     if not isinstance(speculation, str) or speculation not in _MODES:
         raise InvalidArgument(f"{speculation!r} is none of 'auto', 'off', 'tree', or a Topology", "speculation")
-    return pb.Speculation(mode=_MODES[speculation])
+    return pb.Speculation(mode=_MODES[speculation], rule=number)
 
 
 @dataclass(slots=True)
@@ -200,6 +263,7 @@ class Answer:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = 0
     generation: Generation | None = None
 
@@ -207,16 +271,19 @@ class Answer:
         self.num_prompt_tokens = self.num_prompt_tokens or response.num_prompt_tokens
         self.text += response.text
         self.token_ids += response.token_ids
+        logprobs = tuple(map(logprobs_from_wire, response.logprobs))
+        self.logprobs += logprobs
         if response.HasField("finish"):
-            self.generation = self._finish(response.finish)
-        return Chunk(response.text, tuple(response.token_ids), self.generation)
+            self.generation = self._finish(response)
+        return Chunk(response.text, tuple(response.token_ids), self.generation, logprobs)
 
     def finished(self) -> Generation:
         if self.generation is None:
             raise Internal("the coordinator ended the answer without saying how it finished")
         return self.generation
 
-    def _finish(self, finish: pb.Finish) -> Generation:
+    def _finish(self, response: pb.GenerateResponse) -> Generation:
+        finish = response.finish
         return Generation(
             text=self.text,
             token_ids=tuple(self.token_ids),
@@ -228,7 +295,20 @@ class Answer:
                 total_seconds=finish.total_seconds,
             ),
             speculation=_figures(finish.speculation),
+            rule=rule_name(response.rule),
+            seed=response.seed if response.HasField("seed") else None,
+            logprobs=tuple(self.logprobs),
         )
+
+
+def _logprobs_to_dict(logprobs: TokenLogprobs) -> dict[str, Any]:
+    """Ready for JSON, which has no -inf: the processed logprob of a token that was cut is null."""
+    top = [{"token_id": t, "raw": raw, "processed": _finite(processed)} for t, raw, processed in logprobs.top]
+    return {"token_id": logprobs.token_id, "raw": logprobs.raw, "processed": _finite(logprobs.processed), "top": top}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _figures(report: pb.SpeculationReport) -> SpeculationFigures:

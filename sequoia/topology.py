@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,6 +125,14 @@ class TokenTree:
         """The tree of plain decoding."""
         return TokenTree(Topology.root_only(), (token_id,))
 
+    def path_tokens(self, node: int) -> tuple[int, ...]:
+        """Tokens on the way from the root, left out, to `node`."""
+        tokens: list[int] = []
+        while node:
+            tokens.append(self.token_ids[node])
+            node = self.topology.parents[node]
+        return tuple(reversed(tokens))
+
     def follow(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """The longest path of nodes from the root, root left out, whose tokens are a prefix of `tokens`."""
         path: list[int] = []
@@ -136,12 +145,26 @@ class TokenTree:
         return tuple(path)
 
 
+class TokenLogprobs(NamedTuple):
+    """Natural logarithms of a token's probability where it was generated, and of the likeliest tokens there.
+
+    Raw: as the model has it. Processed: after every sampling parameter, -inf where cut; at temperature 0, after all
+    that acts before the temperature.
+    """
+
+    token_id: int
+    raw: float
+    processed: float
+    top: tuple[tuple[int, float, float], ...]  # (token id, raw, processed), likeliest by raw first
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What the target made of a tree: accepted nodes in path order (root left out) and the token that follows them."""
 
     accepted_nodes: tuple[int, ...]
     bonus_token_id: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of `tokens`, when asked for
 
     def tokens(self, tree: TokenTree) -> tuple[int, ...]:
         """The newly committed tokens: at least one."""

@@ -1,27 +1,30 @@
-"""Tensors and domain values <-> protobuf. Everything that comes off the wire is checked here, by name."""
+"""Domain values <-> protobuf. Everything that comes off the wire is checked here, by name."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
-from sequoia.engine.sampling import Sampling
 from sequoia.errors import InvalidArgument
-from sequoia.topology import DraftDistributions, TokenTree, Topology
-from sequoia.v1 import sampling_pb2, tree_pb2
+from sequoia.rules import RULES, ParameterError, Rule
+from sequoia.sampling import PARAMETERS, Decoding, Sampling
+from sequoia.topology import DraftDistributions, TokenLogprobs, TokenTree, Topology, Verdict
+from sequoia.v1 import draft_pb2, sampling_pb2, tree_pb2, verify_pb2
 
 MAX_DRAFT_WIDTH = 1024
+_OPTIONAL = tuple(name for name in PARAMETERS if name not in ("logit_bias", "stop_token_ids"))
 
 
-def topology_from_wire(message: tree_pb2.Topology, max_size: int) -> Topology:
-    """Raises InvalidArgument naming `topology.parents`."""
+def topology_from_wire(message: tree_pb2.Topology, max_size: int, field: str = "topology") -> Topology:
+    """Raises InvalidArgument naming `field`."""
     if len(message.parents) > max_size:
-        raise InvalidArgument(f"{len(message.parents)} nodes; this worker takes at most {max_size}", "topology.parents")
+        raise InvalidArgument(f"it has {len(message.parents)} nodes; at most {max_size} are served", field)
     try:
         return Topology(tuple(message.parents))
     except ValueError as error:
-        raise InvalidArgument(str(error), "topology.parents") from error
+        raise InvalidArgument(str(error), field) from error
 
 
 def tree_from_wire(message: tree_pb2.TokenTree, max_size: int, vocab_size: int) -> TokenTree:
@@ -54,16 +57,79 @@ def tokens_from_wire(token_ids: Sequence[int], vocab_size: int, field: str) -> t
     return tuple(token_ids)
 
 
-def sampling_from_wire(message: sampling_pb2.Sampling, rule: sampling_pb2.Rule) -> Sampling:
-    """The parameters a worker goes by; the coordinator has filled in every default. Raises InvalidArgument."""
-    sampling = Sampling(message.temperature, message.top_p, message.top_k)
-    expected = sampling_pb2.RULE_GREEDY if sampling.greedy else sampling_pb2.RULE_SEQUOIA
-    if rule != expected:
-        named = sampling_pb2.Rule.Name(expected)
-        raise InvalidArgument(f"temperature {sampling.temperature} is served by {named} on this worker", "rule")
-    if not (0.0 <= sampling.temperature <= 100.0 and 0.0 < sampling.top_p <= 1.0):
-        raise InvalidArgument("temperature must be in 0..100 and top_p in (0, 1]", "sampling")
-    return sampling
+def sampling_from_wire(message: sampling_pb2.Sampling, vocab_size: int) -> Sampling:
+    """The parameters with every default filled in. Raises InvalidArgument naming the field."""
+    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    biases, stops = tuple(sorted(message.logit_bias.items())), tuple(message.stop_token_ids)
+    for name, ids in (("logit_bias", [token_id for token_id, _ in biases]), ("stop_token_ids", stops)):
+        if ids:
+            tokens_from_wire(ids, vocab_size, f"sampling.{name}")
+    try:
+        return Sampling(**given, logit_bias=biases, stop_token_ids=stops)
+    except ParameterError as error:
+        raise InvalidArgument(error.message, f"sampling.{error.field}") from error
+
+
+def sampling_to_wire(sampling: Sampling) -> sampling_pb2.Sampling:
+    """Every parameter, defaults spelled out."""
+    given = {name: value for name in _OPTIONAL if (value := getattr(sampling, name)) is not None}
+    return sampling_pb2.Sampling(**given, logit_bias=dict(sampling.logit_bias), stop_token_ids=sampling.stop_token_ids)
+
+
+def rule_from_wire(value: sampling_pb2.Rule, field: str) -> Rule:
+    """Raises InvalidArgument naming `field` for a number that is no rule."""
+    rule = RULES.get(rule_name(value))
+    if rule is None:
+        raise InvalidArgument(f"{value} is no rule that is known here; use one of {', '.join(RULES)}", field)
+    return rule
+
+
+def rule_name(value: sampling_pb2.Rule) -> str:
+    """Its name in `sequoia.rules`; "" when not set, and the bare number when unknown."""
+    if value == sampling_pb2.RULE_UNSPECIFIED:
+        return ""
+    known = value in sampling_pb2.Rule.values()
+    return sampling_pb2.Rule.Name(value).removeprefix("RULE_").lower() if known else str(value)
+
+
+def rule_to_wire(rule: Rule) -> sampling_pb2.Rule:
+    """Its number."""
+    return cast(sampling_pb2.Rule, sampling_pb2.Rule.Value(f"RULE_{rule.name.upper()}"))
+
+
+def decoding_from_wire(message: draft_pb2.DraftOpen | verify_pb2.VerifyOpen, vocab_size: int) -> Decoding:
+    """What an opening says of the session, beside its tokens. Raises InvalidArgument naming the field."""
+    rule, sampling = rule_from_wire(message.rule, "rule"), sampling_from_wire(message.sampling, vocab_size)
+    if rule.greedy != sampling.greedy:
+        raise InvalidArgument(f"{rule.name} does not serve temperature {sampling.temperature:g}", "rule")
+    if rule.children == "coupled" and sampling.seed is None:
+        raise InvalidArgument(f"{rule.name} needs one", "sampling.seed")
+    if not 1 <= message.num_prompt_tokens <= len(message.token_ids):
+        known = f"{message.num_prompt_tokens} of {len(message.token_ids)} tokens"
+        raise InvalidArgument(f"{known}; it must count at least one and at most all", "num_prompt_tokens")
+    return Decoding(rule, sampling, message.num_prompt_tokens)
+
+
+def verdict_to_wire(verdict: Verdict) -> verify_pb2.Verdict:
+    """With logprobs when it has them."""
+    return verify_pb2.Verdict(
+        accepted_nodes=verdict.accepted_nodes,
+        bonus_token_id=verdict.bonus_token_id,
+        logprobs=[_logprobs_to_wire(each) for each in verdict.logprobs],
+    )
+
+
+def logprobs_from_wire(message: sampling_pb2.TokenLogprobs) -> TokenLogprobs:
+    """The value."""
+    top = tuple((each.token_id, each.raw, each.processed) for each in message.top)
+    return TokenLogprobs(message.token_id, message.raw, message.processed, top)
+
+
+def _logprobs_to_wire(logprobs: TokenLogprobs) -> sampling_pb2.TokenLogprobs:
+    top = [sampling_pb2.TopLogprob(token_id=t, raw=raw, processed=own) for t, raw, own in logprobs.top]
+    return sampling_pb2.TokenLogprobs(
+        token_id=logprobs.token_id, raw=logprobs.raw, processed=logprobs.processed, top=top
+    )
 
 
 def _q_from_wire(

@@ -21,7 +21,9 @@ from sequoia.engine.sources import resolve
 from sequoia.engine.warmup import measure_latency
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import Server, error_border, running, stop_signal
-from sequoia.v1 import sampling_pb2, worker_pb2, worker_pb2_grpc
+from sequoia.rules import RULES
+from sequoia.v1 import worker_pb2, worker_pb2_grpc
+from sequoia.wire import rule_to_wire
 
 # Logits in the widest forward are measured too, so that the planner never extrapolates within this range.
 _LATENCY_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -96,11 +98,11 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         dtype=model.dtype_name,
         quantization=model.quantization,
         tokenizer_hash=model.tokenizer.tokenizer_hash,
-        vocab_size=model.tokenizer.vocab_size,
+        vocab_size=min(model.tokenizer.vocab_size, model.padded_vocab_size),
         padded_vocab_size=model.padded_vocab_size,
         context_length=context_length,
         max_tree_size=config.max_tree_size,
-        rules=[sampling_pb2.RULE_GREEDY, sampling_pb2.RULE_SEQUOIA],
+        rules=[rule_to_wire(rule) for rule in RULES.values()],
         hardware_key=_hardware_key(model, num_threads),
         latency=worker_pb2.LatencyCurve(num_tokens=curve.num_tokens, seconds=curve.seconds),
         num_slots=config.num_slots,

@@ -79,7 +79,7 @@ async def test_generate_prints_one_json_object(address: str, capsys: pytest.Capt
     assert await run_generate(address, "héllo", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert (printed["text"], printed["token_ids"], printed["finish_reason"]) == ("héllo", [5, 6], "length")
-    assert set(printed) == {"text", "token_ids", "finish_reason", "usage", "speculation"}
+    assert set(printed) == {"text", "token_ids", "finish_reason", "rule", "seed", "usage", "speculation"}
     assert printed["speculation"]["tree"] == {"size": 1, "levels": 1}
     assert set(printed["speculation"]["seconds"]) == {"draft", "verify", "network", "host", "prefill"}
 

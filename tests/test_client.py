@@ -18,6 +18,7 @@ from sequoia.rpc import Context, Server, error_border
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
+from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
@@ -135,6 +136,8 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
         "text": "Hello world",
         "token_ids": [10, 11, 12, 13, 14, 2],
         "finish_reason": "stop",
+        "rule": "",
+        "seed": None,
         "usage": {
             "num_prompt_tokens": 5,
             "num_completion_tokens": 6,
@@ -184,7 +187,17 @@ async def test_every_argument_reaches_the_server(client: AsyncClient, coordinato
         top_p=0.9,
         top_k=40,
         seed=2**64 - 1,
+        min_p=0.1,
+        repetition_penalty=1.2,
+        presence_penalty=0.3,
+        frequency_penalty=0.4,
+        logit_bias={7: -2.5},
         stop=["é", b"\xff"],
+        stop_token_ids=[3],
+        ignore_eos=True,
+        min_tokens=2,
+        logprobs=5,
+        rule="coupled",
         speculation=Topology((-1, 0, 0)),
     )
     (request,) = coordinator.requests
@@ -192,6 +205,11 @@ async def test_every_argument_reaches_the_server(client: AsyncClient, coordinato
     assert request.max_tokens == 7
     assert request.sampling.HasField("temperature")
     assert (request.sampling.top_p, request.sampling.top_k, request.sampling.seed) == (0.9, 40, 2**64 - 1)
+    assert (request.sampling.min_p, request.sampling.repetition_penalty) == (0.1, 1.2)
+    assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.3, 0.4)
+    assert (dict(request.sampling.logit_bias), list(request.sampling.stop_token_ids)) == ({7: -2.5}, [3])
+    assert (request.sampling.ignore_eos, request.sampling.min_tokens, request.sampling.num_logprobs) == (True, 2, 5)
+    assert request.speculation.rule == RULE_COUPLED
     assert list(request.stop) == ["é".encode(), b"\xff"]
     assert request.speculation.mode == pb.SPECULATION_MODE_TREE
     assert list(request.speculation.topology.parents) == [-1, 0, 0]
@@ -222,6 +240,14 @@ async def test_token_ids_are_sent_as_they_are(client: AsyncClient, coordinator: 
         ({"stop": "one string"}, "stop"),
         ({"stop": ["\ud800"]}, "stop"),
         ({"stop": [5]}, "stop"),
+        ({"min_p": "x"}, "min_p"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": 5}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"rule": "specinfer"}, "rule"),
+        ({"temprature": 1}, "temprature"),
         ({"speculation": "on"}, "speculation"),
         ({"speculation": [-1, 0]}, "speculation"),
         ({"timeout_seconds": 0}, "timeout_seconds"),

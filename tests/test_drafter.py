@@ -19,15 +19,16 @@ from sequoia.engine.attention import TREE_ATTENTION, register
 from sequoia.engine.executor import Engine, Job
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
-from sequoia.engine.sampling import Sampling
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
+from sequoia.rules import GREEDY, SEQUOIA
+from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology
 
 Result = TypeVar("Result")
 TREE = Topology((-1, 0, 0, 0, 1, 1, 2, 4, 4, 7))
 PROMPT = tuple(range(30, 60))
-GREEDY = Sampling(temperature=0.0)
+COOL = Sampling(temperature=0.0)
 
 
 class Bench:
@@ -45,7 +46,8 @@ class Bench:
     def session(self, sampling: Sampling, vocab_size: int = 400) -> Iterator[DraftSession]:
         limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size)
         with self.engine.cache.slot() as slot:
-            yield DraftSession(slot, sampling, np.random.default_rng(0), limits)
+            decoding = Decoding(GREEDY if sampling.greedy else SEQUOIA, sampling, 1)
+            yield DraftSession(slot, decoding, np.random.default_rng(0), limits)
 
     def run(self, job: Job[Result]) -> Result:
         logits = None
@@ -84,7 +86,7 @@ def assert_top_children(bench: Bench, committed: tuple[int, ...], tree: TokenTre
 
 
 def test_greedy_tree_has_the_models_top_children_at_every_node(bench: Bench) -> None:
-    with bench.session(GREEDY) as session:
+    with bench.session(COOL) as session:
         session.commit(0, PROMPT)
         tree = bench.run(session.grow(TREE))
     assert tree.topology == TREE
@@ -94,7 +96,7 @@ def test_greedy_tree_has_the_models_top_children_at_every_node(bench: Bench) -> 
 
 def test_rows_of_a_tree_that_came_true_serve_the_next_one(bench: Bench) -> None:
     """Accepted path of forwarded nodes and a leaf, a bonus token, then tokens of plain steps, then nothing accepted."""
-    with bench.session(GREEDY) as session:
+    with bench.session(COOL) as session:
         committed = PROMPT
         session.commit(0, committed)
         for node, others in ((9, (77,)), (5, (78, 79, 80)), (0, (5,)), (4, (91,))):
@@ -107,7 +109,7 @@ def test_rows_of_a_tree_that_came_true_serve_the_next_one(bench: Bench) -> None:
 
 
 def test_only_the_tokens_without_rows_are_forwarded(bench: Bench) -> None:
-    with bench.session(GREEDY) as session:
+    with bench.session(COOL) as session:
         session.commit(0, PROMPT)
         tree = bench.run(session.grow(TREE))
         session.commit(len(PROMPT), (*path_tokens(tree, 4), 77))
@@ -118,7 +120,7 @@ def test_only_the_tokens_without_rows_are_forwarded(bench: Bench) -> None:
 
 def test_a_tree_of_d_levels_costs_d_minus_one_forwards(bench: Bench) -> None:
     """Also where an accepted leaf and plain tokens have no rows yet: they ride along with the root."""
-    with bench.session(GREEDY) as session:
+    with bench.session(COOL) as session:
         session.commit(0, PROMPT)
         tree = bench.run(session.grow(TREE))
         session.commit(len(PROMPT), (*path_tokens(tree, 9), 77, 78))
@@ -152,14 +154,14 @@ def test_a_tree_shrinks_where_q_has_fewer_tokens_than_children(bench: Bench) -> 
 
 
 def test_padding_of_the_vocabulary_is_never_proposed(bench: Bench) -> None:
-    with bench.session(GREEDY, vocab_size=50) as session:
+    with bench.session(COOL, vocab_size=50) as session:
         session.commit(0, PROMPT[:10])
         tree = bench.run(session.grow(TREE))
     assert max(tree.token_ids) < 50
 
 
 def test_committed_tokens_that_contradict_are_refused(bench: Bench) -> None:
-    with bench.session(GREEDY) as session:
+    with bench.session(COOL) as session:
         session.commit(0, PROMPT)
         session.commit(len(PROMPT) - 1, (PROMPT[-1], 70))
         with pytest.raises(InvalidArgument, match="base_len"):

@@ -15,8 +15,9 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Client, Message
 from sequoia.engine.model import load_model
-from sequoia.engine.sampling import Sampling, target_distribution
+from sequoia.engine.sampling import target_distribution
 from sequoia.engine.sources import resolve
+from sequoia.sampling import Sampling
 from sequoia.topology import Topology
 
 TREES = (Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *([0] * 7))))

@@ -9,9 +9,11 @@ from coordinator.trees import plan_key
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.rpc import Context, Server
+from sequoia.rules import SEQUOIA
 from sequoia.tree_cache import TreeCache
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
+from sequoia.v1.sampling_pb2 import RULE_SEQUOIA
 from sequoia.v1.worker_pb2 import LatencyCurve, WorkerDescription
 
 
@@ -22,6 +24,7 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.pair = pb.DescribePairResponse(
             verify=WorkerDescription(model="target", max_tree_size=64, latency=curve(0.100, 0.110)),
             draft=WorkerDescription(model="draft", max_tree_size=16, latency=curve(0.001, 0.001)),
+            default_rule=RULE_SEQUOIA,
             verify_rtt_seconds=0.002,
             draft_rtt_seconds=0.001,
         )
@@ -80,7 +83,7 @@ async def test_the_plan_follows_from_what_was_measured_and_lands_in_redis(
     assert (plan.inputs.verify_rtt_seconds, plan.inputs.draft_rtt_seconds) == (0.002, 0.001)
     assert plan.inputs.host_seconds == pytest.approx(0.003)
     assert (plan.kind, plan.topology.size <= 16) == ("tree", True)
-    key = plan_key(coordinator.pair.verify, coordinator.pair.draft, "(0.4,0.8]")
+    key = plan_key(coordinator.pair.verify, coordinator.pair.draft, "(0.4,0.8]", SEQUOIA)
     async with TreeCache(redis.url) as cache:
         assert await cache.get_many([key]) == ({key: plan}, {})
 

@@ -10,7 +10,6 @@ import torch
 
 from sequoia.engine.sampling import (
     RandomChoices,
-    Sampling,
     argmax,
     draft_distributions,
     draw_children,
@@ -18,6 +17,7 @@ from sequoia.engine.sampling import (
     top_children,
 )
 from sequoia.errors import Internal
+from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions
 
 
@@ -54,20 +54,20 @@ def test_target_distribution_equals_the_definition(sampling: Sampling) -> None:
     generator = np.random.default_rng(0)
     for _ in range(20):
         logits = generator.normal(0, 3, 700).round(1)  # rounding makes ties
-        p = target_distribution(torch.tensor(logits), sampling).numpy()
+        p = target_distribution(torch.tensor(logits, dtype=torch.float64), sampling).numpy()
         np.testing.assert_allclose(p, reference_p(logits, sampling), atol=1e-12)
 
 
 def test_ties_at_a_cut_go_to_the_smaller_ids() -> None:
-    p = target_distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]), Sampling(top_k=2))
+    p = target_distribution(torch.tensor([1.0, 2.0, 2.0, 2.0]).double(), Sampling(top_k=2))
     assert p.tolist() == [0.0, 0.5, 0.5, 0.0]
     assert top_children(torch.tensor([1.0, 2.0, 0.0, 2.0, 2.0]), 2) == (1, 3)
 
 
 def test_nan_logits_are_an_error_and_never_a_token() -> None:
-    with pytest.raises(Internal, match="NaN"):
+    with pytest.raises(Internal, match="largest logit is nan"):
         target_distribution(torch.tensor([0.0, float("nan")]), Sampling())
-    with pytest.raises(Internal, match="NaN"):
+    with pytest.raises(Internal, match="largest logit is nan"):
         argmax(torch.tensor([0.0, float("nan")]))
 
 

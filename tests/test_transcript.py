@@ -8,8 +8,10 @@ from tiny_models import build_tokenizer
 from coordinator.report import Report
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Step, Transcript
+from sequoia.sampling import Sampling
 from sequoia.v1.coordinator_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from sequoia.v1.draft_pb2 import DraftResponse
+from sequoia.v1.sampling_pb2 import TokenLogprobs
 from sequoia.v1.tree_pb2 import TokenTree, Topology
 from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
 from sequoia.v1.worker_pb2 import TokenizerFiles
@@ -23,8 +25,9 @@ def codec() -> TextCodec:
     return TextCodec.from_files(TokenizerFiles(tokenizer_json=backend.to_str().encode(), eos_token_ids=[EOS]))
 
 
-def transcript(codec: TextCodec, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> Transcript:
-    return Transcript((5, 6, 7), max_tokens, codec.eos_token_ids, TextStream(codec, stops))
+def transcript(codec: TextCodec, max_tokens: int = 100, stops: tuple[str, ...] = (), min_tokens: int = 0) -> Transcript:
+    sampling = Sampling(stop_token_ids=tuple(codec.eos_token_ids), min_tokens=min_tokens)
+    return Transcript((5, 6, 7), max_tokens, sampling, TextStream(codec, stops))
 
 
 def tokens(codec: TextCodec, text: str) -> tuple[int, ...]:
@@ -50,6 +53,21 @@ def test_text_that_may_become_a_stop_string_is_held_back_until_it_cannot(codec: 
     first = growing.commit(tokens(codec, "one root"))
     second = growing.commit(tokens(codec, " grows"))
     assert (first.text, second.text) == ("one ", "root grows")
+
+
+def test_nothing_ends_the_answer_before_min_tokens(codec: TextCodec) -> None:
+    run = tokens(codec, "one root, one root, one root")
+    first = len(tokens(codec, "one root"))
+    step = transcript(codec, stops=("root",), min_tokens=first).commit(run)
+    assert step.text == "one root, one "
+    assert step.finish_reason == FINISH_REASON_STOP
+
+
+def test_logprobs_are_cut_with_the_tokens(codec: TextCodec) -> None:
+    run = (*tokens(codec, "A tree"), EOS, *tokens(codec, " has leaked"))
+    logprobs = [TokenLogprobs(token_id=token) for token in run]
+    step = transcript(codec).commit(run, logprobs)
+    assert [each.token_id for each in step.logprobs] == list(step.token_ids)
 
 
 def test_max_tokens_inside_a_run_cuts_there_and_flushes_what_was_held_back(codec: TextCodec) -> None:

@@ -13,6 +13,8 @@ from sequoia.acceptance import PRIOR
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, TreePlan, choose, optimal_tree
+from sequoia.rules import COUPLED, GREEDY, SEQUOIA, Rule
+from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology
 from sequoia.tree_cache import temperature_bucket
 from sequoia.v1.coordinator_pb2 import (
@@ -21,7 +23,6 @@ from sequoia.v1.coordinator_pb2 import (
     SPECULATION_MODE_TREE,
     SpeculationMode,
 )
-from sequoia.v1.sampling_pb2 import Sampling
 from sequoia.v1.worker_pb2 import WorkerDescription
 
 FAST, SLOW = LatencyCurve((1, 16), (0.01, 0.01)), LatencyCurve((1, 16), (0.1, 0.12))
@@ -44,11 +45,16 @@ def pair(draft: str = "draft", limit: int = 64) -> Pair:
 
 
 def request(mode: SpeculationMode, temperature: float = 0.0, topology: Topology | None = None) -> Request:
-    return Request((1,), 8, (), Sampling(temperature=temperature), mode, topology)
+    return Request((1,), 8, (), decoding(temperature), mode, topology)
 
 
-def put(url: str, of: Pair, temperature: float, document: TreePlan | str) -> None:
-    key = plan_key(of.verify_description, of.draft_description or WorkerDescription(), temperature_bucket(temperature))
+def decoding(temperature: float) -> Decoding:
+    return Decoding(SEQUOIA if temperature else GREEDY, Sampling(temperature=temperature), 1)
+
+
+def put(url: str, of: Pair, temperature: float, document: TreePlan | str, rule: Rule = SEQUOIA) -> None:
+    draft, bucket = of.draft_description or WorkerDescription(), temperature_bucket(temperature)
+    key = plan_key(of.verify_description, draft, bucket, rule if temperature else GREEDY)
     with Redis.from_url(url) as redis:
         redis.set(str(key), document if isinstance(document, str) else document.to_json())
 
@@ -60,7 +66,7 @@ class Idle:
         self._stack = stack
 
     def plans(self, url: str, of: Pair) -> TreePlans:
-        plans = TreePlans(url, of, refresh_seconds=60)
+        plans = TreePlans(url, of, refresh_seconds=60, default_rule=SEQUOIA)
         self._stack.push_async_exit(plans)
         return plans
 
@@ -119,12 +125,12 @@ async def test_a_tree_named_by_the_request_is_used_as_it_is(idle: Idle) -> None:
 async def test_a_plan_serves_its_own_temperature_and_pair_only(idle: Idle) -> None:
     workers = pair()
     plans = await idle.plans_with(workers, SPECULATE)
-    assert plans.plan_for(0.0) == SPECULATE
-    assert plans.plan_for(0.6) is None
+    assert plans.plan_for(decoding(0.0)) == SPECULATE
+    assert plans.plan_for(decoding(0.6)) is None
     workers.draft_description = pair(draft="another").draft_description
-    assert plans.plan_for(0.0) is None
+    assert plans.plan_for(decoding(0.0)) is None
     workers.draft_description = None
-    assert plans.plan_for(0.0) is None
+    assert plans.plan_for(decoding(0.0)) is None
 
 
 async def test_trees_are_cut_to_what_the_workers_take(idle: Idle) -> None:
@@ -138,16 +144,16 @@ async def test_a_plan_is_picked_up_when_redis_comes_back_and_outlives_its_next_e
     with EmbeddedRedis() as redis:
         plans = idle.plans(redis.url, pair())
     await plans.refresh()
-    assert plans.plan_for(0.0) is None
+    assert plans.plan_for(decoding(0.0)) is None
     with EmbeddedRedis(redis.port):
         put(redis.url, pair(), 0.0, DO_NOT)
         await plans.refresh()
-        assert plans.plan_for(0.0) == DO_NOT
+        assert plans.plan_for(decoding(0.0)) == DO_NOT
         put(redis.url, pair(), 0.0, SPECULATE)
         await plans.refresh()
-        assert plans.plan_for(0.0) == SPECULATE
+        assert plans.plan_for(decoding(0.0)) == SPECULATE
     await plans.refresh()
-    assert plans.plan_for(0.0) == SPECULATE
+    assert plans.plan_for(decoding(0.0)) == SPECULATE
 
 
 class FirstRecord(logging.Handler):
@@ -166,10 +172,13 @@ async def test_new_plans_are_looked_for_in_the_background(caplog: pytest.LogCapt
     handler = FirstRecord()
     logging.getLogger("coordinator.trees").addHandler(handler)
     with EmbeddedRedis() as redis:
-        async with TreePlans(redis.url, pair(), refresh_seconds=0.001) as plans, asyncio.timeout(10):
+        async with (
+            TreePlans(redis.url, pair(), refresh_seconds=0.001, default_rule=SEQUOIA) as plans,
+            asyncio.timeout(10),
+        ):
             put(redis.url, pair(), 1.0, SPECULATE)
             await handler.seen.wait()
-            assert plans.plan_for(1.0) == SPECULATE
+            assert plans.plan_for(decoding(1.0)) == SPECULATE
     logging.getLogger("coordinator.trees").removeHandler(handler)
 
 
@@ -190,3 +199,14 @@ async def test_what_is_wrong_is_logged_once_and_so_is_its_end(idle: Idle, caplog
         ("INFO", "new tree plan"),
     ]
     assert "not a tree plan" in caplog.records[0].__dict__["reason"]
+
+
+async def test_a_rule_without_a_plan_of_its_own_takes_the_default_rules() -> None:
+    async with AsyncExitStack() as stack:
+        with EmbeddedRedis() as redis:
+            put(redis.url, pair(), 0.6, SPECULATE)
+            put(redis.url, pair(), 0.9, DO_NOT, rule=COUPLED)
+            plans = Idle(stack).plans(redis.url, pair())
+            await plans.refresh()
+        coupled = [Decoding(COUPLED, Sampling(temperature=each, seed=1), 1) for each in (0.6, 0.9, 0.2)]
+        assert [plans.plan_for(each) for each in coupled] == [SPECULATE, DO_NOT, None]

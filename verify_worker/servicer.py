@@ -8,20 +8,20 @@ from typing import Any
 
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
+from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, Verdict
 from sequoia.v1 import verify_pb2, verify_pb2_grpc
-from sequoia.wire import sampling_from_wire, tokens_from_wire, tree_from_wire
+from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, verdict_to_wire
 from sequoia.worker import Worker
-from verify_worker.verifier import Verifier, VerifySession
+from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
 
 
 class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     """One handler a session; it awaits the engine and never computes."""
 
     def __init__(self, worker: Worker) -> None:
-        self._verifier = Verifier(worker.executor, worker.prefill_chunk)
         self._limits = worker.description
-        self._eos_token_ids = frozenset(worker.model.tokenizer.eos_token_ids)
+        self._verifier = Verifier(worker.executor, VerifyLimits(worker.prefill_chunk, self._limits.vocab_size))
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
         """Opens the session with the first message and a first verdict, then answers every step."""
@@ -29,20 +29,20 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             opening = await anext(request_iterator, None)
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
-            committed, sampling = self._opening(opening.open)
-            with self._verifier.session(committed, sampling) as session:
+            committed, decoding = self._opening(opening.open)
+            with self._verifier.session(committed, decoding) as session:
                 await self._verify(session, context, step=0, tree=session.root_only)
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
                     await self._step(session, context, request.step)
 
-    def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Any]:
+    def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Decoding]:
         if len(request.token_ids) >= self._limits.context_length:
             limit = self._limits.context_length
             raise InvalidArgument(f"{len(request.token_ids)} tokens leave no room in a context of {limit}", "token_ids")
-        committed = tokens_from_wire(request.token_ids, self._limits.padded_vocab_size, "token_ids")
-        return committed, sampling_from_wire(request.sampling, request.rule)
+        committed = tokens_from_wire(request.token_ids, self._limits.vocab_size, "token_ids")
+        return committed, decoding_from_wire(request, self._limits.vocab_size)
 
     async def _step(self, session: VerifySession, context: Any, request: verify_pb2.VerifyStep) -> None:
         if request.prefix_len != session.prefix_len:
@@ -58,13 +58,13 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     def _tree(self, session: VerifySession, request: verify_pb2.VerifyStep) -> TokenTree:
         if not request.HasField("tree"):
             return session.root_only
-        tree = tree_from_wire(request.tree, self._limits.max_tree_size, self._limits.padded_vocab_size)
+        tree = tree_from_wire(request.tree, self._limits.max_tree_size, self._limits.vocab_size)
         if session.prefix_len + tree.topology.levels > self._limits.context_length:
             raise InvalidArgument(f"the tree reaches past the context of {self._limits.context_length}", "tree")
         return tree
 
     def _ended(self, session: VerifySession, verdict: Verdict) -> bool:
-        return verdict.bonus_token_id in self._eos_token_ids or session.prefix_len + 1 >= self._limits.context_length
+        return session.ended_by(verdict) or session.prefix_len + 1 >= self._limits.context_length
 
     async def _verify(
         self, session: VerifySession, context: Any, step: int, tree: TokenTree, num_plain_steps_left: int = 0
@@ -77,7 +77,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         response = verify_pb2.VerifyResponse(
             step=step,
             prefix_len=prefix_len,
-            verdict=verify_pb2.Verdict(accepted_nodes=verdict.accepted_nodes, bonus_token_id=verdict.bonus_token_id),
+            verdict=verdict_to_wire(verdict),
             worker_seconds=time.monotonic() - started,
             num_plain_steps_left=num_plain_steps_left,
         )

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from sequoia.engine.attention import tree_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.engine.sampling import Choices, RandomChoices, Sampling
+from sequoia.engine.sampling import Choices, RandomChoices
 from sequoia.engine.verification import verify_tree
 from sequoia.errors import InvalidArgument
+from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, Verdict
 from sequoia.worker import feed
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyLimits:
+    """What all sessions of a target model share."""
+
+    prefill_chunk: int  # most prompt tokens in a forward
+    vocab_size: int  # tokens the tokenizer knows: padding of the logits has no probability
 
 
 class VerifySession:
     """One session of the verifier. `committed` grows by every verdict; the last of them is the next root."""
 
     def __init__(
-        self, slot: KVSlot, committed: tuple[int, ...], sampling: Sampling, choices: Choices, prefill_chunk: int
+        self, slot: KVSlot, committed: tuple[int, ...], decoding: Decoding, choices: Choices, limits: VerifyLimits
     ) -> None:
-        self._slot, self._sampling, self._choices = slot, sampling, choices
-        self._prefill_chunk = prefill_chunk
+        self._slot, self._decoding, self._choices, self._limits = slot, decoding, choices, limits
         self._committed = committed
 
     @property
@@ -37,15 +46,21 @@ class VerifySession:
         """The tree of a plain step."""
         return TokenTree.root_only(self._committed[-1])
 
+    def ended_by(self, verdict: Verdict) -> bool:
+        """Whether the verdict's last token ends the answer."""
+        return verdict.bonus_token_id in self._decoding.sampling.stop_token_ids
+
     def verify(self, tree: TokenTree) -> Job[Verdict]:
         """One target forward over the tree (more only for a long prompt), the verdict, and the KV rows it keeps."""
         self._check(tree)
         pending = self._committed[self._slot.length : self.prefix_len]
-        num_fed = len(pending) // self._prefill_chunk * self._prefill_chunk
-        yield from feed(self._slot, pending[:num_fed], self._prefill_chunk)
+        chunk = self._limits.prefill_chunk
+        num_fed = len(pending) // chunk * chunk
+        yield from feed(self._slot, pending[:num_fed], chunk)
         chain = pending[num_fed:]
         logits = yield tree_segment(self._slot, chain, tree)
-        verdict = verify_tree(tree, logits, self._sampling, self._choices)
+        rows = logits[:, : self._limits.vocab_size]
+        verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices)
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)
         return verdict
@@ -53,20 +68,21 @@ class VerifySession:
     def _check(self, tree: TokenTree) -> None:
         if tree.token_ids[0] != self._committed[-1]:
             raise InvalidArgument(f"the root must be the last committed token {self._committed[-1]}", "tree.token_ids")
-        if tree.q is None and tree.topology.size > 1 and not self._sampling.greedy:
-            raise InvalidArgument("the sequoia rule needs the distributions the children were drawn from", "tree.q")
+        rule = self._decoding.rule
+        if rule.needs_q and tree.q is None and tree.topology.size > 1:
+            raise InvalidArgument(f"{rule.name} needs the distributions the children were drawn from", "tree.q")
 
 
 class Verifier:
     """Opens sessions on one target model."""
 
-    def __init__(self, executor: Executor, prefill_chunk: int) -> None:
+    def __init__(self, executor: Executor, limits: VerifyLimits) -> None:
         self.executor = executor
-        self._prefill_chunk = prefill_chunk
+        self._limits = limits
 
     @contextmanager
-    def session(self, committed: tuple[int, ...], sampling: Sampling) -> Iterator[VerifySession]:
+    def session(self, committed: tuple[int, ...], decoding: Decoding) -> Iterator[VerifySession]:
         """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
         with self.executor.engine.cache.slot() as slot:
             choices = RandomChoices(np.random.default_rng())
-            yield VerifySession(slot, committed, sampling, choices, self._prefill_chunk)
+            yield VerifySession(slot, committed, decoding, choices, self._limits)

@@ -21,6 +21,7 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("first token", f"{usage.time_to_first_token_seconds:.3f} s")
     table.add_row("tokens/step", f"{figures.mean_tokens_per_step:.2f} over {figures.num_steps} steps")
     table.add_row("tree", f"{figures.tree_size} nodes x {figures.tree_levels} levels")
+    table.add_row("rule", generation.rule if generation.seed is None else f"{generation.rule}, seed {generation.seed}")
     table.add_row("share of a step", shares(figures.stage_seconds))
     if figures.fallback_reason:
         table.add_row("plain steps", f"{figures.num_fallback_steps}: {figures.fallback_reason}")

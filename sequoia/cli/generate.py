@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from sequoia.client import DEFAULT_ADDRESS, Chunk, Client, Generation, Message, Prompt, Speculation
 from sequoia.errors import InvalidArgument
+from sequoia.rules import RULES
 from sequoia.topology import Topology
 
 
@@ -22,7 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy decoding")
     parser.add_argument("--top-p", type=float, metavar="P", help="nucleus mass")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens; 0 keeps all")
-    parser.add_argument("--seed", type=int, metavar="N", help="seed of the request's randomness")
+    parser.add_argument("--min-p", type=float, metavar="P", help="keep tokens at least P times as likely as the first")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: fewer tokens that were seen")
+    parser.add_argument("--presence-penalty", type=float, metavar="X", help="subtracted from logits of answered tokens")
+    parser.add_argument("--frequency-penalty", type=float, metavar="X", help="the same, once per occurrence")
+    parser.add_argument(
+        "--logit-bias", action="append", default=[], type=_bias, metavar="ID=X", help="added to a logit; repeatable"
+    )
+    parser.add_argument("--seed", type=int, metavar="N", help="same seed, same text, whatever the draft and the tree")
+    parser.add_argument("--min-tokens", type=int, metavar="N", help="nothing ends the answer before")
+    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on at end-of-sequence tokens")
+    parser.add_argument(
+        "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="a token that ends it; repeatable"
+    )
+    parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: logprobs, and the N likeliest tokens")
+    parser.add_argument("--rule", choices=tuple(RULES), help="how trees are grown and verified (default: the server's)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     parser.add_argument("--speculation", choices=("auto", "off", "tree"), help="default: auto, or tree with --tree")
     parser.add_argument("--tree", metavar="PARENTS", help="the tree to use: each node's parent, as in -1,0,0,1")
@@ -46,8 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             top_k=arguments.top_k,
+            min_p=arguments.min_p,
+            repetition_penalty=arguments.repetition_penalty,
+            presence_penalty=arguments.presence_penalty,
+            frequency_penalty=arguments.frequency_penalty,
+            logit_bias=dict(arguments.logit_bias),
             seed=arguments.seed,
+            min_tokens=arguments.min_tokens,
+            ignore_eos=arguments.ignore_eos,
             stop=arguments.stop,
+            stop_token_ids=arguments.stop_token_id,
+            logprobs=arguments.logprobs,
+            rule=arguments.rule,
             speculation=_speculation(arguments),
         )
         if arguments.json:
@@ -74,6 +99,11 @@ def print_as_it_comes(chunks: Iterable[Chunk]) -> Generation:
     print(flush=True)
     assert generation is not None, "a stream without a finish raises"
     return generation
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    return int(token_id), float(bias)
 
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:

@@ -13,6 +13,7 @@ from coordinator.planner_job import plan_pair
 from sequoia.cli.figures import plans_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.steps import Steps
+from sequoia.rules import SAMPLED_RULES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="plan for this temperature; repeatable (default 0)",
     )
+    parser.add_argument(
+        "--rule",
+        choices=tuple(each.name for each in SAMPLED_RULES),
+        default="",
+        help="plan for this rule above temperature 0 (default: the coordinator's)",
+    )
     parser.add_argument("--json", action="store_true", help="print the plans as one JSON array")
 
 
@@ -38,9 +45,14 @@ def run(arguments: argparse.Namespace) -> int:
     temperatures = tuple(arguments.temperatures or (0.0,))
     steps = Steps(Console(stderr=True))
     with steps.step("measuring the pair, planning its trees") as on_progress:
-        plans = asyncio.run(
-            plan_pair(arguments.address, arguments.redis, temperatures=temperatures, on_progress=on_progress)
+        planning = plan_pair(
+            arguments.address,
+            arguments.redis,
+            temperatures=temperatures,
+            rule_name=arguments.rule,
+            on_progress=on_progress,
         )
+        plans = asyncio.run(planning)
     if arguments.json:
         print(json.dumps([plan.to_dict() for plan in plans]))
     else:

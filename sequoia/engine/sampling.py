@@ -1,7 +1,10 @@
-"""Distributions and draws: the target's p, the draft's truncated q, children from q, and the one source of chance."""
+"""Distributions and draws: the target's p, the draft's truncated q, children, and the one source of chance."""
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,26 +12,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sequoia.engine.noise import gumbel_noise
 from sequoia.errors import Internal
+from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions
 
 # Candidates kept of a draft distribution: at 32 the loss of tokens per step is at most 1 %.
 DRAFT_WIDTH = 32
+# Candidates to which the drafter adds noise. Tokens further down q seldom win the race.
+COUPLED_WIDTH = 256
 _MAX_WEIGHT = 2**16 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
-    """A request's sampling parameters with every default filled in."""
+class Path:
+    """The tokens before a draw: the committed ones, of which the first are the prompt's, and those on a tree's path."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    committed: tuple[int, ...]
+    num_prompt_tokens: int
+    drafted: tuple[int, ...] = ()
 
     @property
-    def greedy(self) -> bool:
-        """Whether the target's argmax is the answer."""
-        return self.temperature == 0.0
+    def position(self) -> int:
+        """Of the token to be drawn, counted from the first prompt token."""
+        return len(self.committed) + len(self.drafted)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens behind the prompt."""
+        return self.position - self.num_prompt_tokens
+
+    @property
+    def generated(self) -> tuple[int, ...]:
+        """The tokens behind the prompt."""
+        return self.committed[self.num_prompt_tokens :] + self.drafted
 
 
 class Choices(Protocol):
@@ -61,43 +78,74 @@ class RandomChoices:
         return index if index < len(weights) else int(weights.nonzero()[-1])
 
 
+def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path) -> Tensor:
+    """One row of logits (vocabulary,) as float64 with what acts before the temperature: bias, min_tokens, penalties.
+
+    Repetition: positive logits of tokens in prompt or answer are divided by the penalty, negative ones multiplied.
+    Presence and frequency: subtracted once, and once per occurrence, for tokens of the answer.
+    """
+    adjusted = logits.double()
+    if not sampling.adjusts(path.num_generated):
+        return adjusted
+    adjusted = adjusted.clone()
+    if sampling.logit_bias:
+        ids, biases = _known(dict(sampling.logit_bias), adjusted)
+        adjusted[ids] += biases
+    if path.num_generated < sampling.min_tokens:
+        adjusted[_known(dict.fromkeys(sampling.stop_token_ids, 0.0), adjusted)[0]] = -math.inf
+    if sampling.repetition_penalty != 1.0:
+        ids, _ = _known(dict.fromkeys((*path.committed, *path.drafted), 0.0), adjusted)
+        seen, penalty = adjusted[ids], sampling.repetition_penalty
+        adjusted[ids] = torch.where(seen > 0.0, seen / penalty, seen * penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        ids, counts = _known(dict(Counter(path.generated)), adjusted)
+        adjusted[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+    return adjusted
+
+
+def log_weights(adjusted: Tensor, sampling: Sampling) -> Tensor:
+    """log p up to a constant, (vocabulary,) float64, 0 at its largest and -inf where cut: temperature, then the cuts.
+
+    Ties at a cut are resolved by (logit descending, id ascending). Raises Internal when the logits have no finite
+    largest value, as with NaN.
+    """
+    scaled = (adjusted - _peak(adjusted)) / sampling.temperature
+    if sampling.min_p > 0.0:
+        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
+    if 0 < sampling.top_k < len(scaled):
+        scaled = scaled.masked_fill(~_largest(scaled, scaled.topk(sampling.top_k).values), -math.inf)
+    if sampling.top_p < 1.0:
+        p = scaled.softmax(0)
+        scaled = scaled.masked_fill(~_largest(p, _nucleus(p, sampling.top_p)), -math.inf)
+    return scaled
+
+
+def target_distribution(adjusted: Tensor, sampling: Sampling) -> Tensor:
+    """p of one row of adjusted logits (vocabulary,): float64, sums to 1."""
+    return log_weights(adjusted, sampling).softmax(0)
+
+
 def argmax(logits: Tensor) -> int:
     """The most likely token of a row (vocabulary,); ties go to the smaller id. Raises Internal on NaN."""
-    _refuse_nan(logits)
+    _peak(logits)
     return int(logits.argmax())
 
 
-def target_distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """p of one row of logits (vocabulary,): float64, sums to 1. Temperature, then top-k, then top-p.
-
-    Ties at a cut are resolved by (logit descending, id ascending). Raises Internal on NaN logits.
-    """
-    _refuse_nan(logits)
-    scaled = logits.double() / sampling.temperature
-    if 0 < sampling.top_k < len(scaled):
-        largest = scaled.topk(sampling.top_k).values
-        scaled = scaled.masked_fill(~_largest(scaled, largest), float("-inf"))
-    p = scaled.softmax(0)
-    if sampling.top_p < 1.0:
-        p = torch.where(_largest(p, _nucleus(p, sampling.top_p)), p, 0.0)
-        p /= p.sum()
-    return p
+def coupled_token(adjusted: Tensor, sampling: Sampling, position: int) -> int:
+    """argmax(log p + noise): a draw from p that is the same whatever the draft, the tree, or the process."""
+    assert sampling.seed is not None, "the coupled rule needs a seed"
+    ids = torch.arange(len(adjusted), device=adjusted.device)
+    return int(gumbel_noise(sampling.seed, position, ids).add_(log_weights(adjusted, sampling)).argmax())
 
 
-def draft_distributions(logits: Tensor, sampling: Sampling) -> DraftDistributions:
-    """q of some rows of logits (rows, vocabulary): the same cuts as p, at most DRAFT_WIDTH tokens, integer weights.
+def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
+    """q of some rows of logits (rows, vocabulary): the same cuts as p, at most `width` tokens, integer weights.
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
-    width = min(DRAFT_WIDTH, logits.shape[1], sampling.top_k or DRAFT_WIDTH)
-    scaled = logits.float() / sampling.temperature
-    top = scaled.topk(width)
-    probabilities = (top.values - scaled.logsumexp(1, keepdim=True)).exp()
-    if sampling.top_p < 1.0:
-        mass_before = probabilities.cumsum(1) - probabilities
-        probabilities = probabilities.masked_fill(mass_before >= sampling.top_p, 0.0)
-    weights = (probabilities / probabilities[:, :1] * _MAX_WEIGHT).round().nan_to_num(0.0)
-    return DraftDistributions(top.indices.cpu().numpy().astype(np.uint32), weights.cpu().numpy().astype(np.uint16))
+    ids, weights = _draft_candidates(logits, sampling, width)
+    integers = (weights / weights[:, :1] * _MAX_WEIGHT).round().nan_to_num(0.0)
+    return DraftDistributions(ids.cpu().numpy().astype(np.uint32), integers.cpu().numpy().astype(np.uint16))
 
 
 def draw_children(q: DraftDistributions, row: int, count: int, generator: np.random.Generator) -> tuple[int, ...]:
@@ -112,12 +160,52 @@ def draw_children(q: DraftDistributions, row: int, count: int, generator: np.ran
     return tuple(int(token) for token in q.token_ids[row][support[np.argsort(clocks, kind="stable")[:count]]])
 
 
+def coupled_children(
+    logits: Tensor, sampling: Sampling, position: int, counts: Sequence[int]
+) -> tuple[tuple[int, ...], ...]:
+    """For each row of logits (rows, vocabulary) the `counts[row]` tokens of the largest log q + noise, best first.
+
+    The children of one depth share `position`, and with it the noise.
+    """
+    assert sampling.seed is not None, "the coupled rule needs a seed"
+    ids, weights = _draft_candidates(logits, sampling, COUPLED_WIDTH)
+    races = weights.double().log() + gumbel_noise(sampling.seed, position, ids)
+    order = races.argsort(dim=1, descending=True, stable=True)
+    finite = (weights > 0.0).sum(dim=1).tolist()
+    ranked = ids.gather(1, order).tolist()
+    return tuple(tuple(row[: min(count, most)]) for row, count, most in zip(ranked, counts, finite, strict=True))
+
+
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     """The `count` most likely tokens of one row (vocabulary,), by (logit descending, id ascending)."""
     count = min(count, len(logits))
     candidates = _largest(logits, logits.topk(count).values).nonzero()[:, 0]
     order = logits[candidates].sort(descending=True, stable=True).indices
     return tuple(int(token) for token in candidates[order])
+
+
+def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens of each row and their weights, (rows, at most width), descending; 0 where cut."""
+    width = min(width, logits.shape[1], sampling.top_k or width)
+    top = logits.float().topk(width)
+    scaled = (top.values - top.values[:, :1]) / sampling.temperature
+    weights = scaled.exp()
+    if sampling.min_p > 0.0:
+        weights = weights.masked_fill(weights < sampling.min_p, 0.0)
+    if sampling.top_p < 1.0:
+        mass = weights.sum(1, keepdim=True)
+        if not sampling.top_k and not sampling.min_p:
+            mass = ((logits.float() - top.values[:, :1]) / sampling.temperature).exp().sum(1, keepdim=True)
+        mass_before = weights.cumsum(1) - weights
+        weights = weights.masked_fill(mass_before >= sampling.top_p * mass, 0.0)
+    return top.indices, weights
+
+
+def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids (int64) and values (float64) as tensors beside `like`, without ids outside its vocabulary."""
+    kept = {token_id: value for token_id, value in values.items() if token_id < len(like)}
+    ids = torch.tensor(list(kept), dtype=torch.int64, device=like.device)
+    return ids, torch.tensor(list(kept.values()), dtype=torch.float64, device=like.device)
 
 
 def _nucleus(p: Tensor, top_p: float) -> Tensor:
@@ -140,6 +228,9 @@ def _largest(values: Tensor, kept: Tensor) -> Tensor:
     return mask
 
 
-def _refuse_nan(logits: Tensor) -> None:
-    if bool(logits.isnan().any()):
-        raise Internal("the target model produced NaN logits; its weights or dtype are broken")
+def _peak(logits: Tensor) -> Tensor:
+    """The largest logit; NaN anywhere makes it NaN."""
+    peak = logits.max()
+    if not bool(peak.isfinite()):
+        raise Internal(f"the target model's largest logit is {float(peak)}; its weights or dtype are broken")
+    return peak

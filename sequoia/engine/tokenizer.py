@@ -21,7 +21,7 @@ class TokenizerDescription:
     chat_template: str  # Jinja; empty when the model has none
     eos_token_ids: tuple[int, ...]  # ascending
     special_tokens: dict[str, str]  # by the names chat templates use, such as bos_token
-    vocab_size: int  # tokens it knows, added ones included
+    vocab_size: int  # its largest id + 1, added tokens included
     tokenizer_hash: str  # SHA-256 over (id, token) by id, lower-case hex
 
 
@@ -57,7 +57,7 @@ def describe_tokenizer(
         chat_template=(template.get("default", "") if isinstance(template, dict) else template) or "",
         eos_token_ids=_eos_token_ids(generation_config, config.get_text_config(), tokenizer),
         special_tokens={name: str(token) for name, token in tokenizer.special_tokens_map.items() if _is_token(token)},
-        vocab_size=backend.get_vocab_size(with_added_tokens=True),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         tokenizer_hash=_tokenizer_hash(backend),
     )
 

@@ -69,26 +69,34 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Speculation(_message.Message):
-    __slots__ = ("mode", "topology")
+    __slots__ = ("mode", "topology", "rule")
     MODE_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
     mode: SpeculationMode
     topology: _tree_pb2.Topology
-    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ...) -> None: ...
+    rule: _sampling_pb2.Rule
+    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish")
+    __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish", "logprobs", "rule", "seed")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     text: str
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     finish: Finish
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprobs]
+    rule: _sampling_pb2.Rule
+    seed: int
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("reason", "num_completion_tokens", "speculation", "time_to_first_token_seconds", "total_seconds")
@@ -147,15 +155,17 @@ class DescribePairRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePairResponse(_message.Message):
-    __slots__ = ("verify", "draft", "verify_rtt_seconds", "draft_rtt_seconds", "plans_json")
+    __slots__ = ("verify", "draft", "verify_rtt_seconds", "draft_rtt_seconds", "plans_json", "default_rule")
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     VERIFY_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PLANS_JSON_FIELD_NUMBER: _ClassVar[int]
+    DEFAULT_RULE_FIELD_NUMBER: _ClassVar[int]
     verify: _worker_pb2.WorkerDescription
     draft: _worker_pb2.WorkerDescription
     verify_rtt_seconds: float
     draft_rtt_seconds: float
     plans_json: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ...) -> None: ...
+    default_rule: _sampling_pb2.Rule
+    def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ..., default_rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...

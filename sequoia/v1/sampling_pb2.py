@@ -24,15 +24,23 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sequoia/v1/sampling.proto\x12\nsequoia.v1\"\x8c\x01\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed*?\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bRULE_GREEDY\x10\x01\x12\x10\n\x0cRULE_SEQUOIA\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sequoia/v1/sampling.proto\x12\nsequoia.v1\"\xcb\x04\n\x08Sampling\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x37\n\nlogit_bias\x18\t \x03(\x0b\x32#.sequoia.v1.Sampling.LogitBiasEntry\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x0c \x01(\rH\t\x88\x01\x01\x12\x19\n\x0cnum_logprobs\x18\r \x01(\rH\n\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\r\n\x0b_min_tokensB\x0f\n\r_num_logprobs\"f\n\rTokenLogprobs\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0b\n\x03raw\x18\x02 \x01(\x01\x12\x11\n\tprocessed\x18\x03 \x01(\x01\x12#\n\x03top\x18\x04 \x03(\x0b\x32\x16.sequoia.v1.TopLogprob\">\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0b\n\x03raw\x18\x02 \x01(\x01\x12\x11\n\tprocessed\x18\x03 \x01(\x01*\x7f\n\x04Rule\x12\x14\n\x10RULE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bRULE_GREEDY\x10\x01\x12\x10\n\x0cRULE_SEQUOIA\x10\x02\x12\x12\n\x0eRULE_TRAVERSAL\x10\x03\x12\x10\n\x0cRULE_COUPLED\x10\x04\x12\x18\n\x14RULE_SAMPLE_AND_WALK\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sequoia.v1.sampling_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RULE']._serialized_start=184
-  _globals['_RULE']._serialized_end=247
+  _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_RULE']._serialized_start=799
+  _globals['_RULE']._serialized_end=926
   _globals['_SAMPLING']._serialized_start=42
-  _globals['_SAMPLING']._serialized_end=182
+  _globals['_SAMPLING']._serialized_end=629
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=413
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=461
+  _globals['_TOKENLOGPROBS']._serialized_start=631
+  _globals['_TOKENLOGPROBS']._serialized_end=733
+  _globals['_TOPLOGPROB']._serialized_start=735
+  _globals['_TOPLOGPROB']._serialized_end=797
 # @@protoc_insertion_point(module_scope)

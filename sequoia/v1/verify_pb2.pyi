@@ -55,9 +55,11 @@ class VerifyResponse(_message.Message):
     def __init__(self, step: _Optional[int] = ..., prefix_len: _Optional[int] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., worker_seconds: _Optional[float] = ..., num_plain_steps_left: _Optional[int] = ...) -> None: ...
 
 class Verdict(_message.Message):
-    __slots__ = ("accepted_nodes", "bonus_token_id")
+    __slots__ = ("accepted_nodes", "bonus_token_id", "logprobs")
     ACCEPTED_NODES_FIELD_NUMBER: _ClassVar[int]
     BONUS_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     accepted_nodes: _containers.RepeatedScalarFieldContainer[int]
     bonus_token_id: int
-    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., bonus_token_id: _Optional[int] = ...) -> None: ...
+    logprobs: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprobs]
+    def __init__(self, accepted_nodes: _Optional[_Iterable[int]] = ..., bonus_token_id: _Optional[int] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
