@@ -108,6 +108,8 @@ class Sampling:
 
 _DEFAULTS: dict[str, Any] = {each.name: each.default for each in fields(Sampling)}
 PARAMETERS = tuple(_DEFAULTS)
+# With those that are the coordinator's business, whatever the rule.
+REQUEST_PARAMETERS = (*PARAMETERS, "ignore_eos", "max_tokens", "stop")
 
 
 @dataclass(frozen=True, slots=True)

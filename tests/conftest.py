@@ -41,11 +41,11 @@ class System:
         return grpc.StatusCode.OK
 
 
-def start_tiny_system(folder: Path, architecture: str) -> Iterator[System]:
+def start_tiny_system(folder: Path, architecture: str, *, noise: float = 0.02) -> Iterator[System]:
     """A tiny random target in float32, and a draft that is the same model with some noise on its weights."""
     target, draft = folder / "target", folder / "draft"
     write_tiny_model(target, architecture)
-    write_perturbed_model(target, draft)
+    write_perturbed_model(target, draft, noise=noise)
     settings = DeploymentSettings(
         target=str(target), draft=str(draft), dtype="float32", listen="127.0.0.1:0", num_threads=1
     )

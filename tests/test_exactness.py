@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import pytest
+import reference
 import torch
 from conftest import System
 from rich.console import Console
@@ -15,8 +16,8 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Client, Message
 from sequoia.engine.model import load_model
-from sequoia.engine.sampling import target_distribution
 from sequoia.engine.sources import resolve
+from sequoia.rules import SAMPLED_RULES
 from sequoia.sampling import Sampling
 from sequoia.topology import Topology
 
@@ -68,24 +69,37 @@ def test_speculation_off_gives_the_same_greedy_text(tiny_system: System) -> None
     assert len(texts) == 1
 
 
-def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System) -> None:
-    """Chi-square of 600 triples of tokens, cells below 5 expected pooled; false alarm 1e-4 (Wilson-Hilferty)."""
+@pytest.mark.parametrize("rule", [rule.name for rule in SAMPLED_RULES])
+def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule: str) -> None:
+    """Chi-square of 500 triples of tokens, cells below 5 expected pooled, z above 3.72: false alarm 1e-4 a rule.
+
+    The draws are seeded under `coupled`; the other rules draw afresh, so that alarm can go off.
+    """
     module = AutoModelForCausalLM.from_pretrained(tiny_system.target, dtype=torch.float32)
-    sampling, draws = Sampling(temperature=0.7, top_k=4, top_p=0.95), 600
-    prompt = list(range(30, 50))
+    draws, prompt = 500, list(range(30, 50))
+    parameters = {
+        **{"temperature": 0.7, "top_k": 4, "top_p": 0.95, "min_p": 0.02, "repetition_penalty": 1.2},
+        **{"presence_penalty": 0.3, "frequency_penalty": 0.2},
+    }
 
     def law(tokens: list[int]) -> dict[int, float]:
         with torch.inference_mode():
-            p = target_distribution(module(torch.tensor([tokens])).logits[0, -1], sampling)
-        return {int(token): float(p[token]) for token in p.nonzero()[:, 0]}
+            row = module(torch.tensor([tokens])).logits[0, -1].tolist()
+        p = reference.probabilities(row, Sampling(**parameters), prompt, tokens[len(prompt) :])
+        return {token: mass for token, mass in enumerate(p) if mass > 0.0}
 
     joint = {(a, b): pa * pb for a, pa in law(prompt).items() for b, pb in law([*prompt, a]).items()}
     triples = {(*ab, c): pab * pc for ab, pab in joint.items() for c, pc in law([*prompt, *ab]).items()}
-    parameters = {"temperature": 0.7, "top_k": 4, "top_p": 0.95}
-    found = Counter(
-        tuple(tiny_system.client.generate(prompt, max_tokens=3, **parameters, speculation=TREES[1]).token_ids)
-        for _ in range(draws)
-    )
+
+    def triple(draw: int) -> tuple[int, ...]:
+        seed = draw if rule == "coupled" else None
+        found = tiny_system.client.generate(
+            prompt, max_tokens=3, **parameters, rule=rule, seed=seed, ignore_eos=True, speculation=TREES[1]
+        )
+        assert found.rule == rule
+        return found.token_ids
+
+    found = Counter(map(triple, range(draws)))
     assert set(found) <= set(triples)
     assert chi_square_z(found, triples, draws) < 3.72
 

@@ -19,6 +19,8 @@ _COMMANDS = {
     "up": "start the system on this machine and keep it running",
     "generate": "continue a prompt on a running system",
     "plan": "measure a running pair and keep the best trees in Redis",
+    "selfcheck": "prove on a running system that no rule changes the target's distribution",
+    "bench": "measure what each rule accepts over temperature, or what it costs on a running system",
 }
 _EPILOG = "exit status: 0 done, 1 failed, 2 wrong argument, 130 interrupted · sequoia COMMAND --help says more"
 

@@ -1,0 +1,349 @@
+"""Whether the rules of a running system leave the target's distribution unchanged, measured through its client alone.
+
+The law of the first three tokens after a prompt is read from the logprobs of plain decoding, after every beginning that
+top_k leaves possible. Then every rule answers the prompt many times, and how often which three tokens come is compared
+with that law. Greedy text and the text of a seed must not change at all: they are compared token by token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from sequoia.client import AsyncClient, Generation, RequestOptions
+from sequoia.errors import FailedPrecondition, Internal, InvalidArgument, ResourceExhausted
+from sequoia.rules import COUPLED, GREEDY, SAMPLED_RULES
+from sequoia.topology import TokenLogprobs, Topology
+
+Tokens: TypeAlias = tuple[int, ...]
+Progress: TypeAlias = Callable[[int, int], None]
+Step: TypeAlias = Callable[[str], AbstractContextManager[Progress]]
+
+OFF = "off"
+# Ids that every vocabulary has.
+PROMPTS = (tuple(range(100, 116)), tuple(range(140, 156)), tuple(range(180, 196)))
+SHAPES = {"chain": Topology.chain(4), "tree": Topology((-1, 0, 0, 0, 1, 1, 2))}
+
+_NUM_TOKENS = 3
+_TOP_K = 4
+# More than top_k, to see what is cut, and all that is tied with it.
+_NUM_LOGPROBS = 8
+_NUM_SIMULATIONS = 10_000
+_FALSE_ALARM = 1e-3
+_NUM_IDENTITY_TOKENS = 64
+_SEED = 1
+_MOST_REQUESTS = 4
+_RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, *[1.0] * 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Law:
+    """The probabilities of the first tokens after a prompt. Raises Internal when they do not sum to 1.
+
+    `at_stake`: the beginnings after which the last token that top_k keeps and the first that it cuts are nearly tied,
+    and the probability that moves when rounding swaps the two.
+    """
+
+    p: Mapping[Tokens, float]
+    at_stake: Mapping[Tokens, float]
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.p.values()) - 1.0) > 1e-6:
+            raise Internal(f"the target's probabilities sum to {sum(self.p.values()):.7f}, not to 1")
+
+    def excludes(self, tokens: Tokens) -> bool:
+        """Whether `tokens` are impossible, near ties aside."""
+        return tokens not in self.p and not any(tokens[:length] in self.at_stake for length in range(len(tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Total variation distances of samples of a law from that very law: their mean, and the most to be accepted."""
+
+    expected: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """In how many answers a step was drafted, and why one was not the last time."""
+
+    num_answers: int
+    num_drafted: int
+    fallback_reason: str
+
+    @property
+    def suffices(self) -> bool:
+        """Whether the answers tell of speculation."""
+        return 2 * self.num_drafted >= self.num_answers
+
+
+@dataclass(frozen=True, slots=True)
+class LawCheck:
+    """How far the samples of a rule are from the target's law. `num_outside` of them are impossible by that law."""
+
+    rule: str
+    total_variation: float
+    reference: Reference
+    num_outside: int
+    drafting: Drafting
+
+    @property
+    def verdict(self) -> str:
+        """`exact`, `BIASED`, or `not checked` because too little was drafted."""
+        if self.total_variation > self.reference.limit or self.num_outside:
+            return "BIASED"
+        return "exact" if self.rule == OFF or self.drafting.suffices else "not checked"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the samples give no reason for doubt."""
+        return self.verdict == "exact"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a text leaves the one without speculation.
+
+    `gap`: between the raw logprobs of the two likeliest tokens there; None where these do not decide.
+    """
+
+    prompt: int  # index in PROMPTS
+    shape: str  # key in SHAPES
+    num_same_tokens: int
+    gap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityCheck:
+    """Which texts of a rule differ from those without speculation, in a target of `dtype`."""
+
+    rule: str
+    dtype: str
+    differences: tuple[Difference, ...]
+    drafting: Drafting
+
+    @property
+    def verdict(self) -> str:
+        """`same`, `near tie` (rounding explains the differences), `DIFFERENT`, or `not checked`."""
+        if not self.differences:
+            return "same" if self.drafting.suffices else "not checked"
+        is_near = all(each.gap is not None and each.gap < near_tie(self.dtype) for each in self.differences)
+        return "near tie" if is_near or has_16_bits(self.dtype) else "DIFFERENT"
+
+    @property
+    def passed(self) -> bool:
+        """Whether all texts are the same, near ties aside."""
+        return self.verdict in ("same", "near tie")
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """All checks of a pair."""
+
+    target: str
+    draft: str
+    dtype: str
+    temperature: float
+    laws: tuple[LawCheck, ...]
+    identities: tuple[IdentityCheck, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check did."""
+        return all(each.passed for each in self.laws) and all(each.passed for each in self.identities)
+
+
+def _untold(done: int, total: int) -> None:
+    """Progress that nobody is told of."""
+
+
+async def check_system(
+    address: str, *, temperature: float = 1.0, num_samples: int = 200, step: Step = lambda doing: nullcontext(_untold)
+) -> SelfCheck:
+    """Check every rule on the coordinator at `address`; `step` is entered around each part (sequoia.cli.steps).
+
+    Raises InvalidArgument for a temperature that is not above 0 or too few samples, FailedPrecondition naming `draft`
+    when there is no draft worker, ResourceExhausted when others keep every slot, Unavailable when a part is missing.
+    """
+    if not temperature > 0.0:
+        raise InvalidArgument(f"is {temperature:g}; it must be above 0 (greedy text is checked anyway)", "temperature")
+    if num_samples < 1:
+        raise InvalidArgument(f"is {num_samples}; it must be at least 1", "samples")
+    async with AsyncClient(address) as client:
+        pair = await client.describe_pair()
+        if not pair.HasField("draft"):
+            raise FailedPrecondition("there is no draft worker at present; start one and check again", "draft")
+        requests = Requests(client, min(pair.verify.num_slots, pair.draft.num_slots))
+        laws = await _check_laws(requests, pair.verify.dtype, temperature, num_samples, step)
+        identities = await _check_identities(requests, pair.verify.dtype, temperature, step)
+    return SelfCheck(pair.verify.model, pair.draft.model, pair.verify.dtype, temperature, laws, identities)
+
+
+class Requests:
+    """Sends requests a few at a time, and fewer from when the system is out of slots."""
+
+    def __init__(self, client: AsyncClient, num_slots: int) -> None:
+        self._client = client
+        # The slots of an answer are free a moment after its last message.
+        self._width = max(1, min(_MOST_REQUESTS, num_slots - 1))
+        self._free = asyncio.Semaphore(self._width)
+
+    async def answers(
+        self, prompts: Sequence[Tokens], options: RequestOptions, on_progress: Progress = _untold
+    ) -> list[Generation]:
+        """One answer a prompt, in that order; no end-of-sequence token ends one."""
+        num_done = 0
+
+        async def answer(prompt: Tokens) -> Generation:
+            nonlocal num_done
+            generation = await self._answer(prompt, {**options, "ignore_eos": True})
+            on_progress(num_done := num_done + 1, len(prompts))
+            return generation
+
+        return await asyncio.gather(*map(answer, prompts))
+
+    async def _answer(self, prompt: Tokens, options: RequestOptions) -> Generation:
+        for seconds in _RETRY_SECONDS:
+            async with self._free:
+                try:
+                    return await self._client.generate(prompt, **options)
+                except ResourceExhausted:
+                    await self._narrow()
+                    await asyncio.sleep(seconds * random.uniform(0.5, 1.5))
+        return await self._client.generate(prompt, **options)
+
+    async def _narrow(self) -> None:
+        if self._width > 1:
+            self._width -= 1
+            await self._free.acquire()
+
+
+async def _check_laws(
+    requests: Requests, dtype: str, temperature: float, num_samples: int, step: Step
+) -> tuple[LawCheck, ...]:
+    with step("reading the target's law"):
+        law = await target_law(requests, temperature, near_tie(dtype))
+    reference = simulate(law, num_samples)
+    # A tree is cut where the answer ends: one token more, and the tree after the first token keeps all its levels.
+    options: RequestOptions = {"temperature": temperature, "top_k": _TOP_K, "max_tokens": _NUM_TOKENS + 1}
+    speculation: dict[str, RequestOptions] = {OFF: {"speculation": "off"}}
+    speculation |= {rule.name: {"speculation": SHAPES["tree"], "rule": rule.name} for rule in SAMPLED_RULES}
+    checks = []
+    for rule, speculating in speculation.items():
+        with step(f"sampling: {rule}") as on_progress:
+            answers = await requests.answers(PROMPTS[:1] * num_samples, {**options, **speculating}, on_progress)
+        samples = Counter(each.token_ids[:_NUM_TOKENS] for each in answers)
+        checks.append(check_law(rule, samples, law, reference, _drafting(answers)))
+    return tuple(checks)
+
+
+async def target_law(requests: Requests, temperature: float, tolerance: float) -> Law:
+    """The law of the first tokens after the first prompt. Raw logprobs less than `tolerance` apart are nearly tied."""
+    p: dict[Tokens, float] = {(): 1.0}
+    at_stake: dict[Tokens, float] = {}
+    options: RequestOptions = {"temperature": temperature, "top_k": _TOP_K, "speculation": "off"}
+    for _ in range(_NUM_TOKENS):
+        prompts = [PROMPTS[0] + beginning for beginning in p]
+        answers = await requests.answers(prompts, {**options, "max_tokens": 1, "logprobs": _NUM_LOGPROBS})
+        rows = {beginning: answer.logprobs[0] for beginning, answer in zip(p, answers, strict=True)}
+        for beginning, row in rows.items():
+            if _gap_at_cut(row) < tolerance:
+                at_stake[beginning] = p[beginning] * min(_kept(row).values())
+        p = {(*beginning, t): p[beginning] * own for beginning, row in rows.items() for t, own in _kept(row).items()}
+    return Law(p, at_stake)
+
+
+def _kept(row: TokenLogprobs) -> dict[int, float]:
+    """The probabilities of the tokens that are not cut."""
+    return {token_id: math.exp(processed) for token_id, _, processed in row.top if math.isfinite(processed)}
+
+
+def _gap_at_cut(row: TokenLogprobs) -> float:
+    """Between the raw logprobs of the least likely token that is kept and the likeliest that is cut."""
+    kept = [raw for _, raw, processed in row.top if math.isfinite(processed)]
+    cut = [raw for _, raw, processed in row.top if not math.isfinite(processed)]
+    return min(kept) - max(cut, default=-math.inf)
+
+
+def simulate(law: Law, num_samples: int) -> Reference:
+    """What so many samples of the law itself would show. A false alarm at the limit has probability 1e-3.
+
+    The limit includes the probability at stake in near ties.
+    """
+    p = np.array(list(law.p.values()))
+    counts = np.random.default_rng(0).multinomial(num_samples, p / p.sum(), size=_NUM_SIMULATIONS)
+    distances = np.abs(counts / num_samples - p).sum(axis=1) / 2
+    limit = np.quantile(distances, 1 - _FALSE_ALARM, method="higher")
+    return Reference(float(distances.mean()), float(limit) + sum(law.at_stake.values()))
+
+
+def check_law(rule: str, samples: Counter[Tokens], law: Law, reference: Reference, drafting: Drafting) -> LawCheck:
+    """Compare how often each tokens came with their law."""
+    cells = law.p.keys() | samples.keys()
+    distance = sum(abs(samples[each] / samples.total() - law.p.get(each, 0.0)) for each in cells) / 2
+    num_outside = sum(count for tokens, count in samples.items() if law.excludes(tokens))
+    return LawCheck(rule, distance, reference, num_outside, drafting)
+
+
+async def _check_identities(
+    requests: Requests, dtype: str, temperature: float, step: Step
+) -> tuple[IdentityCheck, ...]:
+    options: dict[str, RequestOptions] = {
+        GREEDY.name: {"temperature": 0.0, "logprobs": 2},
+        COUPLED.name: {"temperature": temperature, "seed": _SEED},
+    }
+    checks = []
+    for rule, own in options.items():
+        with step(f"comparing texts: {rule}"):
+            checks.append(await _check_identity(requests, rule, dtype, own))
+    return tuple(checks)
+
+
+async def _check_identity(requests: Requests, rule: str, dtype: str, options: RequestOptions) -> IdentityCheck:
+    options = {**options, "rule": rule, "max_tokens": _NUM_IDENTITY_TOKENS}
+    plain = await requests.answers(PROMPTS, {**options, "speculation": "off"})
+    differences: list[Difference] = []
+    drafted: list[Generation] = []
+    for shape, topology in SHAPES.items():
+        answers = await requests.answers(PROMPTS, {**options, "speculation": topology})
+        drafted += answers
+        pairs = enumerate(zip(plain, answers, strict=True))
+        differences += [
+            _difference(index, shape, *pair) for index, pair in pairs if pair[0].token_ids != pair[1].token_ids
+        ]
+    return IdentityCheck(rule, dtype, tuple(differences), _drafting(drafted))
+
+
+def _difference(prompt: int, shape: str, plain: Generation, drafted: Generation) -> Difference:
+    both = zip(plain.token_ids, drafted.token_ids, strict=True)
+    num_same_tokens = next(index for index, (expected, found) in enumerate(both) if expected != found)
+    gap = None
+    if plain.logprobs:
+        (_, first, _), (_, second, _) = plain.logprobs[num_same_tokens].top
+        gap = first - second
+    return Difference(prompt, shape, num_same_tokens, gap)
+
+
+def has_16_bits(dtype: str) -> bool:
+    """Whether logits are so coarse that near ties are common."""
+    return dtype in ("bfloat16", "float16")
+
+
+def near_tie(dtype: str) -> float:
+    """Logits less than this apart may change places by rounding. bfloat16 has steps of 0.125 between 16 and 32."""
+    return 0.25 if has_16_bits(dtype) else 1e-3
+
+
+def _drafting(answers: Sequence[Generation]) -> Drafting:
+    figures = [each.speculation for each in answers]
+    reasons = (each.fallback_reason for each in reversed(figures) if each.fallback_reason)
+    return Drafting(len(figures), sum(each.num_drafted_steps > 0 for each in figures), next(reasons, ""))
