@@ -101,11 +101,12 @@ class DraftDistributions:
     """Truncated draft distributions q, one row per internal node of a tree in ascending node order.
 
     `q[row, k] = weights[row, k] / weights[row].sum()` for token `token_ids[row, k]`; weight 0 marks an unused column.
-    Integer weights make q bit-identical on both sides of the wire.
+    Every weight is a bfloat16 number, at most 1, so that it means the same on both sides of the wire: 16 bits, as exact
+    as an integer, with a range that the coldest draft distributions need.
     """
 
     token_ids: NDArray[np.uint32]  # (rows, width)
-    weights: NDArray[np.uint16]  # (rows, width)
+    weights: NDArray[np.float32]  # (rows, width)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def tree_to_wire(tree: TokenTree) -> tree_pb2.TokenTree:
     if tree.q is not None:
         message.q.width = tree.q.token_ids.shape[1]
         message.q.token_ids = tree.q.token_ids.astype("<u4").tobytes()
-        message.q.weights = tree.q.weights.astype("<u2").tobytes()
+        message.q.weights = (tree.q.weights.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     return message
 
 
@@ -140,10 +140,10 @@ def _q_from_wire(
         raise InvalidArgument(f"width is {width}; it must be in 1..{MAX_DRAFT_WIDTH}", "tree.q.width")
     if len(message.token_ids) != 4 * rows * width or len(message.weights) != 2 * rows * width:
         raise InvalidArgument(f"{rows} rows of {width} columns are needed", "tree.q")
-    q = DraftDistributions(
-        np.frombuffer(message.token_ids, "<u4").reshape(rows, width),
-        np.frombuffer(message.weights, "<u2").reshape(rows, width),
-    )
+    weights = (np.frombuffer(message.weights, "<u2").astype("<u4") << 16).view("<f4").reshape(rows, width)
+    q = DraftDistributions(np.frombuffer(message.token_ids, "<u4").reshape(rows, width), weights)
+    if not ((weights >= 0.0) & (weights <= 1.0)).all():
+        raise InvalidArgument("a weight is not a number from 0 to 1", "tree.q.weights")
     if rows and int(q.token_ids.max()) >= vocab_size:
         raise InvalidArgument(f"a token id is outside the vocabulary of {vocab_size} tokens", "tree.q.token_ids")
     for row, node in enumerate(topology.internal_nodes):

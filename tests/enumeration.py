@@ -116,7 +116,7 @@ class QRows:
 
     @property
     def weights(self) -> _Rows:
-        return _Rows(lambda index: np.array(self.row(index), dtype=np.uint16))
+        return _Rows(lambda index: np.array(self.row(index), dtype=np.float64))
 
     @property
     def token_ids(self) -> _Rows:

@@ -11,14 +11,16 @@ import torch
 from sequoia.engine.sampling import (
     RandomChoices,
     argmax,
+    coupled_children,
     draft_distributions,
     draw_children,
     target_distribution,
     top_children,
 )
-from sequoia.errors import Internal
+from sequoia.errors import Internal, InvalidArgument
 from sequoia.sampling import Sampling
-from sequoia.topology import DraftDistributions
+from sequoia.topology import DraftDistributions, TokenTree, Topology
+from sequoia.wire import tree_from_wire, tree_to_wire
 
 
 def reference_p(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -80,7 +82,7 @@ def test_an_index_of_weight_zero_is_never_drawn() -> None:
 def test_children_are_drawn_without_replacement_from_q() -> None:
     """Chi-square over the 6 ordered pairs of 3 tokens, 20,000 draws: 5 degrees of freedom, 1e-4 quantile 25.7."""
     weights = np.array([5, 3, 2])
-    q = DraftDistributions(np.array([[10, 11, 12]], dtype=np.uint32), weights[None].astype(np.uint16))
+    q = DraftDistributions(np.array([[10, 11, 12]], dtype=np.uint32), weights[None].astype(np.float32))
     generator, draws = np.random.default_rng(1), 20_000
     pairs = [draw_children(q, 0, 2, generator) for _ in range(draws)]
     statistic = 0.0
@@ -91,7 +93,7 @@ def test_children_are_drawn_without_replacement_from_q() -> None:
 
 
 def test_fewer_children_come_back_when_q_runs_out() -> None:
-    q = DraftDistributions(np.array([[4, 7, 9]], dtype=np.uint32), np.array([[1, 0, 2]], dtype=np.uint16))
+    q = DraftDistributions(np.array([[4, 7, 9]], dtype=np.uint32), np.array([[1, 0, 2]], dtype=np.float32))
     assert set(draw_children(q, 0, 3, np.random.default_rng(0))) == {4, 9}
 
 
@@ -100,9 +102,37 @@ def test_draft_distributions_apply_temperature_and_cuts() -> None:
     q = draft_distributions(logits, Sampling(1.0, 0.7))
     assert q.token_ids[0, :2].tolist() == [0, 1]
     assert q.weights[0, 2:].tolist() == [0, 0]
-    assert q.weights[0, 0] / q.weights[0, 1] == pytest.approx(5 / 3, rel=1e-4)
+    assert q.weights[0, 0] / q.weights[0, 1] == pytest.approx(5 / 3, rel=2**-8)
 
 
 def test_a_draft_with_nan_logits_yields_no_children() -> None:
     q = draft_distributions(torch.full((1, 8), float("nan")), Sampling())
     assert draw_children(q, 0, 3, np.random.default_rng(0)) == ()
+
+
+def test_the_coldest_draft_still_has_its_children_in_order() -> None:
+    """Ranks must not collapse as the temperature goes to 0: sampled rules then propose what the greedy one does."""
+    logits = torch.tensor([[1.0, 4.0, 3.0, 2.0, -8.0]])
+    sampling, generator = Sampling(temperature=1e-3, seed=2), np.random.default_rng(0)
+    q = draft_distributions(logits, sampling)
+    drawn = [draw_children(q, 0, 4, generator) for _ in range(200)]
+    assert drawn.count((1, 2, 3, 0)) >= 195
+    assert coupled_children(logits, sampling, 7, [4]) == ((1, 2, 3, 0),)
+
+
+def test_weights_are_bfloat16_numbers_and_survive_the_wire() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (1e-3, 0.3, 1.0, 3.0):
+        q = draft_distributions(torch.randn((4, 100), generator=generator) * 5, Sampling(temperature))
+        tree = TokenTree(Topology((-1, 0, 1, 2, 3)), (0, *(int(row[0]) for row in q.token_ids)), q)
+        found = tree_from_wire(tree_to_wire(tree), 64, 100)
+        assert found.q is not None
+        assert (found.q.weights == q.weights).all()
+        assert (found.q.token_ids == q.token_ids).all()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -0.5, 2.0])
+def test_a_weight_that_is_no_probability_is_refused(weight: float) -> None:
+    q = DraftDistributions(np.array([[3, 4]], dtype=np.uint32), np.array([[1.0, weight]], dtype=np.float32))
+    with pytest.raises(InvalidArgument, match=r"tree\.q\.weights"):
+        tree_from_wire(tree_to_wire(TokenTree(Topology((-1, 0)), (0, 3), q)), 64, 100)

@@ -97,12 +97,13 @@ def rotated(law: tuple[int, ...], context: Context) -> Law:
     return tuple(Fraction(law[(token + shift) % VOCABULARY], sum(law)) for token in range(VOCABULARY))
 
 
-def truncated(context: Context) -> Law:
-    """q as the drafter sends it: the two likeliest of three tokens, in integer weights."""
+def truncated(context: Context, temperature: float) -> Law:
+    """q as the drafter sends it: the two likeliest of three tokens, in the weights that travel."""
     logits = torch.tensor([[float(p) for p in mixed(context, 7)]]).log()
-    q = draft_distributions(logits, Sampling(temperature=0.7), width=2)
+    q = draft_distributions(logits, Sampling(temperature), width=2)
     weights = dict(zip(q.token_ids[0].tolist(), q.weights[0].tolist(), strict=True))
-    return tuple(Fraction(weights.get(token, 0), sum(weights.values())) for token in range(VOCABULARY))
+    exact = {token: Fraction(weight) for token, weight in weights.items()}
+    return tuple(exact.get(token, Fraction(0)) / sum(exact.values()) for token in range(VOCABULARY))
 
 
 # Pairs of p and q. Within a pair all q have supports of one size, so that every context gives a tree of one shape.
@@ -114,8 +115,9 @@ PAIRS: dict[str, tuple[Laws, Laws]] = {
     "disjoint": (lambda c: rotated((1, 0, 0), c), lambda c: rotated((0, 2, 3), c)),
     "zero in q": (lambda c: mixed(c, 1), lambda c: rotated((5, 0, 2), c)),
     "zero in p": (lambda c: rotated((5, 0, 2), c), lambda c: mixed(c, 2)),
-    "tails": (lambda c: rotated((10**9, 1, 10**5), c), lambda c: rotated((1, 65535, 30000), c)),
-    "truncated": (lambda c: mixed(c, 1), truncated),
+    "tails": (lambda c: rotated((10**9, 1, 10**5), c), lambda c: rotated((1, 2**30, 2**20), c)),
+    "truncated": (lambda c: mixed(c, 1), lambda c: truncated(c, 0.7)),
+    "truncated, cold": (lambda c: mixed(c, 1), lambda c: truncated(c, 0.001)),
 }
 
 
@@ -300,7 +302,7 @@ class Zero:
 
 
 def one_child(token: int) -> TokenTree:
-    q = DraftDistributions(np.array([[token]], dtype=np.uint32), np.array([[1]], dtype=np.uint16))
+    q = DraftDistributions(np.array([[token]], dtype=np.uint32), np.array([[1]], dtype=np.float32))
     return TokenTree(Topology.chain(2), (0, token), q)
 
 
@@ -326,7 +328,7 @@ def test_when_p_and_q_are_equal_up_to_rounding_something_is_still_emitted(verify
             assert bool(weights.isfinite().all())
             return int(weights.argmax())
 
-    q = DraftDistributions(np.array([[0, 1]], dtype=np.uint32), np.array([[1, 2]], dtype=np.uint16))
+    q = DraftDistributions(np.array([[0, 1]], dtype=np.uint32), np.array([[1, 2]], dtype=np.float32))
     tree = TokenTree(Topology((-1, 0, 0)), (0, 0, 1), q)
     for tiny in (1e-17, 1e-300, 5e-324, 0.0):
         p = torch.tensor([1 / 3 - 1e-17, 2 / 3, tiny], dtype=torch.float64)
@@ -335,7 +337,7 @@ def test_when_p_and_q_are_equal_up_to_rounding_something_is_still_emitted(verify
 
 def test_traversal_of_a_very_deep_tree_needs_no_recursion() -> None:
     levels = 3000
-    ids, weights = np.zeros((levels - 1, 1), dtype=np.uint32), np.ones((levels - 1, 1), dtype=np.uint16)
+    ids, weights = np.zeros((levels - 1, 1), dtype=np.uint32), np.ones((levels - 1, 1), dtype=np.float32)
     tree = TokenTree(Topology.chain(levels), (0,) * levels, DraftDistributions(ids, weights))
     p = torch.tensor([1.0], dtype=torch.float64)
     verdict = traverse(tree, lambda node: p, RandomChoices(np.random.default_rng(0)))
@@ -357,7 +359,7 @@ class Recorder:
 @pytest.mark.parametrize("verify", [reject_recursively, traverse])
 def test_two_steps_use_a_fresh_number_for_every_choice(verify: Verify) -> None:
     """Reused noise is the fault of the paper's own repository: its numbers were drawn once and served every step."""
-    q = DraftDistributions(np.tile(np.arange(3, dtype=np.uint32), (2, 1)), np.array([[1, 2, 3]] * 2, dtype=np.uint16))
+    q = DraftDistributions(np.tile(np.arange(3, dtype=np.uint32), (2, 1)), np.array([[1, 2, 3]] * 2, dtype=np.float32))
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     recorder = Recorder()
     choices = RandomChoices(recorder)  # type: ignore[arg-type]

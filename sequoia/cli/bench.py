@@ -123,7 +123,7 @@ def _bench_robustness(arguments: argparse.Namespace) -> int:
     else:
         Console().print(robustness_table(found))
     if arguments.plot is not None:
-        plot_robustness(found, f"{_name(arguments.target)} drafted by {_name(arguments.draft)}", arguments.plot)
+        plot_robustness(found, _title(arguments), arguments.plot)
     return 0
 
 
@@ -179,21 +179,23 @@ def robustness_table(found: Sequence[Acceptance]) -> Table:
 
 def rules_table(found: Sequence[RuleTiming]) -> Table:
     """A row a rule and temperature."""
-    speed = ("tokens/s after the first", "least to most", "against off")
-    table = new_table("temperature", "rule", *speed, "tokens/step", "rank 0 accepted", "answers")
+    table = new_table("T", "rule", "tokens/s (least to most)", "against off", "tokens/step", "rank 0")
     for each in found:
         rates, rank_0 = each.tokens_per_second, each.acceptance_at_rank_0
         table.add_row(
             f"{each.temperature:g}",
             each.mode,
-            f"{median(rates):.1f}",
-            f"{min(rates):.1f} to {max(rates):.1f}",
+            f"{median(rates):.1f} ({min(rates):.1f} to {max(rates):.1f})",
             f"{median(each.ratios_to_off):.2f}",
             f"{each.tokens_per_step:.2f}",
             "-" if rank_0 is None else f"{rank_0:.1%}",
-            str(len(each.answers)),
         )
-    table.caption = "medians; against off: of the pairs of answers to one prompt"
+    num_fallbacks = sum(each.num_fallback_steps for each in found)
+    num_steps = sum(each.num_steps for each in found if each.mode != rule_timing.OFF)
+    table.caption = (
+        f"{len(found[0].answers)} answers a row, the first token not timed; against off: the median of pairs that "
+        f"answer one prompt; {num_fallbacks} of {num_steps} steps by a rule fell back to plain ones"
+    )
     return table
 
 
@@ -209,15 +211,18 @@ def plot_robustness(found: Sequence[Acceptance], title: str, file: Path) -> None
     for rule, (colour, marker) in _LOOKS.items():
         of_rule = [each for each in found if each.rule == rule]
         temperatures = [each.temperature for each in of_rule]
-        look = {"color": colour, "marker": marker, "label": rule}
-        left.plot(temperatures, [100 * each.total for each in of_rule], **look)
-        right.plot(temperatures, [each.tokens_per_step for each in of_rule], **look)
+        least, acceptance, most = (
+            [100 * (each.total + sign * each.standard_error) for each in of_rule] for sign in (-1, 0, 1)
+        )
+        left.fill_between(temperatures, least, most, color=colour, alpha=0.1, linewidth=0)
+        for axes, values in ((left, acceptance), (right, [each.tokens_per_step for each in of_rule])):
+            axes.plot(temperatures, values, color=colour, marker=marker, label=rule)
     if num_children == _PAPER_CHILDREN:
-        for rule, acceptance in _PAPER.items():
-            label, colour = f"{rule}, Chen et al. 2024", _LOOKS[rule][0]
-            left.plot(_PAPER_TEMPERATURES, acceptance, "--", linewidth=1, color=colour, label=label)
-    _label(left, f"acceptance of {num_children} children, %")
-    _label(right, "tokens per step, best tree of 16 nodes")
+        for rule, published in _PAPER.items():
+            label, colour = f"{rule}, the pair of Chen et al. 2024", _LOOKS[rule][0]
+            left.plot(_PAPER_TEMPERATURES, published, "--", linewidth=1, color=colour, label=label)
+    _label(left, f"acceptance of {num_children} children, % (band: standard error)")
+    _label(right, "predicted tokens per step, best tree of 16 nodes")
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=150)
@@ -230,5 +235,6 @@ def _label(axes: Axes, quantity: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _name(reference: str) -> str:
-    return Path(reference).name
+def _title(arguments: argparse.Namespace) -> str:
+    precision = "" if arguments.draft_quantization == "none" else f" in {arguments.draft_quantization}"
+    return f"{Path(arguments.target).name} drafted by {Path(arguments.draft).name}{precision}"

@@ -61,8 +61,8 @@ class RuleTiming:
     @property
     def tokens_per_step(self) -> float:
         """Over the steps of all answers: accepted tokens and the bonus token."""
-        num_steps = sum(each.speculation.num_steps for each in self.answers)
-        return (sum(each.speculation.num_accepted_tokens for each in self.answers) + num_steps) / num_steps
+        num_accepted = sum(each.speculation.num_accepted_tokens for each in self.answers)
+        return (num_accepted + self.num_steps) / self.num_steps
 
     @property
     def acceptance_at_rank_0(self) -> float | None:
@@ -70,6 +70,11 @@ class RuleTiming:
         num_offered = sum(_first(each.speculation.offered_by_rank) for each in self.answers)
         num_accepted = sum(_first(each.speculation.accepted_by_rank) for each in self.answers)
         return num_accepted / num_offered if num_offered else None
+
+    @property
+    def num_steps(self) -> int:
+        """Of all answers, those decoded plainly included."""
+        return sum(each.speculation.num_steps for each in self.answers)
 
     @property
     def num_fallback_steps(self) -> int:
@@ -87,15 +92,13 @@ class RuleTiming:
             "ratio_to_off": _spread(self.ratios_to_off),
             "tokens_per_step": self.tokens_per_step,
             "acceptance_at_rank_0": self.acceptance_at_rank_0,
+            "num_steps": self.num_steps,
             "num_fallback_steps": self.num_fallback_steps,
         }
 
 
 def measure(
-    client: Client,
-    temperatures: Sequence[float],
-    workload: Workload,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    client: Client, temperatures: Sequence[float], workload: Workload, on_progress: Callable[[int, int], None]
 ) -> list[RuleTiming]:
     """Every mode at every temperature, by temperature first.
 

@@ -48,7 +48,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(to_dict(check)))
     else:
-        Console().print(checks_table(check))
+        console = Console()
+        console.print(checks_table(check))
+        for line in remarks(check):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0 if check.passed else 1
 
 
@@ -72,36 +75,35 @@ def checks_table(check: SelfCheck) -> Table:
     for law in check.laws:
         figures = (law.total_variation, law.reference.expected, law.reference.limit)
         shown = (f"{each:.3f}" for each in figures)
-        table.add_row(law.rule, "law", str(law.drafting.num_answers), *shown, law_verdict(law))
+        table.add_row(law.rule, "law", str(law.drafting.num_answers), *shown, law.verdict)
     for identity in check.identities:
         num_texts = str(identity.drafting.num_answers)
-        table.add_row(identity.rule, "identity", num_texts, "", "", "", identity_verdict(identity))
+        table.add_row(identity.rule, "identity", num_texts, "", "", "", identity.verdict)
     return table
 
 
-def law_verdict(check: LawCheck) -> str:
-    """The verdict and what explains it."""
-    if check.verdict == "not checked":
-        return _not_checked(check)
-    return f"{check.verdict}: {check.num_outside} impossible" if check.num_outside else check.verdict
+def remarks(check: SelfCheck) -> list[str]:
+    """A line for each check that is not simply passed."""
+    laws = [_impossible(law) for law in check.laws if law.num_outside]
+    identities = [_differences(identity) for identity in check.identities if identity.differences]
+    unchecked = [_not_checked(each) for each in (*check.laws, *check.identities) if each.verdict == "not checked"]
+    return [*laws, *identities, *unchecked]
 
 
-def identity_verdict(check: IdentityCheck) -> str:
-    """The verdict and where the first difference is."""
-    if check.verdict == "not checked":
-        return _not_checked(check)
-    if not check.differences:
-        return check.verdict
+def _impossible(check: LawCheck) -> str:
+    return f"{check.rule}: {check.num_outside} samples are impossible under the target"
+
+
+def _differences(check: IdentityCheck) -> str:
     first, count = check.differences[0], f"{len(check.differences)} of {check.drafting.num_answers}"
     gap = "" if first.gap is None else f", gap {first.gap:.2g}"
     where = f"first after {first.num_same_tokens} tokens of prompt {first.prompt + 1}, {first.shape}{gap}"
-    if check.verdict != "near tie":
-        return f"{check.verdict}: {count}, {where}"
-    expected = f", as expected in {check.dtype}" if has_16_bits(check.dtype) else ""
-    return f"{count} differ at near ties{expected}; {where}"
+    ties = " at near ties" if check.verdict == "near tie" else ""
+    expected = f", as expected in {check.dtype}" if ties and has_16_bits(check.dtype) else ""
+    return f"{check.rule}: {count} differ{ties}{expected}; {where}"
 
 
 def _not_checked(check: LawCheck | IdentityCheck) -> str:
     drafting = check.drafting
     reason = drafting.fallback_reason or "the draft worker is gone"
-    return f"not checked: {drafting.num_drafted} of {drafting.num_answers} drafted ({reason})"
+    return f"{check.rule}: only {drafting.num_drafted} of {drafting.num_answers} answers were drafted ({reason})"

@@ -82,6 +82,7 @@ class PackedBatch:
         self.segments = tuple(segments)
         self._device, self._dtype = device, dtype
         self._masks: dict[tuple[int | None, int], list[Tensor | None]] = {}
+        self._visible_rows: dict[int | None, list[Tensor]] = {}
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -115,6 +116,13 @@ class PackedBatch:
         if (key := (window, groups)) not in self._masks:
             self._masks[key] = [self._additive(s.mask(window), groups) for s in self.segments]
         return self._masks[key]
+
+    def visible_rows(self, window: int | None) -> list[Tensor]:
+        """For each token of the batch the pool rows it sees, in the order of their positions; built once."""
+        if window not in self._visible_rows:
+            rows = (s.slot.first_row + each for s in self.segments for each in map(np.flatnonzero, s.mask(window)))
+            self._visible_rows[window] = [torch.from_numpy(each).to(self._device) for each in rows]
+        return self._visible_rows[window]
 
     def _additive(self, mask: Bool, groups: int) -> Tensor | None:
         if mask.all():

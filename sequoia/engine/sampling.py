@@ -21,7 +21,9 @@ from sequoia.topology import DraftDistributions
 DRAFT_WIDTH = 32
 # Candidates to which the drafter adds noise. Tokens further down q seldom win the race.
 COUPLED_WIDTH = 256
-_MAX_WEIGHT = 2**16 - 1
+# In q no candidate is less likely than 2**-10 of the one before it. However cold the draft, the second child then comes
+# before the third: without this the trees of low temperatures would have one child a node. It costs 0.1 % at rank 0.
+_MOST_DROP = 10 * math.log(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +141,15 @@ def coupled_token(adjusted: Tensor, sampling: Sampling, position: int) -> int:
 
 
 def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
-    """q of some rows of logits (rows, vocabulary): the same cuts as p, at most `width` tokens, integer weights.
+    """q of some rows of logits (rows, vocabulary): the same cuts as p, at most `width` tokens, bfloat16 weights.
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
-    ids, weights = _draft_candidates(logits, sampling, width)
-    integers = (weights / weights[:, :1] * _MAX_WEIGHT).round().nan_to_num(0.0)
-    return DraftDistributions(ids.cpu().numpy().astype(np.uint32), integers.cpu().numpy().astype(np.uint16))
+    ids, logs = _draft_candidates(logits, sampling, width)
+    allowed = torch.arange(ids.shape[1], device=ids.device) * _MOST_DROP
+    floored = torch.where(logs > -math.inf, (logs + allowed).cummax(1).values - allowed, -math.inf)
+    weights = floored.exp().bfloat16().float()
+    return DraftDistributions(ids.cpu().numpy().astype(np.uint32), weights.cpu().numpy())
 
 
 def draw_children(q: DraftDistributions, row: int, count: int, generator: np.random.Generator) -> tuple[int, ...]:
@@ -168,10 +172,10 @@ def coupled_children(
     The children of one depth share `position`, and with it the noise.
     """
     assert sampling.seed is not None, "the coupled rule needs a seed"
-    ids, weights = _draft_candidates(logits, sampling, COUPLED_WIDTH)
-    races = weights.double().log() + gumbel_noise(sampling.seed, position, ids)
+    ids, logs = _draft_candidates(logits, sampling, COUPLED_WIDTH)
+    races = logs.double() + gumbel_noise(sampling.seed, position, ids)
     order = races.argsort(dim=1, descending=True, stable=True)
-    finite = (weights > 0.0).sum(dim=1).tolist()
+    finite = (logs > -math.inf).sum(dim=1).tolist()
     ranked = ids.gather(1, order).tolist()
     return tuple(tuple(row[: min(count, most)]) for row, count, most in zip(ranked, counts, finite, strict=True))
 
@@ -185,20 +189,23 @@ def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
 
 
 def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row and their weights, (rows, at most width), descending; 0 where cut."""
+    """The likeliest tokens of each row and log q up to a constant, (rows, at most width), descending; -inf where cut.
+
+    A row with NaN has no candidates.
+    """
     width = min(width, logits.shape[1], sampling.top_k or width)
     top = logits.float().topk(width)
-    scaled = (top.values - top.values[:, :1]) / sampling.temperature
-    weights = scaled.exp()
+    logs = ((top.values - top.values[:, :1]) / sampling.temperature).nan_to_num(nan=-math.inf, neginf=-math.inf)
     if sampling.min_p > 0.0:
-        weights = weights.masked_fill(weights < sampling.min_p, 0.0)
+        logs = logs.masked_fill(logs < math.log(sampling.min_p), -math.inf)
     if sampling.top_p < 1.0:
+        weights = logs.exp()
         mass = weights.sum(1, keepdim=True)
         if not sampling.top_k and not sampling.min_p:
             mass = ((logits.float() - top.values[:, :1]) / sampling.temperature).exp().sum(1, keepdim=True)
         mass_before = weights.cumsum(1) - weights
-        weights = weights.masked_fill(mass_before >= sampling.top_p * mass, 0.0)
-    return top.indices, weights
+        logs = logs.masked_fill(mass_before >= sampling.top_p * mass, -math.inf)
+    return top.indices, logs
 
 
 def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ distribution exactly as it is.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 
@@ -229,4 +230,4 @@ def _q(tree: TokenTree, node: int) -> tuple[NDArray[np.int64], NDArray[np.float6
     row = tree.topology.internal_nodes.index(node)
     support = tree.q.weights[row] > 0
     weights = tree.q.weights[row][support].astype(np.float64)
-    return tree.q.token_ids[row][support].astype(np.int64), weights / weights.sum()
+    return tree.q.token_ids[row][support].astype(np.int64), weights / math.fsum(weights)

@@ -1,0 +1,215 @@
+"""Deliberate faults, and the tests that catch them: `python tests/mutations.py` prints the list.
+
+A fault that no test catches would be a hole in the proof. Each is one edit of the shipped source, made in a copy.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", "protos", "pyproject.toml", "README.md")
+# The proofs that need no server; those that say most of a rule are run first.
+PROOFS = ("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py")
+FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
+VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
+NOISE = "sequoia/engine/noise.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One edit: `old`, which stands in `file` once, becomes `new`."""
+
+    rule: str
+    what: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = (
+    Fault(
+        "greedy", "ties go to the larger id", SAMPLING,
+        "return int(logits.argmax())", "return len(logits) - 1 - int(logits.flip(0).argmax())",
+    ),
+    Fault(
+        "greedy", "a child is followed whose token is not the target's", VERIFICATION,
+        "if tree.token_ids[child] == token)", "if tree.token_ids[child] >= token)",
+    ),
+    Fault(
+        "greedy", "penalties leave out the tokens on the node's own path", VERIFICATION,
+        "self._decoding.num_prompt_tokens, self._tree.path_tokens(node))", "self._decoding.num_prompt_tokens)",
+    ),
+    Fault(
+        "greedy", "the repetition penalty multiplies positive logits too", SAMPLING,
+        "torch.where(seen > 0.0, seen / penalty, seen * penalty)", "seen * penalty",
+    ),
+    Fault(
+        "sequoia", "<= for < where the uniform number can be 0", SAMPLING,
+        "return self._generator.random() * denominator < numerator",
+        "return self._generator.random() * denominator <= numerator",
+    ),
+    Fault(
+        "sequoia", "a rejected sibling stays in q", VERIFICATION,
+        "                siblings.remove(child)", "                pass",
+    ),
+    Fault("sequoia", "D is not renormalised", VERIFICATION, "self._draft /= mass", "self._draft /= 1.0"),
+    Fault(
+        "sequoia", "R is not renormalised", VERIFICATION,
+        "self._values, self._scale = values / mass, weight * self._scale / mass",
+        "self._values, self._scale = values, weight * self._scale",
+    ),
+    Fault(
+        "sequoia", "one uniform number serves every choice", SAMPLING,
+        "return self._generator.random() * denominator < numerator",
+        "self._u = getattr(self, '_u', 0.0) or self._generator.random()\n"
+        "        return self._u * denominator < numerator",
+    ),
+    Fault(
+        "sequoia", "the bonus token is drawn from p instead of the residual", VERIFICATION,
+        "weights[self._ids] = torch.from_numpy(self._values).to(weights.device)", "pass",
+    ),
+    Fault(
+        "sequoia", "q of the node before (off by one)", VERIFICATION,
+        "row = tree.topology.internal_nodes.index(node)", "row = max(0, tree.topology.internal_nodes.index(node) - 1)",
+    ),
+    Fault(
+        "sequoia", "siblings are tried in the order of q", VERIFICATION,
+        "return iter(self._children)", "return iter(sorted(self._children, key=lambda child: -self.draft(child)))",
+    ),
+    Fault(
+        "sequoia", "children are drawn from another q than the one that travels", SAMPLING,
+        "rates = q.weights[row].astype(np.float64)", "rates = q.weights[row].astype(np.float64) ** 2",
+    ),
+    Fault(
+        "sequoia", "the verifier cuts q once more than the drafter", VERIFICATION,
+        "support = tree.q.weights[row] > 0", "support = tree.q.weights[row] > tree.q.weights[row].max() // 3",
+    ),
+    Fault(
+        "sequoia", "the nucleus is that of another temperature", SAMPLING,
+        "        p = scaled.softmax(0)\n        scaled", "        p = (scaled * 0.5).softmax(0)\n        scaled",
+    ),
+    Fault(
+        "sequoia", "top-p cuts the residual instead of p", VERIFICATION,
+        "        return target_distribution(self._adjusted(node), self._decoding.sampling)",
+        "        p = self._adjusted(node).softmax(0)\n"
+        "        return p if self._tree.topology.children[node] else "
+        "target_distribution(self._adjusted(node), self._decoding.sampling)",
+    ),
+    Fault(
+        "traversal", "the weight after a failure is z", VERIFICATION,
+        "return mass / (mass + (1.0 - weight))", "return mass",
+    ),
+    Fault(
+        "traversal", "a child is tried without its parent's weight", VERIFICATION,
+        "min(1.0, weights[-1] * siblings.target(child)", "min(1.0, siblings.target(child)",
+    ),
+    Fault(
+        "traversal", "R is not weighted before D is taken off", VERIFICATION,
+        "np.maximum(weight * self._values - self._draft, 0.0)", "np.maximum(self._values - self._draft, 0.0)",
+    ),
+    Fault(
+        "traversal", "a node whose children failed is always accepted", VERIFICATION,
+        "elif choices.accept(weights[-1], 1.0):", "elif choices.accept(1.0, 1.0):",
+    ),
+    Fault(
+        "traversal", "a failed sibling stays in q", VERIFICATION,
+        "        visits[-1].remove(child)", "        pass",
+    ),
+    Fault(
+        "coupled", "the same noise at every position", NOISE,
+        "stream = _mix(seed + (position + 1) * _GOLDEN)", "stream = _mix(seed)",
+    ),
+    Fault(
+        "coupled", "the verifier's position is off by one", VERIFICATION,
+        "self._path(node).position)", "self._path(node).position + 1)",
+    ),
+    Fault("coupled", "the interval is closed at 0", NOISE, ".double().add_(0.5).mul_", ".double().mul_"),
+    Fault(
+        "coupled", "the sign is shifted in", NOISE,
+        "return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)", "return bits >> count",
+    ),
+    Fault(
+        "coupled", "the drafter's noise is not the verifier's", SAMPLING,
+        "gumbel_noise(sampling.seed, position, ids)\n    order",
+        "gumbel_noise(sampling.seed + 1, position, ids)\n    order",
+    ),
+    Fault(
+        "sample_and_walk", "after an accepted leaf the likeliest token, not a draw", VERIFICATION,
+        "lambda node: choices.draw(rows.p(node))",
+        "lambda node: choices.draw(rows.p(node)) if tree.topology.children[node] else rows.argmax(node)",
+    ),
+    Fault(
+        "sample_and_walk", "tokens of probability 0 can be drawn", SAMPLING,
+        "self._generator.random() * total, right=True", "self._generator.random() * 0.0, right=False",
+    ),
+    Fault(
+        "sample_and_walk", "the bonus token is one of the children's", VERIFICATION,
+        "return Verdict(tuple(path), token)", "return Verdict(tuple(path), tree.token_ids[-1])",
+    ),
+    Fault(
+        "all", "min_tokens is off by one", SAMPLING,
+        "if path.num_generated < sampling.min_tokens:", "if path.num_generated + 1 < sampling.min_tokens:",
+    ),
+    Fault(
+        "all", "presence and frequency count the prompt", SAMPLING,
+        "_known(dict(Counter(path.generated)), adjusted)", "_known(dict(Counter(path.committed)), adjusted)",
+    ),
+    Fault(
+        "all", "logprobs are those of the next node", VERIFICATION,
+        "parents, tokens = (0, *verdict.accepted_nodes), verdict.tokens(tree)",
+        "parents, tokens = (*verdict.accepted_nodes, 0), verdict.tokens(tree)",
+    ),
+)  # fmt: skip
+
+
+def catcher(fault: Fault) -> str | None:
+    """The first test that fails with the fault in place; None when all of them pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in PACKAGES:
+            source = ROOT / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, copy / name)
+        _edit(copy / fault.file, fault)
+        first = FIRST.get(fault.rule, "test_parameters.py")
+        tests = [f"tests/{name}" for name in sorted(PROOFS, key=lambda name: name != first)]
+        flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--deselect", _README_TEST]
+        command = [sys.executable, "-m", "pytest", *flags, *tests]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
+    if done.returncode == 0:
+        return None
+    failed = re.search(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
+    assert failed, done.stdout[-2000:] + done.stderr[-2000:]
+    return failed[1]
+
+
+_README_TEST = "tests/test_parameters.py::test_the_matrix_in_the_readme_is_the_generated_one"
+
+
+def _edit(path: Path, fault: Fault) -> None:
+    text = path.read_text()
+    assert text.count(fault.old) == 1, f"{fault.file} has {text.count(fault.old)} times: {fault.old}"
+    path.write_text(text.replace(fault.old, fault.new))
+
+
+def main() -> int:
+    """Print every fault with the test that caught it; fail when one was not caught."""
+    with ThreadPoolExecutor(2) as pool:
+        caught = list(pool.map(catcher, FAULTS))
+    for fault, test in zip(FAULTS, caught, strict=True):
+        print(f"{fault.rule:16} {fault.what:68} {test or 'NOT CAUGHT'}")
+    return 1 if None in caught else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

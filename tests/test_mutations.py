@@ -1,0 +1,20 @@
+"""The tests are tested: every deliberate fault is caught by one of them."""
+
+from __future__ import annotations
+
+import pytest
+from mutations import FAULTS, Fault, catcher
+
+from sequoia.rules import RULES
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_has_three_faults_at_least(rule: str) -> None:
+    assert sum(fault.rule == rule for fault in FAULTS) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.rule}: {fault.what}")
+def test_a_deliberate_fault_is_caught(fault: Fault) -> None:
+    assert catcher(fault) is not None
