@@ -14,6 +14,8 @@ from filelock import FileLock
 
 from sequoia.config import num_cores, setting
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, register
+from sequoia.engine.determinism import DETERMINISTIC_ATTENTION, make_deterministic
+from sequoia.engine.determinism import register as register_deterministic
 from sequoia.engine.executor import Engine, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
@@ -45,6 +47,9 @@ class WorkerConfig:
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
+    deterministic: bool = setting(
+        False, "rows that do not depend on what shares their forward: slower, same bits always"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     cache_dir: str = setting("", "folder for fetched models; empty: the user's cache folder")
     log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
@@ -72,15 +77,18 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
     register()
+    register_deterministic()
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
     model = load_model(
         files,
         dtype=config.dtype,
         quantization=config.quantization,
         device=config.device,
-        attn_implementation=TREE_ATTENTION,
+        attn_implementation=DETERMINISTIC_ATTENTION if config.deterministic else TREE_ATTENTION,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.deterministic:
+        make_deterministic(model.module)
     context_length = _context_length(config, model)
     num_layers = model.module.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)

@@ -52,11 +52,11 @@ def test_naive_top_k_accepts_the_targets_mass_on_the_drafts_likeliest_tokens(tem
 
 
 def test_the_first_drawn_child_is_accepted_as_often_as_the_distributions_overlap() -> None:
-    logits = noisy_pair(100, 24)
+    logits = noisy_pair(60, 24)
     overlap = np.minimum(softmax(logits.target, 0.8), softmax(logits.draft, 0.8)).sum(axis=1).mean()
     found = by_rule(logits, 0.8)
-    # 800 draws: four standard errors are at most 0.08.
-    assert [found[rule].by_rank[0] for rule in ("sequoia", "specinfer")] == pytest.approx([overlap] * 2, abs=0.08)
+    # 960 draws: four standard errors are at most 0.07.
+    assert [found[rule].by_rank[0] for rule in ("sequoia", "specinfer")] == pytest.approx([overlap] * 2, abs=0.07)
     assert found["sequoia"].total > found["specinfer"].total, "no token is drawn twice"
 
 
@@ -68,11 +68,15 @@ def test_a_draft_that_is_the_target_is_accepted_at_rank_0() -> None:
     assert found["coupled"].tokens_per_step == 16.0, "a chain of 16 nodes, all accepted"
 
 
-def test_near_temperature_0_all_rules_accept_the_first_child_where_the_argmaxes_agree() -> None:
+def test_near_temperature_0_the_rules_agree() -> None:
     logits = noisy_pair(50, 24)
     agreement = float((logits.target.argmax(1) == logits.draft.argmax(1)).double().mean())
     assert 0.2 < agreement < 0.9
-    assert [each.by_rank[0] for each in by_rule(logits, 1e-4).values()] == pytest.approx([agreement] * len(RULES))
+    found = by_rule(logits, 1e-4)
+    assert [each.by_rank[0] for each in found.values()] == pytest.approx([agreement] * len(RULES), abs=0.01)
+    distinct = [found[rule].total for rule in ("sequoia", "coupled", "naive top-k")]
+    assert distinct == pytest.approx([distinct[-1]] * 3, abs=0.01)
+    assert found["specinfer"].total < distinct[-1] - 0.1, "its children are one and the same token"
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +170,7 @@ def test_rules_on_a_running_system(tiny_system: System, capsys: pytest.CaptureFi
 def test_rules_prints_a_row_a_rule(tiny_system: System, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rounds", "1", "--max-tokens", "4", "--rule", "coupled", "--tree", "-1,0,0"]
     assert main(["bench", "rules", "--address", tiny_system.deployment.address, *arguments]) == 0
-    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if " (" in line and "least" not in line]
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if " (" in line and "range" not in line]
     assert rows == [["0.6", "off"], ["0.6", "coupled"], ["1", "off"], ["1", "coupled"]]
 
 

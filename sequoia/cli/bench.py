@@ -179,7 +179,7 @@ def robustness_table(found: Sequence[Acceptance]) -> Table:
 
 def rules_table(found: Sequence[RuleTiming]) -> Table:
     """A row a rule and temperature."""
-    table = new_table("T", "rule", "tokens/s (least to most)", "against off", "tokens/step", "rank 0")
+    table = new_table("T", "rule", "tokens/s (range)", "vs off", "tokens/step", "rank 0")
     for each in found:
         rates, rank_0 = each.tokens_per_second, each.acceptance_at_rank_0
         table.add_row(
@@ -193,7 +193,7 @@ def rules_table(found: Sequence[RuleTiming]) -> Table:
     num_fallbacks = sum(each.num_fallback_steps for each in found)
     num_steps = sum(each.num_steps for each in found if each.mode != rule_timing.OFF)
     table.caption = (
-        f"{len(found[0].answers)} answers a row, the first token not timed; against off: the median of pairs that "
+        f"{len(found[0].answers)} answers a row, the first token not timed; vs off: the median of pairs that "
         f"answer one prompt; {num_fallbacks} of {num_steps} steps by a rule fell back to plain ones"
     )
     return table
@@ -207,30 +207,31 @@ def plot_robustness(found: Sequence[Acceptance], title: str, file: Path) -> None
     from matplotlib import pyplot as plt
 
     num_children = len(found[0].by_rank)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
     for rule, (colour, marker) in _LOOKS.items():
         of_rule = [each for each in found if each.rule == rule]
         temperatures = [each.temperature for each in of_rule]
         least, acceptance, most = (
             [100 * (each.total + sign * each.standard_error) for each in of_rule] for sign in (-1, 0, 1)
         )
-        left.fill_between(temperatures, least, most, color=colour, alpha=0.1, linewidth=0)
+        left.fill_between(temperatures, least, most, color=colour, alpha=0.08, linewidth=0)
         for axes, values in ((left, acceptance), (right, [each.tokens_per_step for each in of_rule])):
             axes.plot(temperatures, values, color=colour, marker=marker, label=rule)
     if num_children == _PAPER_CHILDREN:
         for rule, published in _PAPER.items():
             label, colour = f"{rule}, the pair of Chen et al. 2024", _LOOKS[rule][0]
             left.plot(_PAPER_TEMPERATURES, published, "--", linewidth=1, color=colour, label=label)
-    _label(left, f"acceptance of {num_children} children, % (band: standard error)")
-    _label(right, "predicted tokens per step, best tree of 16 nodes")
+    _label(left, f"Acceptance of {num_children} children (band: standard error)", "%")
+    _label(right, "Predicted for the best tree of 16 nodes", "tokens per step")
     figure.suptitle(title)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
-def _label(axes: Axes, quantity: str) -> None:
-    axes.set(xlabel="temperature", ylabel=quantity)
+def _label(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, fontsize="medium")
+    axes.set(xlabel="temperature", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -40,7 +40,7 @@ SEED = 0
 TEXT_TEMPERATURE = 0.6
 TREE_SIZE = 16
 # Trees drawn at every position, for the rules whose acceptance is a matter of chance.
-NUM_DRAWS = 8
+NUM_DRAWS = 16
 
 _MODEL_KEYS = ("reference", "revision", "dtype_name", "quantization")
 

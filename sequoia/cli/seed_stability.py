@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -56,7 +57,7 @@ def measure(
         with engine.cache.slot() as slot, plain:
             _write(engine, slot, text, sampling, num_tokens, vocab_size)
     yield plain.result(len(prompts) * num_tokens)
-    for way, rows_of in _ways(engine).items():
+    for way, rows_of in _ways(engine, vocab_size).items():
         tally = _Tally(way)
         for text in texts:
             with engine.cache.slot() as slot, tally:
@@ -96,10 +97,9 @@ def _write(engine: Engine, slot: KVSlot, text: Text, sampling: Sampling, num_tok
         text.tokens.append(root)
 
 
-def _ways(engine: Engine) -> dict[str, Callable[[KVSlot, Text], Rows]]:
-    generator = np.random.default_rng(0)
+def _ways(engine: Engine, vocab_size: int) -> dict[str, Callable[[KVSlot, Text], Rows]]:
     trees = {
-        f"trees of {size}": lambda slot, text, size=size: _in_trees(engine, slot, text, size, generator)
+        f"trees of {size}": lambda slot, text, size=size: _in_trees(engine, slot, text, _Trees(size, vocab_size))
         for size in (4, 16, 64)
     }
     return {
@@ -109,51 +109,57 @@ def _ways(engine: Engine) -> dict[str, Callable[[KVSlot, Text], Rows]]:
     }
 
 
-def _in_trees(engine: Engine, slot: KVSlot, text: Text, size: int, generator: np.random.Generator) -> Rows:
+class _Trees:
+    """Trees of `size` nodes with a given path somewhere among random siblings."""
+
+    def __init__(self, size: int, vocab_size: int) -> None:
+        self.num_levels = min(_TRUE_LEVELS, size)
+        self._size, self._vocab_size = size, vocab_size
+        self._generator = np.random.default_rng(0)
+
+    def around(self, true: Sequence[int]) -> tuple[TokenTree, list[int]]:
+        """A tree with the path `true`, root first, and that path's nodes."""
+        generator, num_inner = self._generator, len(true) - 1
+        widths = np.ones(num_inner, dtype=int)
+        if num_inner:
+            widths += np.bincount(generator.integers(0, num_inner, self._size - len(true)), minlength=num_inner)
+        parents, tokens, path = [-1], [true[0]], [0]
+        for token, width in zip(true[1:], widths.tolist(), strict=True):
+            siblings = generator.integers(0, self._vocab_size, width).tolist()
+            place = int(generator.integers(0, width))
+            siblings[place] = token
+            parents += [path[-1]] * width
+            path.append(len(tokens) + place)
+            tokens += siblings
+        return TokenTree(Topology(tuple(parents)), tuple(tokens)), path
+
+
+def _in_trees(engine: Engine, slot: KVSlot, text: Text, trees: _Trees) -> Rows:
     """Trees that hold the text's next tokens among random others, kept as if they had been accepted."""
     _prefill(engine, slot, text.prompt[:-1])
     tokens = [text.prompt[-1], *text.tokens]
     start = 0
     while start < len(text.tokens):
-        true = tokens[start : min(start + min(_TRUE_LEVELS, size), len(text.tokens))]
-        tree, path = _tree_around(true, size, generator)
+        true = tokens[start : min(start + trees.num_levels, len(text.tokens))]
+        tree, path = trees.around(true)
         [rows] = engine.forward([tree_segment(slot, (), tree)])
         slot.keep(path)
         yield rows[path]
         start += len(true)
 
 
-def _tree_around(true: Sequence[int], size: int, generator: np.random.Generator) -> tuple[TokenTree, list[int]]:
-    """A tree of `size` nodes whose path `true` is somewhere among random siblings, and that path's nodes."""
-    widths = np.ones(len(true), dtype=int)
-    if len(true) > 1:
-        widths[1:] += np.bincount(generator.integers(0, len(true) - 1, size - len(true)), minlength=len(true) - 1)
-    parents, tokens, path = [-1], [true[0]], [0]
-    for token, width in zip(true[1:], widths[1:], strict=True):
-        place = int(generator.integers(0, width))
-        path_node = len(parents) + place
-        parents += [path[-1]] * int(width)
-        tokens += [token if i == place else int(generator.integers(5, 1000)) for i in range(width)]
-        path.append(path_node)
-    return TokenTree(Topology(tuple(parents)), tuple(tokens)), path
-
-
 def _in_batches(engine: Engine, slot: KVSlot, text: Text) -> Rows:
     """One token a forward, beside other sessions that decode the same text from other places on."""
     _prefill(engine, slot, text.prompt[:-1])
     tokens = [text.prompt[-1], *text.tokens]
-    neighbours = [engine.cache.slot() for _ in range(_NUM_NEIGHBOURS)]
-    slots = [each.__enter__() for each in neighbours]
-    try:
+    with ExitStack() as stack:
+        others = [stack.enter_context(engine.cache.slot()) for _ in range(_NUM_NEIGHBOURS)]
         for index, token in enumerate(tokens[:-1]):
-            roots = [(slot, token), *((other, tokens[-1 - index - i]) for i, other in enumerate(slots) if index > i)]
+            roots = [(slot, token), *((other, tokens[-1 - index]) for other in others[:index])]
             rows, *_ = engine.forward([tree_segment(each, (), TokenTree.root_only(root)) for each, root in roots])
             for each, _ in roots:
                 each.keep([0])
             yield rows
-    finally:
-        for each in neighbours:
-            each.__exit__(None, None, None)
 
 
 def _rebuilt(engine: Engine, slot: KVSlot, text: Text) -> Rows:
