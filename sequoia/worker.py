@@ -111,7 +111,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         context_length=context_length,
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
-        hardware_key=_hardware_key(model, num_threads),
+        hardware_key=_hardware_key(model, num_threads) + "/deterministic" * config.deterministic,
         latency=worker_pb2.LatencyCurve(num_tokens=curve.num_tokens, seconds=curve.seconds),
         num_slots=config.num_slots,
     )

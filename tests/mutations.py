@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,13 +206,18 @@ def _edit(path: Path, fault: Fault) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
+def caught() -> Iterator[tuple[Fault, str | None]]:
+    """Every fault with the test that caught it."""
+    with ThreadPoolExecutor(2) as pool:
+        yield from zip(FAULTS, pool.map(catcher, FAULTS), strict=True)
+
+
 def main() -> int:
     """Print every fault with the test that caught it; fail when one was not caught."""
     num_missed = 0
-    with ThreadPoolExecutor(2) as pool:
-        for fault, test in zip(FAULTS, pool.map(catcher, FAULTS), strict=True):
-            print(f"{fault.rule:16} {fault.what:68} {test or 'NOT CAUGHT'}", flush=True)
-            num_missed += test is None
+    for fault, test in caught():
+        print(f"{fault.rule:16} {fault.what:68} {test or 'NOT CAUGHT'}", flush=True)
+        num_missed += test is None
     return 1 if num_missed else 0
 
 

@@ -5,17 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from tiny_models import ARCHITECTURES, write_tiny_model
 
-from sequoia.cli.seed_stability import Stability, measure
-from sequoia.engine.attention import TREE_ATTENTION, register
-from sequoia.engine.determinism import DETERMINISTIC_ATTENTION, make_deterministic
-from sequoia.engine.determinism import register as register_deterministic
-from sequoia.engine.executor import Engine
-from sequoia.engine.kv_cache import KVCache
-from sequoia.engine.model import load_model
-from sequoia.engine.sources import resolve
+from sequoia.cli.seed_stability import NUM_WAYS, Stability, load, measure
 from sequoia.sampling import Sampling
 
 PROMPTS = (tuple(range(30, 60)), tuple(range(100, 117)))
@@ -30,25 +22,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def stability(folder: Path, dtype: str, *, deterministic: bool) -> dict[str, Stability]:
-    register()
-    register_deterministic()
-    attention = DETERMINISTIC_ATTENTION if deterministic else TREE_ATTENTION
-    model = load_model(
-        resolve(str(folder)), dtype=dtype, quantization="none", device="cpu", attn_implementation=attention
-    )
-    if deterministic:
-        make_deterministic(model.module)
-    engine = Engine(model.module, KVCache(4, 4, 256), model.device, model.dtype)
-    with torch.inference_mode():
-        found = list(measure(engine, PROMPTS, Sampling(seed=1), NUM_TOKENS, model.tokenizer.vocab_size))
-    return {each.way: each for each in found}
+    subject = load(str(folder), dtype=dtype, deterministic=deterministic, context_length=256)
+    return {each.way: each for each in measure(subject, PROMPTS, Sampling(seed=1), NUM_TOKENS)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_in_deterministic_mode_every_way_gives_the_same_bits(folder: Path, dtype: str) -> None:
     """6 ways x 96 tokens, logits compared bit by bit: trees of three sizes, a batch, a rebuilt session."""
     found = stability(folder, dtype, deterministic=True)
-    assert len(found) == 6
+    assert len(found) == NUM_WAYS
     assert {each.max_logit_difference for each in found.values()} == {0.0}
     assert {each.num_flips for each in found.values()} == {0}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from mutations import FAULTS, Fault, catcher
+from mutations import FAULTS, caught
 
 from sequoia.rules import RULES
 
@@ -14,7 +14,6 @@ def test_every_rule_has_three_faults_at_least(rule: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.rule}: {fault.what}")
-def test_a_deliberate_fault_is_caught(fault: Fault) -> None:
-    assert catcher(fault) is not None
+@pytest.mark.timeout(1800)
+def test_every_deliberate_fault_is_caught() -> None:
+    assert [fault.what for fault, test in caught() if test is None] == []

@@ -124,6 +124,12 @@ def test_greedy_output_is_the_argmax_of_what_acts_before_the_temperature(paramet
         assert token == row.index(max(row))
 
 
+def test_greedy_takes_the_smaller_id_of_a_tie() -> None:
+    rows, tree = torch.tensor([[0.0, 3.0, 1.0, 3.0]]), TokenTree.root_only(0)
+    decoding = Decoding(GREEDY, Sampling(temperature=0.0), 1)
+    assert verify_tree(tree, rows, decoding, (0,), RandomChoices(np.random.default_rng(0))).bonus_token_id == 1
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
 def test_logprobs_inside_an_accepted_run_are_those_of_each_tokens_own_place(rule: Rule) -> None:
     all_of_them = SETTINGS["all"]

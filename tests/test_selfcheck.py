@@ -95,7 +95,7 @@ def test_a_difference_is_excused_by_a_near_tie_only(dtype: str, gap: float | Non
 def failed() -> SelfCheck:
     late = check(draw(WEIGHTS), drafting=Drafting(200, 9, "draft: not ready yet"))
     greedy = IdentityCheck("greedy", "float32", (Difference(0, "tree", 16, 0.1),), Drafting(6, 6, ""))
-    coupled = IdentityCheck("coupled", "bfloat16", (Difference(2, "chain", 9, None),), Drafting(6, 6, ""))
+    coupled = IdentityCheck("coupled", "bfloat16", (Difference(0, "tree", 9, None),), Drafting(6, 6, ""))
     return SelfCheck("target", "draft", "bfloat16", 1.0, (late,), (greedy, coupled))
 
 
@@ -107,7 +107,7 @@ def test_what_failed_is_said_in_words() -> None:
     assert remarks(failed()) == [
         "sequoia law: only 9 of 200 answers were drafted (draft: not ready yet)",
         "greedy identity: 1 of 6 differ; first after 16 tokens of prompt 1, tree, gap 0.1",
-        "coupled identity: 1 of 6 differ at near ties, as expected in bfloat16; first after 9 tokens of prompt 3, chain",
+        "coupled identity: 1 of 6 differ at near ties, as expected in bfloat16; first after 9 tokens of prompt 1, tree",
     ]
 
 

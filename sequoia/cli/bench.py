@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -24,12 +25,14 @@ from sequoia.client import Client
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.planner import optimal_tree
 from sequoia.rules import SAMPLED_RULES
+from sequoia.sampling import Sampling
 from sequoia.topology import Topology
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from sequoia.cli.robustness import Acceptance
+    from sequoia.cli.seed_stability import Stability
 
 TEMPERATURES = (0.01, 0.2, 0.4, 0.6, 0.8, 1.0, 1.1)
 _TREE_SIZE, _TREE_LEVELS = 16, 6
@@ -57,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_robustness(benchmarks.add_parser("robustness", help=summary, description=summary.capitalize() + "."))
     summary = "tokens per step and seconds per token by rule, beside plain decoding, on a running system"
     _add_rules(benchmarks.add_parser("rules", help=summary, description=summary.capitalize() + "."))
+    summary = "how often a seeded token flips between trees, batches and rebuilt sessions; loads the target itself"
+    _add_seeds(benchmarks.add_parser("seeds", help=summary, description=summary.capitalize() + "."))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -92,6 +97,16 @@ def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="answers a prompt (default %(default)s)")
     parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="per answer (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_seeds(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(benchmark=_bench_seeds)
+    parser.add_argument("--target", required=True, metavar="MODEL", help="packaged name, hub id, folder or GGUF file")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--deterministic", action="store_true", help="as a worker with --deterministic computes")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="texts (default %(default)s)")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="per text (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON array")
 
 
 def _tree(text: str) -> Topology:
@@ -149,6 +164,27 @@ def _bench_rules(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench_seeds(arguments: argparse.Namespace) -> int:
+    _check_least(arguments, prompts=1, tokens=1)
+    from sequoia.cli import seed_stability
+
+    steps = Steps(Console(stderr=True))
+    with steps.step(f"loading {arguments.target}"):
+        subject = seed_stability.load(arguments.target, dtype=arguments.dtype, deterministic=arguments.deterministic)
+    prompts = [tuple(subject.tokenizer.encode(prompt).ids) for prompt in PROMPTS[: arguments.prompts]]
+    measuring = seed_stability.measure(subject, prompts, Sampling(seed=0), arguments.tokens)
+    found: list[Stability] = []
+    with steps.step("computing the same tokens in several ways") as on_progress:
+        for each in measuring:
+            found.append(each)
+            on_progress(len(found), seed_stability.NUM_WAYS)
+    if arguments.json:
+        print(json.dumps([asdict(each) for each in found]))
+    else:
+        Console().print(seeds_table(found))
+    return 0
+
+
 def _check_least(arguments: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(arguments, name) < value:
@@ -196,6 +232,16 @@ def rules_table(found: Sequence[RuleTiming]) -> Table:
         f"{len(found[0].answers)} answers a row, the first token not timed; vs off: the median of pairs that "
         f"answer one prompt; {num_fallbacks} of {num_steps} steps by a rule fell back to plain ones"
     )
+    return table
+
+
+def seeds_table(found: Sequence[Stability]) -> Table:
+    """A row a way to compute the same tokens."""
+    table = new_table("way", "tokens", "flips", "largest difference of a logit", "ms/token")
+    for each in found:
+        flips = f"{each.num_flips} ({each.num_flips / each.num_tokens:.1%})"
+        difference, milliseconds = f"{each.max_logit_difference:.3g}", f"{each.seconds_per_token * 1e3:.0f}"
+        table.add_row(each.way, str(each.num_tokens), flips, difference, milliseconds)
     return table
 
 

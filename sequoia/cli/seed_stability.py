@@ -9,12 +9,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from sequoia.config import num_cores
+from sequoia.engine import attention, determinism
 from sequoia.engine.attention import tree_segment
 from sequoia.engine.executor import Engine
-from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.kv_cache import KVCache, KVSlot
+from sequoia.engine.model import load_model
 from sequoia.engine.sampling import coupled_token
+from sequoia.engine.sources import resolve
 from sequoia.sampling import Sampling
 from sequoia.topology import TokenTree, Topology
 
@@ -22,6 +27,8 @@ from sequoia.topology import TokenTree, Topology
 _TRUE_LEVELS = 4
 _CHUNK = 256
 _NUM_NEIGHBOURS = 3
+_TREE_SIZES = (4, 16, 64)
+NUM_WAYS = len(_TREE_SIZES) + 3
 
 # The rows of some consecutive places of a text, (places, vocabulary), one batch of them after another.
 Rows = Iterator[Tensor]
@@ -38,6 +45,31 @@ class Stability:
     seconds_per_token: float
 
 
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A target, ready to run."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    vocab_size: int
+
+
+def load(model: str, *, dtype: str, deterministic: bool, context_length: int = 1024) -> Subject:
+    """The model by reference, with KV memory for four sessions. Raises InvalidArgument naming `model`."""
+    torch.set_num_threads(num_cores())
+    attention.register()
+    determinism.register()
+    name = determinism.DETERMINISTIC_ATTENTION if deterministic else attention.TREE_ATTENTION
+    loaded = load_model(resolve(model), dtype=dtype, quantization="none", device="auto", attn_implementation=name)
+    if deterministic:
+        determinism.make_deterministic(loaded.module)
+    num_layers = loaded.module.config.get_text_config().num_hidden_layers
+    engine = Engine(
+        loaded.module, KVCache(num_layers, 1 + _NUM_NEIGHBOURS, context_length), loaded.device, loaded.dtype
+    )
+    return Subject(engine, Tokenizer.from_buffer(loaded.tokenizer.tokenizer_json), loaded.tokenizer.vocab_size)
+
+
 @dataclass
 class Text:
     """A text written by plain decoding with a seed; `rows` are the logits that decided its tokens."""
@@ -47,10 +79,12 @@ class Text:
     rows: list[Tensor] = field(default_factory=list)
 
 
+@torch.inference_mode()
 def measure(
-    engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: Sampling, num_tokens: int, vocab_size: int
+    subject: Subject, prompts: Sequence[tuple[int, ...]], sampling: Sampling, num_tokens: int
 ) -> Iterator[Stability]:
     """Plain decoding first, then every other way over the same texts. `sampling` has the seed."""
+    engine, vocab_size = subject.engine, subject.vocab_size
     texts = [Text(prompt) for prompt in prompts]
     plain = _Tally("plain decoding")
     for text in texts:
@@ -100,7 +134,7 @@ def _write(engine: Engine, slot: KVSlot, text: Text, sampling: Sampling, num_tok
 def _ways(engine: Engine, vocab_size: int) -> dict[str, Callable[[KVSlot, Text], Rows]]:
     trees = {
         f"trees of {size}": lambda slot, text, size=size: _in_trees(engine, slot, text, _Trees(size, vocab_size))
-        for size in (4, 16, 64)
+        for size in _TREE_SIZES
     }
     return {
         **trees,

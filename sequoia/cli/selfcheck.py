@@ -14,7 +14,7 @@ from rich.table import Table
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.steps import Steps
-from sequoia.selfcheck import IdentityCheck, LawCheck, SelfCheck, check_system, has_16_bits
+from sequoia.selfcheck import Drafting, IdentityCheck, LawCheck, SelfCheck, check_system, has_16_bits
 
 _EPILOG = """\
 law: three tokens after a fixed prompt, sampled with top_k 4, against their exact probabilities, which plain decoding
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = _EPILOG
     add_address(parser)
     parser.add_argument(
-        "--samples", type=int, default=200, metavar="N", help="answers a rule gives (default %(default)s)"
+        "--samples", type=int, default=100, metavar="N", help="answers a rule gives (default %(default)s)"
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="of what is sampled (default %(default)s)"
@@ -86,18 +86,20 @@ def checks_table(check: SelfCheck) -> Table:
 
 def remarks(check: SelfCheck) -> list[str]:
     """A line for each check that leaves something to say."""
-    laws = [(f"{each.rule} law", each, _impossible(each)) for each in check.laws]
-    identities = [(f"{each.rule} identity", each, _differences(each)) for each in check.identities]
-    return [f"{name}: {remark}" for name, each, found in (*laws, *identities) if (remark := found or _undrafted(each))]
+    told = [(f"{each.rule} law", _law_remark(each)) for each in check.laws]
+    told += [(f"{each.rule} identity", _identity_remark(each)) for each in check.identities]
+    return [f"{name}: {remark}" for name, remark in told if remark]
 
 
-def _impossible(check: LawCheck) -> str:
-    return f"{check.num_outside} samples are impossible under the target" if check.num_outside else ""
+def _law_remark(check: LawCheck) -> str:
+    if check.num_outside:
+        return f"{check.num_outside} samples are impossible under the target"
+    return _drafting_remark(check.drafting) if check.verdict == "not checked" else ""
 
 
-def _differences(check: IdentityCheck) -> str:
+def _identity_remark(check: IdentityCheck) -> str:
     if not check.differences:
-        return ""
+        return _drafting_remark(check.drafting) if check.verdict == "not checked" else ""
     first, count = check.differences[0], f"{len(check.differences)} of {check.drafting.num_answers}"
     gap = "" if first.gap is None else f", gap {first.gap:.2g}"
     where = f"first after {first.num_same_tokens} tokens of prompt {first.prompt + 1}, {first.shape}{gap}"
@@ -106,9 +108,6 @@ def _differences(check: IdentityCheck) -> str:
     return f"{count} differ{ties}{expected}; {where}"
 
 
-def _undrafted(check: LawCheck | IdentityCheck) -> str:
-    if check.verdict != "not checked":
-        return ""
-    drafting = check.drafting
+def _drafting_remark(drafting: Drafting) -> str:
     reason = drafting.fallback_reason or "the draft worker is gone"
     return f"only {drafting.num_drafted} of {drafting.num_answers} answers were drafted ({reason})"
