@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from sequoia.checks import Drafting, IdentityCheck, LawCheck, SelfCheck, has_16_bits
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.steps import Steps
-from sequoia.selfcheck import Drafting, IdentityCheck, LawCheck, SelfCheck, check_system, has_16_bits
+from sequoia.selfcheck import check_system
 
 _EPILOG = """\
 law: three tokens after a fixed prompt, sampled with top_k 4, against their exact probabilities, which plain decoding
-tells as logprobs. TV is the total variation distance; exact samples have the expected one on average and pass the limit
-once in 1000 checks. More samples find smaller deviations.
+tells as logprobs. TV is the total variation distance; exact samples have the expected one on average and exceed the
+limit once in 1000 checks. More samples find smaller deviations.
 A rule is tested where draft and target disagree: a draft that is always right proves little. In bfloat16 and float16
 the limit allows for rounding.
 identity: texts of 64 tokens with two trees against the text without speculation.
