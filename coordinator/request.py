@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from coordinator.text import TextCodec, parse_stops
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, ParameterError, Rule, choose_rule
-from sequoia.sampling import Decoding, Sampling
+from sequoia.sampling import MAX_STOP_TOKENS, Decoding, Sampling
 from sequoia.topology import Topology
-from sequoia.v1 import coordinator_pb2, worker_pb2
+from sequoia.v1 import coordinator_pb2, sampling_pb2, worker_pb2
 from sequoia.wire import rule_name, sampling_from_wire, topology_from_wire
 
 DEFAULT_MAX_TOKENS = 256
@@ -73,9 +73,17 @@ def _rule_and_sampling(
     if refused := sorted(sampling.given & rule.refuses):
         raise InvalidArgument(f"the rule {rule.name} cannot honour it; leave it out", f"sampling.{refused[0]}")
     seed = secrets.randbits(_NUM_SEED_BITS) if rule is COUPLED and not seeded else sampling.seed
-    eos = frozenset() if message.sampling.ignore_eos else codec.eos_token_ids
-    ends = tuple(sorted(eos | set(sampling.stop_token_ids)))
-    return rule, replace(sampling, seed=seed, stop_token_ids=ends)
+    return rule, replace(sampling, seed=seed, stop_token_ids=_ends(message.sampling, codec))
+
+
+def _ends(message: sampling_pb2.Sampling, codec: TextCodec) -> tuple[int, ...]:
+    """All tokens that end the answer, ascending."""
+    eos = frozenset() if message.ignore_eos else codec.eos_token_ids
+    ends = tuple(sorted(eos | set(message.stop_token_ids)))
+    if len(ends) > MAX_STOP_TOKENS:
+        problem = f"make {len(ends)} with the model's own; at most {MAX_STOP_TOKENS} are served"
+        raise InvalidArgument(problem, "sampling.stop_token_ids")
+    return ends
 
 
 def _topology(

@@ -21,20 +21,8 @@ from typing import Unpack
 import grpc
 
 from sequoia.errors import InvalidArgument, SequoiaError, Unavailable
-from sequoia.generation import (
-    Answer,
-    Chunk,
-    Generation,
-    Message,
-    Prompt,
-    RequestOptions,
-    Speculation,
-    SpeculationFigures,
-    StageSeconds,
-    Stop,
-    Usage,
-    build_request,
-)
+from sequoia.generation import Answer, Chunk, Generation, SpeculationFigures, StageSeconds, Usage
+from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_request
 from sequoia.rpc import error_from, open_channel, open_sync_channel
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb

@@ -302,3 +302,14 @@ def test_a_server_drawn_seed_is_in_effect_and_another_each_time() -> None:
 def test_the_tokens_that_end_the_answer_are_the_models_and_the_requests() -> None:
     assert parsed(SEQUOIA, stop_token_ids=[3]).stop_token_ids == (1, 3)
     assert parsed(SEQUOIA, stop_token_ids=[3], ignore_eos=True).stop_token_ids == (3,)
+
+
+def test_stop_tokens_that_do_not_fit_beside_the_models_own_are_refused_by_name() -> None:
+    target = WorkerDescription(vocab_size=100, context_length=64)
+    ids = range(2, 66)  # 64, and the end-of-sequence token is 1
+    message = coordinator_pb2.GenerateRequest(
+        token_ids=coordinator_pb2.TokenIds(ids=[0]), sampling=WireSampling(stop_token_ids=ids)
+    )
+    with pytest.raises(InvalidArgument) as caught:
+        parse_request(message, CODEC, target, 64, SEQUOIA)
+    assert caught.value.field == "sampling.stop_token_ids"

@@ -120,13 +120,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(folder)
 
 
-def session_text(bench: Bench, committed: tuple[int, ...], trees: np.random.Generator | None, until: int) -> list[int]:
+def session_text(
+    bench: Bench, committed: tuple[int, ...], trees: np.random.Generator | None, until: int, vocab_size: int = 400
+) -> list[int]:
     """Tokens of a session up to that length; `trees` proposes garbage, of random shapes with random tokens."""
     decoding = Decoding(COUPLED, Sampling(temperature=1.1, repetition_penalty=1.1, seed=77), len(PROMPT))
     tokens = list(committed)
     with bench.engine.cache.slot() as slot:
         choices = RandomChoices(np.random.default_rng())
-        session = VerifySession(slot, committed, decoding, choices, VerifyLimits(prefill_chunk=8, vocab_size=400))
+        session = VerifySession(
+            slot, committed, decoding, choices, VerifyLimits(prefill_chunk=8, vocab_size=vocab_size)
+        )
         while len(tokens) < until:
             tree = session.root_only if trees is None else garbage(trees, tokens[-1])
             tokens.extend(bench.run(session.verify(tree)).tokens(tree))
@@ -151,3 +155,9 @@ def test_a_session_rebuilt_from_its_committed_tokens_goes_on_with_the_same_text(
     plain = session_text(bench, tuple(PROMPT), None, 120)
     for length in (31, 57, 100):
         assert session_text(bench, tuple(plain[:length]), np.random.default_rng(length), 120) == plain
+
+
+def test_padding_of_the_vocabulary_has_no_probability(bench: Bench) -> None:
+    """Of 400 logits only 80 belong to tokens: the others must never be emitted."""
+    assert max(session_text(bench, tuple(PROMPT), None, 120, vocab_size=80)) < 80
+    assert max(session_text(bench, tuple(PROMPT), None, 120)) >= 80

@@ -1,0 +1,150 @@
+"""What goes into a request: the client's options, and their wire form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, TypedDict
+
+from google.protobuf.message import Message as ProtoMessage
+
+from sequoia.errors import InvalidArgument
+from sequoia.rules import RULES
+from sequoia.topology import Topology
+from sequoia.v1 import coordinator_pb2 as pb
+from sequoia.v1 import sampling_pb2, tree_pb2
+from sequoia.wire import rule_to_wire
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation; `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
+Speculation: TypeAlias = Literal["auto", "off", "tree"] | Topology
+Stop: TypeAlias = Sequence[str | bytes]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What a request may say beside its prompt. What is left out, or None, takes the server's default.
+
+    The parameters act on p as sequoia.sampling.Sampling tells; each is honoured exactly or refused by name.
+    """
+
+    max_tokens: int | None  # most tokens to generate
+    temperature: float | None  # 0 is greedy
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    logit_bias: Mapping[int, float]  # token id -> what is added to its logit
+    seed: int | None  # the same text for the same seed, whatever the draft and the tree
+    stop: Stop  # strings that end the answer
+    stop_token_ids: Sequence[int]  # tokens that end the answer, besides the model's own
+    ignore_eos: bool | None  # go on at the model's own end-of-sequence tokens
+    min_tokens: int | None  # nothing ends the answer before it has so many
+    logprobs: int | None  # logarithms of probabilities, with so many likeliest tokens beside each
+    speculation: Speculation
+    rule: str | None  # a name of sequoia.rules.RULES
+
+
+_WHOLE = "a whole number from 0 to 2**32 - 1"
+# Options that are fields of the wire's Sampling, by the names they have there.
+_SCALARS = {
+    "temperature": ("temperature", "a number"),
+    "top_p": ("top_p", "a number"),
+    "top_k": ("top_k", _WHOLE),
+    "min_p": ("min_p", "a number"),
+    "repetition_penalty": ("repetition_penalty", "a number"),
+    "presence_penalty": ("presence_penalty", "a number"),
+    "frequency_penalty": ("frequency_penalty", "a number"),
+    "seed": ("seed", "a whole number from 0 to 2**64 - 1"),
+    "ignore_eos": ("ignore_eos", "true or false"),
+    "min_tokens": ("min_tokens", _WHOLE),
+    "logprobs": ("num_logprobs", _WHOLE),
+}
+
+
+def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest:
+    """The wire form of a request; what is None is left out. Raises InvalidArgument naming the argument."""
+    if unknown := sorted(options.keys() - RequestOptions.__annotations__.keys()):
+        raise InvalidArgument(f"is no option; known are {', '.join(RequestOptions.__annotations__)}", unknown[0])
+    request = pb.GenerateRequest()
+    _set_prompt(request, prompt)
+    _set(request, "max_tokens", options.get("max_tokens"), "max_tokens", "a whole number from 1 to 2**32 - 1")
+    for name, (field_name, expected) in _SCALARS.items():
+        _set(request.sampling, field_name, options.get(name), name, expected)
+    _set_tokens(request.sampling, options)
+    _set_stop(request, options.get("stop", ()))
+    request.speculation.CopyFrom(_speculation(options.get("speculation", "auto"), options.get("rule")))
+    return request
+
+
+def _set(message: ProtoMessage, field_name: str, value: object, name: str, expected: str) -> None:
+    if value is None:
+        return
+    try:
+        setattr(message, field_name, value)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{value!r} is not {expected}", name) from error
+
+
+def _set_tokens(sampling: sampling_pb2.Sampling, options: RequestOptions) -> None:
+    biases, stops = options.get("logit_bias") or {}, options.get("stop_token_ids") or ()
+    try:
+        sampling.logit_bias.update(biases)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidArgument(f"{biases!r} does not map token ids to numbers: {error}", "logit_bias") from error
+    try:
+        sampling.stop_token_ids.extend(stops)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{stops!r} is not a list of token ids: {error}", "stop_token_ids") from error
+
+
+def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+            return
+        messages = [each for each in prompt if isinstance(each, Message)]
+        token_ids = [each for each in prompt if not isinstance(each, Message)]
+        if isinstance(prompt, bytes) or bool(messages) == bool(token_ids):
+            raise InvalidArgument(
+                "give text, a list of Message or a list of token ids, not empty and not mixed", "prompt"
+            )
+        if messages:
+            request.chat.messages.extend(pb.ChatMessage(role=each.role, content=each.content) for each in messages)
+        else:
+            request.token_ids.ids.extend(token_ids)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"neither text nor a list of Message or token ids: {error}", "prompt") from error
+
+
+def _set_stop(request: pb.GenerateRequest, stop: Stop) -> None:
+    if isinstance(stop, str | bytes):
+        raise InvalidArgument("give a list of strings, not one string", "stop")
+    try:
+        request.stop.extend(each.encode() if isinstance(each, str) else each for each in stop)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{stop!r} is not a list of strings in UTF-8: {error}", "stop") from error
+
+
+_MODES = {"auto": pb.SPECULATION_MODE_AUTO, "off": pb.SPECULATION_MODE_OFF, "tree": pb.SPECULATION_MODE_TREE}
+
+
+def _speculation(speculation: Speculation, rule: str | None) -> pb.Speculation:
+    if rule is not None and rule not in RULES:
+        raise InvalidArgument(f"{rule!r} is none of {', '.join(RULES)}", "rule")
+    number = rule_to_wire(RULES[rule]) if rule else sampling_pb2.RULE_UNSPECIFIED
+    if isinstance(speculation, Topology):
+        topology = tree_pb2.Topology(parents=speculation.parents)
+        return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, topology=topology, rule=number)
+    if not isinstance(speculation, str) or speculation not in _MODES:
+        raise InvalidArgument(f"{speculation!r} is none of 'auto', 'off', 'tree', or a Topology", "speculation")
+    return pb.Speculation(mode=_MODES[speculation], rule=number)
