@@ -19,7 +19,6 @@ class Rule:
     children: Literal["top", "drawn", "coupled"]
     needs_q: bool  # the distributions the children were drawn from travel with the tree
     refuses: frozenset[str]
-    summary: str
 
     @property
     def greedy(self) -> bool:
@@ -29,41 +28,16 @@ class Rule:
 
 _NO_SEED = frozenset({"seed"})
 
-GREEDY = Rule(
-    "greedy",
-    "top",
-    False,
-    frozenset(),
-    "temperature 0: the draft's top-k children; the walk follows the target's argmax",
-)
-SEQUOIA = Rule(
-    "sequoia",
-    "drawn",
-    True,
-    _NO_SEED,
-    "children drawn from q without replacement; recursive rejection from the root down (Chen et al. 2024, algorithm 2)",
-)
-TRAVERSAL = Rule(
-    "traversal",
-    "drawn",
-    True,
-    _NO_SEED,
-    "the same tree, verified from the leaves up, which accepts more (Weng et al. 2025)",
-)
-COUPLED = Rule(
-    "coupled",
-    "coupled",
-    False,
-    frozenset(),
-    "both sides add the same seeded noise; the walk follows argmax(log p + noise), which no draft can change",
-)
-SAMPLE_AND_WALK = Rule(
-    "sample_and_walk",
-    "top",
-    False,
-    _NO_SEED,
-    "the walk follows tokens drawn from p; any children will do, so it serves drafts without probabilities",
-)
+# Temperature 0: the draft's top-k children; the walk follows the target's argmax.
+GREEDY = Rule("greedy", "top", needs_q=False, refuses=frozenset())
+# Children drawn from q without replacement; recursive rejection from the root down (Chen et al. 2024, algorithm 2).
+SEQUOIA = Rule("sequoia", "drawn", needs_q=True, refuses=_NO_SEED)
+# The same tree, verified from the leaves up (Weng et al. 2025).
+TRAVERSAL = Rule("traversal", "drawn", needs_q=True, refuses=_NO_SEED)
+# Both sides add the same seeded noise; the walk follows argmax(log p + noise), which no draft can change.
+COUPLED = Rule("coupled", "coupled", needs_q=False, refuses=frozenset())
+# The walk follows tokens drawn from p; any children will do, so it serves drafts without probabilities.
+SAMPLE_AND_WALK = Rule("sample_and_walk", "top", needs_q=False, refuses=_NO_SEED)
 
 RULES = {each.name: each for each in (GREEDY, SEQUOIA, TRAVERSAL, COUPLED, SAMPLE_AND_WALK)}
 SAMPLED_RULES = tuple(each for each in RULES.values() if not each.greedy)

@@ -36,7 +36,7 @@ BOUNDS = {
     "top_p": Bounds(0.0, 1.0, least_excluded=True),
     "top_k": Bounds(0, 2**31 - 1),
     "min_p": Bounds(0.0, 1.0),
-    "repetition_penalty": Bounds(0.0, 100.0, least_excluded=True),
+    "repetition_penalty": Bounds(0.01, 100.0),
     "presence_penalty": Bounds(-2.0, 2.0),
     "frequency_penalty": Bounds(-2.0, 2.0),
     "seed": Bounds(0, 2**64 - 1),
@@ -85,11 +85,6 @@ class Sampling:
     def greedy(self) -> bool:
         """Whether the target's argmax is the answer."""
         return self.temperature == 0.0
-
-    @property
-    def cuts(self) -> bool:
-        """Whether some tokens are left out of p."""
-        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
 
     @property
     def penalises(self) -> bool:

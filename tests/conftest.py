@@ -41,13 +41,15 @@ class System:
         return grpc.StatusCode.OK
 
 
-def start_tiny_system(folder: Path, architecture: str, *, noise: float = 0.02) -> Iterator[System]:
-    """A tiny random target in float32, and a draft that is the same model with some noise on its weights."""
+def start_tiny_system(
+    folder: Path, architecture: str, *, noise: float = 0.02, dtype: str = "float32"
+) -> Iterator[System]:
+    """A tiny random target, and a draft that is the same model with some noise on its weights."""
     target, draft = folder / "target", folder / "draft"
     write_tiny_model(target, architecture)
     write_perturbed_model(target, draft, noise=noise)
     settings = DeploymentSettings(
-        target=str(target), draft=str(draft), dtype="float32", listen="127.0.0.1:0", num_threads=1
+        target=str(target), draft=str(draft), dtype=dtype, listen="127.0.0.1:0", num_threads=1
     )
     with (
         Deployment(settings, Steps(Console(quiet=True))) as deployment,

@@ -130,6 +130,7 @@ def test_generation_ends_at_the_context_limit(tiny_system: System) -> None:
         ({"rule": "coupled", "temperature": 0}, "speculation.rule"),
         ({"min_p": 1.1}, "sampling.min_p"),
         ({"repetition_penalty": 0}, "sampling.repetition_penalty"),
+        ({"repetition_penalty": 1e-300}, "sampling.repetition_penalty"),
         ({"presence_penalty": 2.5}, "sampling.presence_penalty"),
         ({"frequency_penalty": float("inf")}, "sampling.frequency_penalty"),
         ({"logit_bias": {5: 101}}, "sampling.logit_bias"),

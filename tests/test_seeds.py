@@ -161,3 +161,25 @@ def test_padding_of_the_vocabulary_has_no_probability(bench: Bench) -> None:
     """Of 400 logits only 80 belong to tokens: the others must never be emitted."""
     assert max(session_text(bench, tuple(PROMPT), None, 120, vocab_size=80)) < 80
     assert max(session_text(bench, tuple(PROMPT), None, 120)) >= 80
+
+
+@pytest.fixture
+def deterministic_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
+    """In bfloat16, with prompts fed in several chunks."""
+    monkeypatch.setenv("SEQUOIA_DETERMINISTIC", "1")
+    monkeypatch.setenv("SEQUOIA_PREFILL_CHUNK", "8")
+    yield from start_tiny_system(tmp_path, "llama", dtype="bfloat16")
+
+
+def test_a_deterministic_deployment_gives_one_text_in_bfloat16(deterministic_system: System) -> None:
+    pair = deterministic_system.client.describe_pair()
+    assert pair.verify.hardware_key.endswith("bfloat16/none/deterministic")
+
+    def drafted(seed: int) -> tuple[int, ...]:
+        return text(deterministic_system, seed, speculation=WAYS[4])
+
+    alone = [drafted(seed) for seed in range(4)]
+    for way in WAYS:
+        assert [text(deterministic_system, seed, speculation=way) for seed in range(4)] == alone
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(drafted, range(4))) == alone
