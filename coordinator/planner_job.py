@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from types import TracebackType
 
-from coordinator.trees import max_tree_size, plan_key
-from sequoia.acceptance import AcceptanceCounts
-from sequoia.client import AsyncClient, SpeculationFigures
-from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
-from sequoia.hardware import LatencyCurve
-from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose, draft_seconds
-from sequoia.rules import ParameterError, Rule, choose_rule
-from sequoia.topology import Topology
-from sequoia.tree_cache import TreeCache, temperature_bucket
+from coordinator.measuring import PROMPTS, calibrate, counts_of, expected_in, inputs_for, measure
+from coordinator.trees import max_tree_size, pair_name, plan_key
+from sequoia.acceptance import tokens_factor
+from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
+from sequoia.client import AsyncClient
+from sequoia.errors import FailedPrecondition, InvalidArgument
+from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
+from sequoia.rules import TRAVERSAL, ParameterError, Rule, choose_rule
+from sequoia.situation import CONTEXTS, SESSIONS, TEMPERATURES, Situation
+from sequoia.tree_cache import StoredPlan, TreeCache
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
-from sequoia.v1.worker_pb2 import WorkerDescription
 from sequoia.wire import rule_from_wire
 
-PROMPTS = (
-    "The harbour was quiet that morning. Old Marta untied her boat and",
-    "def is_prime(number: int) -> bool:\n    ",
-    "Question: Why do leaves change colour in autumn?\nAnswer:",
-    "Shopping list for a vegetable soup:\n- 2 onions\n- 3 carrots\n-",
-    "Dear Ms Okafor,\n\nThank you for your letter of 3 May. We are pleased to",
-    "The theorem follows by induction. For n = 1 the claim holds, since",
-)
-# 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
-MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
 TTL_SECONDS = 7 * 24 * 3600
+# Live counts of that age count half.
+HALF_LIFE_SECONDS = 12 * 3600.0
 
 Progress = Callable[[int, int], None]
 
@@ -46,89 +41,103 @@ async def plan_pair(
 ) -> list[TreePlan]:
     """One plan per temperature, in that order, measured on the coordinator at `address` and stored in Redis.
 
-    Above temperature 0 a plan is for the rule of that name, by default the coordinator's own.
+    They are those for one session with a short context; Redis gets one for every number of sessions and every length of
+    context besides. Above temperature 0 a plan is for the rule of that name, by default the coordinator's own.
 
-    Acceptance is counted while the pair generates `max_tokens` tokens from each prompt; the latency curves are those
-    that the workers measured, scaled to what the same forwards took in the loop. `on_progress` is called with (prompts
-    done, prompts in all). Raises InvalidArgument for two temperatures of one bucket, FailedPrecondition for a pair that
-    cannot be planned for (no draft worker, say), Unavailable when a part cannot be reached.
+    Acceptance is what was counted lately, and while the pair generates `max_tokens` tokens from each prompt; the
+    latency curves are those that the workers measured, scaled to what forwards took in the loop. `on_progress` is
+    called with (prompts done, prompts in all). Raises InvalidArgument for two temperatures of one bucket,
+    FailedPrecondition for a pair that cannot be planned for (no draft worker, or another planner at work), Unavailable
+    when a part cannot be reached.
     """
-    _check_buckets(temperatures)
-    total = len(temperatures) * len(prompts)
+    check_buckets(temperatures)
     plans: list[TreePlan] = []
-    async with AsyncClient(address) as client, TreeCache(redis_url) as cache:
-        pair = await client.describe_pair()
-        if not pair.HasField("draft"):
-            raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
-        for temperature in temperatures:
-            rule = _rule(rule_name, temperature, pair)
-            plain = await client.generate(
-                prompts[0], max_tokens=(max_tokens + 1) // 2, temperature=temperature, speculation="off"
-            )
-            figures: list[SpeculationFigures] = []
-            for prompt in prompts:
-                on_progress(len(plans) * len(prompts) + len(figures), total)
-                figures.append(await _speculate(client, pair, prompt, temperature, rule, max_tokens))
-            limit = max_tree_size(pair.verify, pair.draft)
-            inputs = plan_inputs(pair, plain.speculation, figures)
-            plans.append(choose(inputs, max_size=limit, max_levels=max_levels))
-            key = plan_key(pair.verify, pair.draft, temperature_bucket(temperature), rule)
-            await cache.put(key, plans[-1], ttl_seconds)
-        on_progress(total, total)
+    async with PlannerJob(address, redis_url, max_levels=max_levels, ttl_seconds=ttl_seconds) as job:
+        pair = await job.describe()
+        asked = [(temperature, rule_for(rule_name, temperature, pair)) for temperature in temperatures]
+        key = plan_key(pair.verify, pair.draft, Situation.of(asked[0][1], asked[0][0]))
+        async with job.cache.single_flight(key) as is_ours:
+            if not is_ours:
+                raise FailedPrecondition("another planner measures this pair now; its plans will serve", "plan")
+            for temperature, rule in asked:
+                done = len(plans) * len(prompts)
+                progress = _Progress(on_progress, done, len(asked) * len(prompts))
+                plans.append(await job.plan(pair, temperature, rule, prompts, max_tokens, progress))
     return plans
 
 
-def plan_inputs(
-    pair: DescribePairResponse, plain: SpeculationFigures, drafted: Sequence[SpeculationFigures]
-) -> PlanInputs:
-    """What a plan for this pair follows from: its workers' measurements, and what plain and drafted steps took.
+class PlannerJob:
+    """The connections of a planner: an async context manager."""
 
-    Raises Unavailable when no step was drafted, FailedPrecondition when a worker's measurements are of no use.
-    """
-    counts = sum(
-        (AcceptanceCounts(each.offered_by_rank, each.accepted_by_rank) for each in drafted), AcceptanceCounts()
-    )
-    if not counts.offered:
-        raise Unavailable(f"no step was drafted: {next((each.fallback_reason for each in drafted), 'no prompts')}")
-    try:
-        return PlanInputs(
-            acceptance=counts.vector(),
-            verify_curve=_verify_curve(pair, plain, drafted),
-            draft_curve=_draft_curve(pair, drafted),
-            draft_rtt_seconds=pair.draft_rtt_seconds,
-            verify_rtt_seconds=pair.verify_rtt_seconds,
-            host_seconds=sum(each.stage_seconds.host for each in drafted) / sum(each.num_steps for each in drafted),
-        )
-    except ValueError as error:
-        raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
+    def __init__(self, address: str, redis_url: str, *, max_levels: int, ttl_seconds: int) -> None:
+        self.client = AsyncClient(address)
+        self.cache, self._live = TreeCache(redis_url), LiveCounts(redis_url)
+        self._max_levels, self._ttl_seconds = max_levels, ttl_seconds
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> PlannerJob:
+        for each in (self.client, self.cache, self._live):
+            await self._stack.enter_async_context(each)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def describe(self) -> DescribePairResponse:
+        """The pair. Raises FailedPrecondition when it has no draft."""
+        pair = await self.client.describe_pair()
+        if not pair.HasField("draft"):
+            raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
+        return pair
+
+    async def plan(
+        self,
+        pair: DescribePairResponse,
+        temperature: float,
+        rule: Rule,
+        prompts: Sequence[str],
+        max_tokens: int,
+        on_prompt: Callable[[], None],
+    ) -> TreePlan:
+        """Measure, plan for all situations, store. Returns the plan of one session with a short context."""
+        # Before measuring: what is counted now, the coordinator counts too.
+        before = await self.counted(pair, temperature, rule)
+        figures = await measure(self.client, pair, temperature, rule, prompts, max_tokens, on_prompt)
+        estimate = (before.counts + counts_of(figures)).estimate()
+        calibration = calibrate(pair, figures)
+        factor = tokens_factor(*expected_in(figures, estimate.rows)) if rule is TRAVERSAL else 1.0
+        plans: dict[Situation, TreePlan] = {}
+        for sessions, context in _loads(pair):
+            try:
+                inputs = inputs_for(pair, calibration, sessions, context, estimate.rows, estimate.errors, factor)
+            except ValueError as error:
+                if not plans:
+                    raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
+                continue  # a load that the workers never measured
+            situation = Situation.of(rule, temperature, sessions, context, round_trip_seconds(pair))
+            plans[situation] = self.choose(pair, inputs)
+        await self.store(pair, plans, measured_at=time.time())
+        return next(iter(plans.values()))
+
+    async def counted(self, pair: DescribePairResponse, temperature: float, rule: Rule) -> LiveAcceptance:
+        """What coordinators counted lately."""
+        key = CountsKey(pair_name(pair.verify, pair.draft), rule.name, TEMPERATURES.name(temperature))
+        return await self._live.read(key, now=time.time(), half_life_seconds=HALF_LIFE_SECONDS)
+
+    def choose(self, pair: DescribePairResponse, inputs: PlanInputs) -> TreePlan:
+        """The plan within the workers' limits."""
+        return choose(inputs, max_size=max_tree_size(pair.verify, pair.draft), max_levels=self._max_levels)
+
+    async def store(self, pair: DescribePairResponse, plans: dict[Situation, TreePlan], measured_at: float) -> None:
+        """All of them or none."""
+        stored = {plan_key(pair.verify, pair.draft, at): StoredPlan(plan, measured_at) for at, plan in plans.items()}
+        await self.cache.put_many(stored, self._ttl_seconds)
 
 
-def _verify_curve(
-    pair: DescribePairResponse, plain: SpeculationFigures, drafted: Sequence[SpeculationFigures]
-) -> LatencyCurve:
-    """t(1) as plain decoding took it, t(n) scaled to what the measuring tree took: beside a draft both are longer."""
-    curve, size = _curve(pair.verify), _measuring_tree(pair).size
-    plain_seconds = plain.stage_seconds.verify / plain.num_steps if plain.num_steps else curve.at(1)
-    num_drafted = sum(each.num_drafted_steps for each in drafted)
-    num_plain = sum(each.num_steps for each in drafted) - num_drafted
-    tree_seconds = (sum(each.stage_seconds.verify for each in drafted) - num_plain * plain_seconds) / num_drafted
-    wider = curve.scaled(tree_seconds / curve.at(size)).seconds[1:]
-    return LatencyCurve(curve.num_tokens, (plain_seconds, *wider))
-
-
-def _draft_curve(pair: DescribePairResponse, drafted: Sequence[SpeculationFigures]) -> LatencyCurve:
-    """The worker's curve, scaled to what growing the measuring tree took."""
-    curve = _curve(pair.draft)
-    measured = sum(each.stage_seconds.draft for each in drafted) / sum(each.num_drafted_steps for each in drafted)
-    return curve.scaled(measured / draft_seconds(_measuring_tree(pair), curve))
-
-
-def _measuring_tree(pair: DescribePairResponse) -> Topology:
-    return Topology(MEASURING_TREE.parents[: max_tree_size(pair.verify, pair.draft)])
-
-
-def _rule(name: str, temperature: float, pair: DescribePairResponse) -> Rule:
-    """Raises InvalidArgument naming `rule`."""
+def rule_for(name: str, temperature: float, pair: DescribePairResponse) -> Rule:
+    """The rule to plan for at that temperature. Raises InvalidArgument naming `rule`."""
     default = rule_from_wire(pair.default_rule, "default_rule")
     try:
         return choose_rule("" if temperature == 0.0 else name, greedy=temperature == 0.0, seeded=False, default=default)
@@ -136,21 +145,35 @@ def _rule(name: str, temperature: float, pair: DescribePairResponse) -> Rule:
         raise InvalidArgument(error.message, error.field) from error
 
 
-async def _speculate(
-    client: AsyncClient, pair: DescribePairResponse, prompt: str, temperature: float, rule: Rule, max_tokens: int
-) -> SpeculationFigures:
-    generation = await client.generate(
-        prompt, max_tokens=max_tokens, temperature=temperature, rule=rule.name, speculation=_measuring_tree(pair)
-    )
-    return generation.speculation
+def round_trip_seconds(pair: DescribePairResponse) -> float:
+    """To both workers, one after the other."""
+    return pair.draft_rtt_seconds + pair.verify_rtt_seconds
 
 
-def _check_buckets(temperatures: Sequence[float]) -> None:
-    buckets = [temperature_bucket(each) for each in temperatures]
+def check_buckets(temperatures: Sequence[float]) -> None:
+    """Raises InvalidArgument for two temperatures whose plans would be kept in the same place."""
+    buckets = [TEMPERATURES.name(each) for each in temperatures]
     for bucket in set(buckets):
         if buckets.count(bucket) > 1:
             raise InvalidArgument(f"two of {tuple(temperatures)} share the plan for {bucket}; name one", "temperature")
 
 
-def _curve(worker: WorkerDescription) -> LatencyCurve:
-    return LatencyCurve(tuple(worker.latency.num_tokens), tuple(worker.latency.seconds))
+class _Progress:
+    """Counts prompts."""
+
+    def __init__(self, report: Progress, done: int, total: int) -> None:
+        self._report, self._done, self._total = report, done, total
+        report(done, total)
+
+    def __call__(self) -> None:
+        self._done += 1
+        self._report(self._done, self._total)
+
+
+def _loads(pair: DescribePairResponse) -> list[tuple[int, int]]:
+    """Numbers of sessions and lengths of context to plan for; a single session with a short context first."""
+    num_slots = min(pair.verify.num_slots, pair.draft.num_slots)
+    context_length = min(pair.verify.context_length, pair.draft.context_length)
+    sessions = [int(each) for each in SESSIONS.planned_at if each == 1 or each <= num_slots]
+    contexts = [int(each) for each in CONTEXTS.planned_at if each == CONTEXTS.planned_at[0] or each <= context_length]
+    return [(each, context) for each in sessions for context in contexts]

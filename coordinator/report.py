@@ -1,4 +1,4 @@
-"""What speculation did for one request: counts by rank and seconds by stage."""
+"""What speculation did for one request: counts by depth and rank, seconds by stage and by tree."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from collections.abc import MutableSequence
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, draft_pb2, verify_pb2
 
+_STAGES = ("draft", "verify", "network", "host")
+
 
 class Report:
     """Adds up a request's steps into the SpeculationReport that its client receives."""
 
     def __init__(self) -> None:
         self.message = coordinator_pb2.SpeculationReport()
+        self._usages: dict[Topology, coordinator_pb2.TreeUsage] = {}
+        self._step = coordinator_pb2.StageSeconds()
         self._mark = self._started = time.monotonic()
         self.first_token_seconds = 0.0
 
@@ -28,50 +32,75 @@ class Report:
         self.first_token_seconds = self.total_seconds
 
     def host(self) -> None:
-        """The coordinator's own work, and the client's reading, end here."""
-        self.message.stages.host += self._lap()
+        """The coordinator's own work, and the client's reading, end here: a step begins."""
+        self._step = coordinator_pb2.StageSeconds(host=self._lap())
 
     def drafted(self, response: draft_pb2.DraftResponse) -> None:
         """A tree has arrived."""
         seconds = self._lap()
-        self.message.stages.draft += response.worker_seconds
-        self.message.stages.network += max(0.0, seconds - response.worker_seconds)
+        self._step.draft += response.worker_seconds
+        self._step.network += max(0.0, seconds - response.worker_seconds)
 
     def fell_back(self, reason: str) -> None:
         """A tree was wanted and did not come: this step is decoded plainly."""
-        self.message.stages.draft += self._lap()
+        self._step.draft += self._lap()
         self.message.num_fallback_steps += 1
         self.message.fallback_reason = reason
 
-    def verified(self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None) -> None:
-        """A step's verdict has arrived."""
+    def verified(
+        self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, *, fell_back: bool
+    ) -> float:
+        """A step's verdict has arrived. Returns the seconds that the step took."""
         seconds = self._lap()
         # A step that the worker ran on by itself may have been waiting for us.
         worker_seconds = min(seconds, response.worker_seconds)
-        self.message.stages.verify += worker_seconds
-        self.message.stages.network += seconds - worker_seconds
+        self._step.verify += worker_seconds
+        self._step.network += seconds - worker_seconds
+        _add(self.message.stages, self._step)
         self.message.num_steps += 1
+        step_seconds = max(sum(getattr(self._step, name) for name in _STAGES), response.worker_seconds)
+        if not fell_back:
+            self._use(draft, response.verdict)
+        return step_seconds
+
+    def _use(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.Verdict) -> None:
+        topology = Topology(tuple(draft.tree.topology.parents)) if draft else Topology.root_only()
+        usage = self._usages.get(topology)
+        if usage is None:
+            usage = self._usages[topology] = self.message.trees.add()
+            usage.topology.parents.extend(topology.parents)
+        usage.num_steps += 1
+        usage.num_tokens += len(verdict.accepted_nodes) + 1
+        _add(usage.stages, self._step)
         if draft is not None:
-            self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
+            self._count(topology, verdict)
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message
         message.num_drafted_steps += 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
-        # Trees are cut towards the end of an answer, so the last one would say little.
-        if topology.size > len(message.topology.parents):
-            message.topology.parents[:] = topology.parents
         for node in (0, *verdict.accepted_nodes):
             for rank in range(len(topology.children[node])):
-                _increment(message.num_offered_by_rank, rank)
+                _increment(self._counts(topology.depths[node]).num_offered, rank)
         for node in verdict.accepted_nodes:
-            _increment(message.num_accepted_by_rank, topology.ranks[node])
+            _increment(self._counts(topology.depths[node] - 1).num_accepted, topology.ranks[node])
+
+    def _counts(self, depth: int) -> coordinator_pb2.RankCounts:
+        counts = self.message.counts_by_depth
+        while len(counts) <= depth:
+            counts.add()
+        return counts[depth]
 
     def _lap(self) -> float:
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         return seconds
+
+
+def _add(total: coordinator_pb2.StageSeconds, step: coordinator_pb2.StageSeconds) -> None:
+    for name in _STAGES:
+        setattr(total, name, getattr(total, name) + getattr(step, name))
 
 
 def _increment(counts: MutableSequence[int], rank: int) -> None:

@@ -7,7 +7,9 @@ import os
 import sys
 from dataclasses import MISSING, dataclass
 
+from coordinator.learning import Learning
 from coordinator.servicer import CoordinatorServicer
+from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
 from coordinator.workers import Workers
 from sequoia.config import fail, load, setting
@@ -56,9 +58,11 @@ async def _serve(config: CoordinatorConfig) -> None:
     async with (
         Workers(config.verify, config.draft, config.start_timeout_seconds) as workers,
         TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
+        Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):
         server = Server(config.listen)
-        servicer = CoordinatorServicer(workers, plans, config.draft_timeout_seconds, RULES[config.rule])
+        speculator, rule = Speculator(plans, workers), RULES[config.rule]
+        servicer = CoordinatorServicer(workers, speculator, learning, config.draft_timeout_seconds, rule)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running(server, ("sequoia.v1.CoordinatorService",)):
             await stop_signal()

@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from coordinator.explanation import explain
+from coordinator.learning import Learning
 from coordinator.request import Request, parse_request
 from coordinator.session import Session
+from coordinator.speculation import RequestSpeculation, Speculator
 from coordinator.streams import DraftStream, Opening, VerifyStream
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Step, Transcript
-from coordinator.trees import TreePlans, max_tree_size
+from coordinator.trees import max_tree_size
 from coordinator.workers import Workers
 from sequoia.rpc import error_border
 from sequoia.rules import Rule
@@ -30,8 +33,10 @@ _MOST_SECONDS = 3600.0
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One handler a request."""
 
-    def __init__(self, workers: Workers, plans: TreePlans, draft_timeout_seconds: float, rule: Rule) -> None:
-        self._workers, self._plans, self._rule = workers, plans, rule
+    def __init__(
+        self, workers: Workers, speculator: Speculator, learning: Learning, draft_timeout_seconds: float, rule: Rule
+    ) -> None:
+        self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
         self._draft_timeout_seconds = draft_timeout_seconds
         self._codec = TextCodec.from_files(workers.tokenizer)
 
@@ -63,32 +68,38 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 verify=workers.verify_description,
                 draft=workers.draft_description,
                 verify_rtt_seconds=await workers.verify.round_trip_seconds(),
-                plans_json=[plan.to_json() for plan in self._plans.in_force()],
+                plans_json=[found.plan.to_json() for found in self._speculator.plans.in_force()],
                 default_rule=rule_to_wire(self._rule),
             )
             if workers.draft is not None and workers.draft_description is not None:
                 response.draft_rtt_seconds = await workers.draft.round_trip_seconds()
         return response
 
+    async def Explain(self, message: coordinator_pb2.ExplainRequest, context: Any) -> coordinator_pb2.ExplainResponse:
+        """Why requests of a kind are decoded the way they are."""
+        async with error_border(context):
+            return explain(message, self._speculator, self._rule)
+
     @asynccontextmanager
     async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
-        workers = self._workers
+        workers, speculation = self._workers, RequestSpeculation(self._speculator, request)
         opening = Opening(request.decoding, timeout_seconds)
         draft = None
-        # Off costs nothing: the draft does not even hear of the request.
-        speculates = self._plans.topology(request).size > 1
-        if speculates and workers.draft is not None and workers.draft_description is not None:
+        # With speculation off the draft never hears of the request; otherwise when there is a tree to grow.
+        is_off = request.mode == coordinator_pb2.SPECULATION_MODE_OFF
+        if not is_off and workers.draft is not None and workers.draft_description is not None:
             draft = DraftStream(workers.draft, opening, self._draft_timeout_seconds)
         verify = VerifyStream(workers.verify, opening)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
+        session = Session(transcript, verify, draft, speculation)
         try:
-            yield Session(transcript, verify, draft, lambda: self._plans.topology(request))
+            with self._speculator:
+                yield session
         finally:
-            verify.close()
-            if draft is not None:
-                draft.close()
+            session.close()
+            self._learning.learn(request, session.report, self._speculator.acceptance(request))
 
 
 def _response(
@@ -104,7 +115,7 @@ def _response(
         seed=request.decoding.sampling.seed,
     )
     if step.finish_reason is not None:
-        report = session.report
+        report = session.finish()
         response.finish.reason = step.finish_reason
         response.finish.num_completion_tokens = num_tokens
         response.finish.speculation.CopyFrom(report.message)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 
+from coordinator.governor import PLAIN
 from coordinator.report import Report
+from coordinator.speculation import Choice, RequestSpeculation
 from coordinator.streams import DraftStream, VerifyStream
 from coordinator.transcript import Step, Transcript
-from sequoia.topology import Topology
 from sequoia.v1 import draft_pb2, verify_pb2
 
-# Plain steps the verify worker runs by itself: few while the draft is missing, because it is looked for after them.
+# Plain steps the verify worker runs by itself while the draft is missing: few, because it is looked for after them.
 _FALLBACK_STEPS = 4
-_PLAIN_STEPS = 64
 
 
 class Session:
@@ -23,14 +24,16 @@ class Session:
         transcript: Transcript,
         verify: VerifyStream,
         draft: DraftStream | None,
-        topology: Callable[[], Topology],
+        speculation: RequestSpeculation,
     ) -> None:
-        self._transcript, self._verify, self._draft, self._topology = transcript, verify, draft, topology
+        self._transcript, self._verify, self._draft, self._speculation = transcript, verify, draft, speculation
+        self._choice, self._was_drafted = Choice(PLAIN), False
         self.report = Report()
 
     async def run(self) -> AsyncGenerator[Step]:
         """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first."""
-        if self._draft is not None:
+        self._choose(self._transcript.num_tokens_left)
+        if self._draft is not None and self._choice.topology != PLAIN:
             self._draft.open(self._transcript.token_ids)
         verdict = await self._verify.open(self._transcript.token_ids)
         self.report.opened()
@@ -39,21 +42,51 @@ class Session:
             yield step
             self.report.host()
             draft, verdict = await self._step()
-            self.report.verified(verdict, draft)
+            self._observe(draft, verdict)
         yield step
+
+    def finish(self) -> Report:
+        """The report, complete."""
+        message = self.report.message
+        message.num_verify_bytes = self._verify.num_bytes
+        message.num_draft_bytes = self._draft.num_bytes if self._draft is not None else 0
+        message.state, message.state_reason = self._speculation.state, self._speculation.reason
+        return self.report
+
+    def close(self) -> None:
+        """End both workers' sessions."""
+        self._verify.close()
+        if self._draft is not None:
+            self._draft.close()
 
     async def _step(self) -> tuple[draft_pb2.DraftResponse | None, verify_pb2.VerifyResponse]:
         """One target forward: over a tree where there is one, plain decoding otherwise."""
         prefix_len, most = len(self._transcript.token_ids) - 1, self._transcript.num_tokens_left - 1
-        topology = self._topology().truncated(most + 1)
-        if self._verify.num_plain_steps_left or self._draft is None or topology.size == 1:
-            return None, await self._verify.step(prefix_len, None, min(most, _PLAIN_STEPS))
+        if self._verify.num_plain_steps_left:
+            return None, await self._verify.step(prefix_len, None, 0)
+        self._choose(most + 1)
+        topology = self._choice.topology
+        if self._draft is None or topology == PLAIN:
+            return None, await self._verify.step(prefix_len, None, min(most, self._choice.num_plain_steps))
         draft = await self._draft.tree_or_none(self._transcript.token_ids, topology)
         if draft is None:
             self.report.fell_back(self._draft.reason)
             return None, await self._verify.step(prefix_len, None, min(most, _FALLBACK_STEPS))
         self.report.drafted(draft)
         return draft, await self._verify.step(prefix_len, draft.tree, 0)
+
+    def _choose(self, max_levels: int) -> None:
+        choice = self._speculation.choose(len(self._transcript.token_ids))
+        self._choice = replace(choice, topology=choice.topology.truncated(max_levels))
+
+    def _observe(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.VerifyResponse) -> None:
+        """A drafted step after a plain one catches up; a plain one where a tree was chosen waits for the draft."""
+        is_drafted = draft is not None
+        fell_back = not is_drafted and self._choice.topology != PLAIN
+        seconds = self.report.verified(verdict, draft, fell_back=fell_back)
+        usual = self._was_drafted if is_drafted else not fell_back
+        self._speculation.observe(self._choice, seconds, len(verdict.verdict.accepted_nodes) + 1, usual=usual)
+        self._was_drafted = is_drafted
 
     def _commit(self, draft: draft_pb2.DraftResponse | None, response: verify_pb2.VerifyResponse) -> Step:
         accepted = [draft.tree.token_ids[node] for node in response.verdict.accepted_nodes] if draft else []

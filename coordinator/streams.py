@@ -51,6 +51,7 @@ class VerifyStream:
         self._call = stub.Verify(timeout=opening.timeout_seconds)
         self._step = 0
         self.num_plain_steps_left = 0
+        self.num_bytes = 0
 
     async def open(self, token_ids: Sequence[int]) -> verify_pb2.VerifyResponse:
         """Prefill and the first verdict."""
@@ -76,6 +77,7 @@ class VerifyStream:
 
     async def _ask(self, request: verify_pb2.VerifyRequest | None) -> verify_pb2.VerifyResponse:
         response = await _exchange(self._call, request)
+        self.num_bytes += response.ByteSize() + (request.ByteSize() if request else 0)
         if request is None:
             self._step += 1
         if response.step != self._step:
@@ -100,6 +102,7 @@ class DraftStream:
         self._acknowledged = 0
         self._step = 0
         self._reopen_at = 0.0
+        self.num_bytes = 0
         self.reason = ""
 
     def open(self, token_ids: Sequence[int]) -> None:
@@ -113,6 +116,7 @@ class DraftStream:
         """A tree for the next step, or None: the draft is not ready, late, or lost."""
         if self._call is None:
             if time.monotonic() >= self._reopen_at:
+                self.reason = self.reason or "draft: opening"
                 self.open(committed)
             return None
         if self._pending is not None and not self._take_late_reply():
@@ -146,6 +150,7 @@ class DraftStream:
 
     def _ask(self, request: draft_pb2.DraftRequest) -> asyncio.Task[draft_pb2.DraftResponse]:
         assert self._call is not None
+        self.num_bytes += request.ByteSize()
         self._pending = asyncio.create_task(_exchange(self._call, request))
         return self._pending
 
@@ -160,6 +165,7 @@ class DraftStream:
             self._lose(f"draft: lost (answered step {response.step} instead of {self._step})")
             return None
         self._acknowledged = response.num_committed
+        self.num_bytes += response.ByteSize()
         return response
 
     def _lose(self, reason: str) -> None:

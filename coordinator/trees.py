@@ -1,30 +1,24 @@
-"""Which tree a step uses: the plans from Redis, kept in memory and refreshed in the background, or a built-in tree."""
+"""The plans from Redis, kept in memory and refreshed in the background."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from coordinator.request import Request
+from coordinator.background import end
 from sequoia.errors import Unavailable
 from sequoia.planner import TreePlan
 from sequoia.rules import GREEDY, SAMPLED_RULES, Rule
-from sequoia.sampling import Decoding
-from sequoia.topology import Topology
-from sequoia.tree_cache import TEMPERATURE_BUCKETS, PlanKey, TreeCache, temperature_bucket
-from sequoia.v1 import coordinator_pb2
+from sequoia.situation import TEMPERATURES, Situation
+from sequoia.tree_cache import PlanKey, TreeCache
 from sequoia.v1.worker_pb2 import WorkerDescription
 
 _log = logging.getLogger(__name__)
-
-# Serves until a plan is measured: the best tree of 8 nodes and 4 levels for the paper's acceptance (acceptance.PRIOR).
-BUILT_IN_TREE = Topology((-1, 0, 0, 1, 1, 2, 3, 5))
-
-# What a plan must promise before `auto` speculates: short measurements on a shared machine are off by some per cent.
-LEAST_SPEEDUP = 1.1
 
 
 class Pair(Protocol):
@@ -34,8 +28,15 @@ class Pair(Protocol):
     draft_description: WorkerDescription | None
 
 
+class FoundPlan(NamedTuple):
+    """A plan, and the situation that it was made for."""
+
+    plan: TreePlan
+    situation: Situation
+
+
 class TreePlans:
-    """Holds the last good plans. An async context manager: while it is entered, it looks for new ones.
+    """Holds the last good plans. An async context manager: while it is entered, new ones reach it at once.
 
     Asking it never waits. Redis may be down, slow or left out (an empty URL): the plans it had stay in force.
     """
@@ -46,52 +47,52 @@ class TreePlans:
         self._default_rule = default_rule
         self._refresh_seconds = refresh_seconds
         self._plans: dict[PlanKey, TreePlan] = {}
+        greedy, *sampled = TEMPERATURES.names
+        served = [(GREEDY, greedy), *product(SAMPLED_RULES, sampled)]
+        # Grows by what is asked for, up to the number of situations there are.
+        self._wanted = {Situation(rule.name, temperature) for rule, temperature in served}
         self._problem = ""
-        self._task: asyncio.Task[None] | None = None
+        self._news = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> TreePlans:
-        self._task = asyncio.create_task(self._refresh_forever())
+        if self._cache is not None:
+            self._tasks = [
+                asyncio.create_task(self._refresh_forever()),
+                asyncio.create_task(self._listen_forever(self._cache)),
+            ]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        await end(*self._tasks)
         if self._cache is not None:
             await self._cache.__aexit__(kind, error, trace)
 
-    def topology(self, request: Request) -> Topology:
-        """The tree for the request's next step; root-only means plain decoding."""
-        if request.mode == coordinator_pb2.SPECULATION_MODE_OFF:
-            return Topology.root_only()
-        if request.topology is not None:
-            return request.topology
-        plan = self.plan_for(request.decoding)
-        if plan is None:
-            return self._fitting(BUILT_IN_TREE)
-        if request.mode == coordinator_pb2.SPECULATION_MODE_TREE:
-            return self._fitting(plan.best_tree.topology if plan.best_tree else BUILT_IN_TREE)
-        # Off is certain, a prediction is not.
-        return self._fitting(plan.topology) if plan.speedup >= LEAST_SPEEDUP else Topology.root_only()
+    def find(self, situation: Situation) -> FoundPlan | None:
+        """The present pair's plan for a situation, or for the likest one that has a plan; None without any.
 
-    def plan_for(self, decoding: Decoding) -> TreePlan | None:
-        """The present pair's plan at that temperature, or None: made for the rule, or else for the default rule.
-
-        The rules accept within some per cent of each other, so another rule's tree is far better than a built-in one.
+        The rules accept within some per cent of each other, so the default rule's tree serves one that has none.
         """
-        draft = self._pair.draft_description
+        verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return None
-        bucket = temperature_bucket(decoding.sampling.temperature)
-        rules = (decoding.rule, self._default_rule)
-        keys = (plan_key(self._pair.verify_description, draft, bucket, rule) for rule in rules)
-        return next((self._plans[key] for key in keys if key in self._plans), None)
+        self._wanted.add(situation)
+        for each in self._serving(situation):
+            plan = self._plans.get(plan_key(verify, draft, each))
+            if plan is not None:
+                return FoundPlan(plan, each)
+        return None
 
-    def in_force(self) -> list[TreePlan]:
+    def in_force(self) -> list[FoundPlan]:
         """The present pair's plans, coolest first."""
-        return [self._plans[key] for key in self._keys() if key in self._plans]
+        verify, draft = self._pair.verify_description, self._pair.draft_description
+        if draft is None:
+            return []
+        of_pair = [key for key in self._plans if plan_key(verify, draft, key.situation) == key]
+        of_pair.sort(key=lambda key: (TEMPERATURES.names.index(key.situation.temperature), str(key.situation)))
+        return [FoundPlan(self._plans[key], key.situation) for key in of_pair]
 
     async def refresh(self) -> None:
         """Look once for new plans. What is wrong is logged when it begins and when it ends, not at every look."""
@@ -103,28 +104,38 @@ class TreePlans:
             self._report(str(error))
             return
         self._report("; ".join(f"{key} in Redis is {problem}" for key, problem in rejected.items()))
-        for key, plan in plans.items():
-            if self._plans.get(key) != plan:
-                _log.info("new tree plan", extra={"key": str(key), "kind": plan.kind, "size": plan.topology.size})
-        self._plans |= plans
+        for key, stored in plans.items():
+            if self._plans.get(key) != stored.plan:
+                chosen = stored.plan.chosen
+                _log.info("new tree plan", extra={"key": str(key), "kind": chosen.kind, "size": chosen.topology.size})
+                self._plans[key] = stored.plan
 
     async def _refresh_forever(self) -> None:
+        """Again and again, at once when there is news."""
         while True:
+            self._news.clear()
             await self.refresh()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._refresh_seconds):
+                    await self._news.wait()
+
+    async def _listen_forever(self, cache: TreeCache) -> None:
+        while True:
+            with suppress(Unavailable):  # the next refresh reports it
+                async for _ in cache.news():
+                    self._news.set()
             await asyncio.sleep(self._refresh_seconds)
 
     def _keys(self) -> list[PlanKey]:
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return []
-        greedy, *sampled = TEMPERATURE_BUCKETS
-        served = [(greedy, GREEDY), *product(sampled, SAMPLED_RULES)]
-        return [plan_key(verify, draft, bucket, rule) for bucket, rule in served]
+        wanted = {each for situation in self._wanted for each in situation.neighbours}
+        return [plan_key(verify, draft, each) for each in wanted]
 
-    def _fitting(self, topology: Topology) -> Topology:
-        """Without the last nodes, when the workers were started with a lower limit than the plan was made for."""
-        limit = max_tree_size(self._pair.verify_description, self._pair.draft_description)
-        return topology if topology.size <= limit else Topology(topology.parents[:limit])
+    def _serving(self, situation: Situation) -> list[Situation]:
+        rules = dict.fromkeys((situation.rule, self._default_rule.name))
+        return [each for rule in rules for each in replace(situation, rule=rule).neighbours]
 
     def _report(self, problem: str) -> None:
         if problem and problem != self._problem:
@@ -134,15 +145,14 @@ class TreePlans:
         self._problem = problem
 
 
-def plan_key(verify: WorkerDescription, draft: WorkerDescription, bucket: str, rule: Rule) -> PlanKey:
-    """Where the plan of two workers for a temperature bucket and a rule is kept."""
-    return PlanKey(
-        pair=f"{_model(draft)} -> {_model(verify)}",
-        draft_hardware=draft.hardware_key,
-        verify_hardware=verify.hardware_key,
-        rule=rule.name,
-        temperature_bucket=bucket,
-    )
+def plan_key(verify: WorkerDescription, draft: WorkerDescription, situation: Situation) -> PlanKey:
+    """Where the plan of two workers for a situation is kept."""
+    return PlanKey(pair_name(verify, draft), draft.hardware_key, verify.hardware_key, situation)
+
+
+def pair_name(verify: WorkerDescription, draft: WorkerDescription) -> str:
+    """Both models, with revision, element type and quantisation."""
+    return f"{_model(draft)} -> {_model(verify)}"
 
 
 def max_tree_size(verify: WorkerDescription, draft: WorkerDescription | None) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
+from contextlib import suppress
+from statistics import median
 from types import TracebackType
 
 import grpc
@@ -17,7 +20,9 @@ _log = logging.getLogger(__name__)
 
 _CALL_TIMEOUT_SECONDS = 10.0
 _RTT_PROBES = 5
-_DRAFT_POLL_SECONDS = 2.0
+_POLL_SECONDS = 2.0
+# Round trips that the usual one is the median of.
+_REMEMBERED = 5
 
 
 class WorkerLink:
@@ -27,6 +32,7 @@ class WorkerLink:
         self.address = address
         self.channel = open_channel(address)
         self._stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
+        self._recent: deque[float] = deque(maxlen=_REMEMBERED)
 
     async def describe(self, *, include_tokenizer: bool, timeout_seconds: float) -> worker_pb2.DescribeResponse:
         """The worker's description; waits for it to come up. Raises Unavailable when it does not."""
@@ -36,27 +42,36 @@ class WorkerLink:
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"no worker answers at {self.address}: {error_from(error)}") from error
 
+    @property
+    def usual_round_trip_seconds(self) -> float:
+        """The median of the last measurements; 0 before the first."""
+        return median(self._recent) if self._recent else 0.0
+
     async def round_trip_seconds(self) -> float:
-        """The least of some unary round trips: noise only adds."""
+        """The least of some unary round trips: noise only adds. Raises SequoiaError when the worker does not answer."""
         seconds = []
         for _ in range(_RTT_PROBES):
             started = time.perf_counter()
-            await self._stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_CALL_TIMEOUT_SECONDS)
+            try:
+                await self._stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_CALL_TIMEOUT_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                raise error_from(error) from error
             seconds.append(time.perf_counter() - started)
+        self._recent.append(min(seconds))
         return min(seconds)
 
 
 class Workers:
     """The verify worker, without which nothing starts, and the draft worker, which may be missing at any time.
 
-    An async context manager: entering waits for the verify worker and watches for the draft.
+    An async context manager: entering waits for the verify worker, watches for the draft, measures how far both are.
     """
 
     def __init__(self, verify_address: str, draft_address: str, start_timeout_seconds: float) -> None:
         self.verify = WorkerLink(verify_address)
         self.draft = WorkerLink(draft_address) if draft_address else None
         self._start_timeout_seconds = start_timeout_seconds
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
         self.verify_description = worker_pb2.WorkerDescription()
         self.draft_description: worker_pb2.WorkerDescription | None = None
         self.tokenizer = worker_pb2.TokenizerFiles()
@@ -68,17 +83,31 @@ class Workers:
         _check_role(response.worker, worker_pb2.WORKER_ROLE_VERIFY, self.verify.address)
         if self.draft is not None:
             await self._meet_draft_at_start(self.draft)
-            self._watcher = asyncio.create_task(self._watch(self.draft))
+            self._watchers.append(asyncio.create_task(self._watch(self.draft)))
+        self._watchers.append(asyncio.create_task(self._measure_distances()))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
+        for watcher in self._watchers:
+            watcher.cancel()
         for link in (self.verify, self.draft):
             if link is not None:
                 await link.channel.close()
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """To the one and then to the other, as a drafted step goes."""
+        return sum(link.usual_round_trip_seconds for link in (self.verify, self.draft) if link is not None)
+
+    async def _measure_distances(self) -> None:
+        while True:
+            for link in (self.verify, self.draft):
+                if link is not None:
+                    with suppress(SequoiaError):  # whoever needs the worker will hear of it
+                        await link.round_trip_seconds()
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _meet_draft_at_start(self, draft: WorkerLink) -> None:
         """A draft that is there and does not fit stops the start; one that is not there yet does not."""
@@ -88,7 +117,7 @@ class Workers:
             _log.warning("starting without a draft", extra={"reason": str(error)})
 
     async def _meet(self, draft: WorkerLink) -> None:
-        response = await draft.describe(include_tokenizer=False, timeout_seconds=_DRAFT_POLL_SECONDS)
+        response = await draft.describe(include_tokenizer=False, timeout_seconds=_POLL_SECONDS)
         _check_role(response.worker, worker_pb2.WORKER_ROLE_DRAFT, draft.address)
         check_pair(self.verify_description, response.worker)
         if self.draft_description is None or self.draft_description.instance_id != response.worker.instance_id:
@@ -98,7 +127,7 @@ class Workers:
     async def _watch(self, draft: WorkerLink) -> None:
         """Notice a draft that appears, goes away, or comes back as another process."""
         while True:
-            await asyncio.sleep(_DRAFT_POLL_SECONDS)
+            await asyncio.sleep(_POLL_SECONDS)
             try:
                 await self._meet(draft)
             except SequoiaError as error:

@@ -22,7 +22,7 @@ import grpc
 
 from sequoia.errors import InvalidArgument, SequoiaError, Unavailable
 from sequoia.generation import Answer, Chunk, Generation, SpeculationFigures, StageSeconds, Usage
-from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_request
+from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
 from sequoia.rpc import error_from, open_channel, open_sync_channel
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
@@ -100,6 +100,16 @@ class Client:
         except grpc.RpcError as error:
             raise _failure(error, self._address) from error
 
+    def explain(
+        self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
+    ) -> pb.ExplainResponse:
+        """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
+        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
+        try:
+            return self._stub.Explain(build_explain(temperature, rule), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _failure(error, self._address) from error
+
     def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer) -> Generator[Chunk]:
         call = self._stub.Generate(request, timeout=timeout_seconds)
         try:
@@ -163,6 +173,16 @@ class AsyncClient:
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         try:
             return await self._stub.DescribePair(pb.DescribePairRequest(), timeout=timeout)
+        except grpc.RpcError as error:
+            raise _failure(error, self._address) from error
+
+    async def explain(
+        self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
+    ) -> pb.ExplainResponse:
+        """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
+        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
+        try:
+            return await self._stub.Explain(build_explain(temperature, rule), timeout=timeout)
         except grpc.RpcError as error:
             raise _failure(error, self._address) from error
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal
 
 from sequoia.errors import Internal
@@ -45,20 +47,54 @@ class StageSeconds:
 
 
 @dataclass(frozen=True, slots=True)
+class TreeUsage:
+    """The steps of a request that verified a tree of one shape; a root-only one: plain steps that were meant to be."""
+
+    topology: Topology
+    num_steps: int
+    num_tokens: int
+    stage_seconds: StageSeconds
+
+
+@dataclass(frozen=True, slots=True)
 class SpeculationFigures:
-    """What speculation did for a request. A tree of size 1 and 1 level is plain decoding."""
+    """What speculation did for a request, in all and by tree.
+
+    `offered[depth][rank]`: how often a child of that rank stood under a reached node of that depth (the root's is 0);
+    `accepted`, of the same shape: how often it was the accepted one. `state` tells whether the coordinator went along
+    with the plan, and `state_reason` why; "" when the request said how to speculate. Bytes count messages to and from
+    a worker.
+    """
 
     num_steps: int
     num_drafted_steps: int
     num_drafted_tokens: int
     num_accepted_tokens: int
-    tree_size: int
-    tree_levels: int
     stage_seconds: StageSeconds
-    offered_by_rank: tuple[int, ...]
-    accepted_by_rank: tuple[int, ...]
+    trees: tuple[TreeUsage, ...]
+    offered: tuple[tuple[int, ...], ...]
+    accepted: tuple[tuple[int, ...], ...]
     num_fallback_steps: int
     fallback_reason: str
+    num_draft_bytes: int
+    num_verify_bytes: int
+    state: Literal["on", "reduced", "off", ""]
+    state_reason: str
+
+    @property
+    def tree(self) -> Topology:
+        """The largest that was used (they are cut towards the end of an answer); root-only for plain decoding."""
+        return max((each.topology for each in self.trees), key=lambda tree: tree.size, default=Topology.root_only())
+
+    @property
+    def offered_by_rank(self) -> tuple[int, ...]:
+        """Over all depths."""
+        return _summed(self.offered)
+
+    @property
+    def accepted_by_rank(self) -> tuple[int, ...]:
+        """Over all depths."""
+        return _summed(self.accepted)
 
     @property
     def mean_tokens_per_step(self) -> float:
@@ -101,9 +137,12 @@ class Generation:
             "speculation": {
                 "steps": speculation.pop("num_steps"),
                 "mean_tokens_per_step": self.speculation.mean_tokens_per_step,
-                "tree": {"size": speculation.pop("tree_size"), "levels": speculation.pop("tree_levels")},
+                "tree": {"size": self.speculation.tree.size, "levels": self.speculation.tree.levels},
                 "seconds": speculation.pop("stage_seconds"),
+                "offered_by_rank": self.speculation.offered_by_rank,
+                "accepted_by_rank": self.speculation.accepted_by_rank,
                 **speculation,
+                "trees": [_usage_to_dict(each) for each in self.speculation.trees],
             },
         }
 
@@ -173,18 +212,53 @@ def _finite(value: float) -> float | None:
 
 
 def _figures(report: pb.SpeculationReport) -> SpeculationFigures:
-    tree = Topology(tuple(report.topology.parents)) if report.HasField("topology") else Topology.root_only()
-    stages = report.stages
     return SpeculationFigures(
         num_steps=report.num_steps,
         num_drafted_steps=report.num_drafted_steps,
         num_drafted_tokens=report.num_drafted_tokens,
         num_accepted_tokens=report.num_accepted_tokens,
-        tree_size=tree.size,
-        tree_levels=tree.levels,
-        stage_seconds=StageSeconds(stages.draft, stages.verify, stages.network, stages.host, stages.prefill),
-        offered_by_rank=tuple(report.num_offered_by_rank),
-        accepted_by_rank=tuple(report.num_accepted_by_rank),
+        stage_seconds=_stage_seconds(report.stages),
+        trees=tuple(
+            TreeUsage(
+                Topology(tuple(each.topology.parents)), each.num_steps, each.num_tokens, _stage_seconds(each.stages)
+            )
+            for each in report.trees
+        ),
+        offered=tuple(tuple(each.num_offered) for each in report.counts_by_depth),
+        accepted=tuple(_padded(each.num_accepted, len(each.num_offered)) for each in report.counts_by_depth),
         num_fallback_steps=report.num_fallback_steps,
         fallback_reason=report.fallback_reason,
+        num_draft_bytes=report.num_draft_bytes,
+        num_verify_bytes=report.num_verify_bytes,
+        state=state_name(report.state),
+        state_reason=report.state_reason,
     )
+
+
+def state_name(state: pb.SpeculationState) -> Literal["on", "reduced", "off", ""]:
+    """ "" when it is not set."""
+    return _STATES.get(state, "")
+
+
+_STATES: dict[int, Literal["on", "reduced", "off"]] = {
+    pb.SPECULATION_STATE_ON: "on",
+    pb.SPECULATION_STATE_REDUCED: "reduced",
+    pb.SPECULATION_STATE_OFF: "off",
+}
+
+
+def _stage_seconds(stages: pb.StageSeconds) -> StageSeconds:
+    return StageSeconds(stages.draft, stages.verify, stages.network, stages.host, stages.prefill)
+
+
+def _usage_to_dict(usage: TreeUsage) -> dict[str, Any]:
+    steps = {"steps": usage.num_steps, "tokens": usage.num_tokens, "seconds": asdict(usage.stage_seconds)}
+    return {"parents": usage.topology.parents, **steps}
+
+
+def _padded(values: Sequence[int], length: int) -> tuple[int, ...]:
+    return (*values, *[0] * (length - len(values)))
+
+
+def _summed(rows: Iterable[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip_longest(*rows, fillvalue=0)))

@@ -86,6 +86,13 @@ def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest
     return request
 
 
+def build_explain(temperature: float, rule: str | None) -> pb.ExplainRequest:
+    """The wire form of a question about requests of that kind. Raises InvalidArgument naming the argument."""
+    request = pb.ExplainRequest(rule=_rule_number(rule))
+    _set(request, "temperature", temperature, "temperature", "a number")
+    return request
+
+
 def _set(message: ProtoMessage, field_name: str, value: object, name: str, expected: str) -> None:
     if value is None:
         return
@@ -138,10 +145,14 @@ def _set_stop(request: pb.GenerateRequest, stop: Stop) -> None:
 _MODES = {"auto": pb.SPECULATION_MODE_AUTO, "off": pb.SPECULATION_MODE_OFF, "tree": pb.SPECULATION_MODE_TREE}
 
 
-def _speculation(speculation: Speculation, rule: str | None) -> pb.Speculation:
+def _rule_number(rule: str | None) -> sampling_pb2.Rule:
     if rule is not None and rule not in RULES:
         raise InvalidArgument(f"{rule!r} is none of {', '.join(RULES)}", "rule")
-    number = rule_to_wire(RULES[rule]) if rule else sampling_pb2.RULE_UNSPECIFIED
+    return rule_to_wire(RULES[rule]) if rule else sampling_pb2.RULE_UNSPECIFIED
+
+
+def _speculation(speculation: Speculation, rule: str | None) -> pb.Speculation:
+    number = _rule_number(rule)
     if isinstance(speculation, Topology):
         topology = tree_pb2.Topology(parents=speculation.parents)
         return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, topology=topology, rule=number)

@@ -95,6 +95,16 @@ class Topology:
             return self
         return Topology(tuple(p for p, d in zip(self.parents, self.depths, strict=True) if d < max_levels))
 
+    def cut_to(self, max_size: int) -> Topology:
+        """The tree without its last nodes in level order, so that at most `max_size` (at least 1) are left."""
+        return self if self.size <= max_size else Topology(self.parents[:max_size])
+
+    def with_more_children(self, count: int) -> Topology:
+        """The tree with that many leaves more under the root, of the ranks that come next."""
+        first = 1 + len(self.children[0])
+        below = tuple(parent + count if parent >= first else parent for parent in self.parents[first:])
+        return Topology(self.parents[:first] + (0,) * count + below)
+
 
 @dataclass(frozen=True)
 class DraftDistributions:

@@ -8,10 +8,11 @@ from typing import cast
 import numpy as np
 
 from sequoia.errors import InvalidArgument
+from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.rules import RULES, ParameterError, Rule
 from sequoia.sampling import PARAMETERS, Decoding, Sampling
 from sequoia.topology import DraftDistributions, TokenLogprobs, TokenTree, Topology, Verdict
-from sequoia.v1 import draft_pb2, sampling_pb2, tree_pb2, verify_pb2
+from sequoia.v1 import draft_pb2, sampling_pb2, tree_pb2, verify_pb2, worker_pb2
 
 MAX_DRAFT_WIDTH = 1024
 _OPTIONAL = tuple(name for name in PARAMETERS if name not in ("logit_bias", "stop_token_ids"))
@@ -123,6 +124,32 @@ def logprobs_from_wire(message: sampling_pb2.TokenLogprobs) -> TokenLogprobs:
     """The value."""
     top = tuple((each.token_id, each.raw, each.processed) for each in message.top)
     return TokenLogprobs(message.token_id, message.raw, message.processed, top)
+
+
+def profile_to_wire(profile: LatencyProfile) -> list[worker_pb2.LatencyCurve]:
+    """The base curve first."""
+    return [
+        worker_pb2.LatencyCurve(
+            num_tokens=each.curve.num_tokens,
+            seconds=each.curve.seconds,
+            num_sessions=each.num_sessions,
+            num_context_tokens=each.num_context_tokens,
+        )
+        for each in (profile.base, *profile.others)
+    ]
+
+
+def profile_from_wire(messages: Sequence[worker_pb2.LatencyCurve]) -> LatencyProfile:
+    """Raises ValueError when a curve cannot be right, or there is none."""
+    if not messages:
+        raise ValueError("a worker without a latency curve")
+    base, *others = map(_curve_from_wire, messages)
+    return LatencyProfile(base, tuple(others))
+
+
+def _curve_from_wire(message: worker_pb2.LatencyCurve) -> SharedCurve:
+    curve = LatencyCurve(tuple(message.num_tokens), tuple(message.seconds))
+    return SharedCurve(message.num_sessions, message.num_context_tokens, curve)
 
 
 def _logprobs_to_wire(logprobs: TokenLogprobs) -> sampling_pb2.TokenLogprobs:

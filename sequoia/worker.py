@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
+import platform
 import secrets
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,15 +24,13 @@ from sequoia.engine.executor import Engine, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve
-from sequoia.engine.warmup import measure_latency
+from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import Server, error_border, running, stop_signal
 from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
-from sequoia.wire import rule_to_wire
+from sequoia.wire import profile_to_wire, rule_to_wire
 
-# Logits in the widest forward are measured too, so that the planner never extrapolates within this range.
-_LATENCY_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 _DEFAULT_CONTEXT_LENGTH = 8192
 
 
@@ -73,7 +75,7 @@ class Worker:
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
-    """Load the model, allocate the KV pool, measure the latency curve. Runs on the engine's thread."""
+    """Load the model, allocate the KV pool, measure the latency profile. Runs on the engine's thread."""
     num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
     register()
@@ -93,11 +95,10 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_layers = model.module.config.get_text_config().num_hidden_layers
     cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
     executor.engine = engine = Engine(model.module, cache, model.device, model.dtype)
-    widths = [width for width in _LATENCY_WIDTHS if width <= config.max_tree_size]
     # Workers of one machine take turns, or each would measure the other.
     files.cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(files.cache_dir / "measuring.lock"):
-        curve = measure_latency(engine, widths)
+        profile = measure_profile(engine, config.max_tree_size, context_length)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
         role=role,
@@ -112,8 +113,9 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
         hardware_key=_hardware_key(model, num_threads) + "/deterministic" * config.deterministic,
-        latency=worker_pb2.LatencyCurve(num_tokens=curve.num_tokens, seconds=curve.seconds),
         num_slots=config.num_slots,
+        latencies=profile_to_wire(profile),
+        device_id=_device_id(model),
     )
     return Worker(model, executor, description, config.prefill_chunk)
 
@@ -182,6 +184,17 @@ def _context_length(config: WorkerConfig, model: LoadedModel) -> int:
         longest = model.context_length
         raise InvalidArgument(f"{config.context_length} is more than the model's {longest} tokens", "context_length")
     return config.context_length or min(model.context_length, _DEFAULT_CONTEXT_LENGTH)
+
+
+def _device_id(model: LoadedModel) -> str:
+    """Of this host and the device on it: two workers with the same one take turns."""
+    if model.device.type == "cuda":
+        device = str(torch.cuda.get_device_properties(model.device).uuid)
+    else:
+        boot_id = Path("/proc/sys/kernel/random/boot_id")
+        host = boot_id.read_text() if boot_id.exists() else platform.node()
+        device = f"{host} {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ''}"
+    return hashlib.sha256(device.encode()).hexdigest()[:16]
 
 
 def _hardware_key(model: LoadedModel, num_threads: int) -> str:

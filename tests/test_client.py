@@ -20,6 +20,7 @@ from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
+STAGES = ("draft", "verify", "network", "host", "prefill")
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
     pb.GenerateResponse(request_id="r1", text="lo wor", token_ids=[11, 12, 13]),
@@ -37,10 +38,24 @@ PIECES = [
                 num_drafted_steps=2,
                 num_drafted_tokens=6,
                 num_accepted_tokens=3,
-                topology=tree_pb2.Topology(parents=[-1, 0, 0, 1]),
                 stages=pb.StageSeconds(draft=0.3, verify=0.6, network=0.05, host=0.05, prefill=0.4),
-                num_offered_by_rank=[4, 2],
-                num_accepted_by_rank=[3, 0],
+                counts_by_depth=[
+                    pb.RankCounts(num_offered=[2, 2], num_accepted=[2]),
+                    pb.RankCounts(num_offered=[2], num_accepted=[1]),
+                ],
+                trees=[
+                    pb.TreeUsage(topology=tree_pb2.Topology(parents=[-1]), num_steps=1, num_tokens=1),
+                    pb.TreeUsage(
+                        topology=tree_pb2.Topology(parents=[-1, 0, 0, 1]),
+                        num_steps=2,
+                        num_tokens=5,
+                        stages=pb.StageSeconds(draft=0.2),
+                    ),
+                ],
+                num_draft_bytes=100,
+                num_verify_bytes=200,
+                state=pb.SPECULATION_STATE_REDUCED,
+                state_reason="the tree was too slow",
                 num_fallback_steps=1,
                 fallback_reason="draft was late",
             ),
@@ -114,7 +129,7 @@ async def test_pieces_fold_into_one_generation(client: AsyncClient) -> None:
     assert generation.usage.num_prompt_tokens == 5
     assert generation.usage.tokens_per_second == 3.0
     assert generation.speculation.mean_tokens_per_step == 2.5
-    assert (generation.speculation.tree_size, generation.speculation.tree_levels) == (4, 3)
+    assert (generation.speculation.tree.size, generation.speculation.tree.levels) == (4, 3)
     assert generation.speculation.offered_by_rank == (4, 2)
     assert generation.speculation.fallback_reason == "draft was late"
 
@@ -156,6 +171,21 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             "num_accepted_tokens": 3,
             "offered_by_rank": (4, 2),
             "accepted_by_rank": (3, 0),
+            "offered": ((2, 2), (2,)),
+            "accepted": ((2, 0), (1,)),
+            "num_draft_bytes": 100,
+            "num_verify_bytes": 200,
+            "state": "reduced",
+            "state_reason": "the tree was too slow",
+            "trees": [
+                {"parents": (-1,), "steps": 1, "tokens": 1, "seconds": dict.fromkeys(STAGES, 0.0)},
+                {
+                    "parents": (-1, 0, 0, 1),
+                    "steps": 2,
+                    "tokens": 5,
+                    "seconds": dict.fromkeys(STAGES, 0.0) | {"draft": 0.2},
+                },
+            ],
             "num_fallback_steps": 1,
             "fallback_reason": "draft was late",
         },
@@ -167,7 +197,7 @@ async def test_no_drafted_tree_reads_as_plain_decoding(client: AsyncClient, coor
     generation = await client.generate("hi")
     assert generation.finish_reason == "length"
     assert generation.speculation.mean_tokens_per_step == 0.0
-    assert (generation.speculation.tree_size, generation.speculation.tree_levels) == (1, 1)
+    assert (generation.speculation.tree.size, generation.speculation.state) == (1, "")
 
 
 async def test_what_is_left_out_is_not_sent(client: AsyncClient, coordinator: ScriptedCoordinator) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sequoia.acceptance import PRIOR
-from sequoia.hardware import LatencyCurve
+from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.optimal_tree import best_first, depth_limited
 from sequoia.planner import PlanInputs, TreePlan, choose, expected_tokens, optimal_tree, price
 from sequoia.topology import Topology
@@ -97,7 +97,8 @@ def test_ranks_without_a_measurement_add_nothing() -> None:
 
 def test_off_wins_when_the_draft_is_as_slow_as_the_target() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FLAT))
-    assert (plan.kind, plan.parents, plan.speedup, plan.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
+    chosen = plan.chosen
+    assert (chosen.kind, chosen.parents, chosen.speedup, chosen.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
     assert plan.best_tree is not None
     assert plan.best_tree.speedup < 1.0
     assert plan.best_tree.topology.size > 1
@@ -105,28 +106,28 @@ def test_off_wins_when_the_draft_is_as_slow_as_the_target() -> None:
 
 def test_a_tree_as_large_as_can_be_wins_when_draft_and_width_cost_nothing() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
-    assert (plan.kind, plan.topology.size) == ("tree", 32)
-    assert plan.speedup == pytest.approx(plan.tokens_per_step, rel=1e-6)
+    assert (plan.chosen.kind, plan.chosen.topology.size) == ("tree", 32)
+    assert plan.chosen.speedup == pytest.approx(plan.chosen.tokens_per_step, rel=1e-6)
     assert plan.best_tree is not None
-    assert plan.best_tree.parents == plan.parents
+    assert plan.best_tree.parents == plan.chosen.parents
 
 
 def test_a_chain_wins_when_siblings_are_never_accepted() -> None:
     steep = LatencyCurve((1, 4, 8), (0.1, 0.12, 10.0))
-    assert choose(PlanInputs((0.8, 0.0), verify_curve=steep, draft_curve=FREE)).kind == "chain"
+    assert choose(PlanInputs((0.8, 0.0), verify_curve=steep, draft_curve=FREE)).chosen.kind == "chain"
 
 
-def test_a_chain_wins_where_every_tree_of_most_tokens_drafts_two_rows_at_once() -> None:
+def test_of_trees_with_as_many_tokens_the_one_that_drafts_fewer_rows_wins() -> None:
     only_five = LatencyCurve((1, 2, 4, 5), (1.0, 100.0, 100.0, 1.0))
     only_one_row = LatencyCurve((1, 2, 5), (0.01, 100.0, 100.0))
     plan = choose(PlanInputs((0.5, 0.4), verify_curve=only_five, draft_curve=only_one_row))
-    assert plan.parents == Topology.chain(5).parents
+    assert plan.chosen.parents == (-1, 0, 0, 1, 1)
 
 
 def test_longer_round_trips_make_larger_trees_and_then_none() -> None:
     curve = LatencyCurve((1, 64), (0.01, 0.04))
     near = PlanInputs(PRIOR, verify_curve=curve, draft_curve=FREE)
-    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).topology.size for rtt in (0.0, 0.005, 0.02, 1.0)]
+    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).chosen.topology.size for rtt in (0.0, 0.005, 0.02, 1.0)]
     assert sizes[0] < sizes[1] < sizes[2]
     assert sizes[3] == 1
 
@@ -141,20 +142,102 @@ def test_the_price_counts_every_forward_and_every_round_trip() -> None:
     assert priced.speedup == pytest.approx(1.0 / priced.seconds_per_token)
 
 
+def ordered_trees(size: int) -> Iterator[Topology]:
+    """Every ordered tree of that many nodes, by all ways to hand parents out in level order."""
+
+    def grow(parents: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        if len(parents) == size:
+            yield parents
+            return
+        for parent in range(parents[-1] if len(parents) > 1 else 0, len(parents)):
+            yield from grow((*parents, parent))
+
+    for parents in grow((-1,)):
+        yield Topology(parents)
+
+
+ALL_TREES = [tree for size in range(1, 8) for tree in ordered_trees(size)]
+DRAFT_CURVES = {
+    "flat": LatencyCurve((1, 7), (0.01, 0.01)),
+    "rising": LatencyCurve((1, 2, 4, 7), (0.01, 0.018, 0.03, 0.05)),
+    "a cliff": LatencyCurve((1, 2, 3, 7), (0.01, 0.01, 0.04, 0.04)),
+    "one row": LatencyCurve((1,), (0.01,)),
+    "two rows": LatencyCurve((1, 2), (0.01, 0.012)),
+}
+
+
+def random_acceptance(generator: random.Random, ranks: int) -> tuple[float, ...]:
+    weights = sorted((generator.random() for _ in range(ranks)), reverse=True)
+    return tuple(generator.uniform(0.7, 1.0) * weight / sum(weights) for weight in weights)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("draft_curve", DRAFT_CURVES.values(), ids=DRAFT_CURVES)
+def test_no_tree_at_all_is_cheaper_than_the_choice(draft_curve: LatencyCurve, seed: int) -> None:
+    generator = random.Random(seed)
+    acceptance = random_acceptance(generator, 4)
+    inputs = PlanInputs(acceptance, LatencyCurve((1, 7), (0.1, generator.uniform(0.1, 0.14))), draft_curve)
+    seconds = [price(tree, inputs).seconds_per_token for tree in ALL_TREES if fits(tree, draft_curve)]
+    assert choose(inputs).chosen.seconds_per_token == pytest.approx(min(seconds), rel=2e-3)
+
+
+def fits(tree: Topology, draft_curve: LatencyCurve) -> bool:
+    depths = [tree.depths[node] for node in tree.internal_nodes]
+    return all(depths.count(depth) <= draft_curve.max_tokens for depth in depths)
+
+
 @pytest.mark.parametrize("acceptance", [(0.6, 0.2, 0.1), (0.3, 0.1, 0.4)])
-def test_the_choice_is_the_cheapest_of_all_small_trees_of_most_tokens(acceptance: tuple[float, ...]) -> None:
+def test_no_tree_of_most_tokens_is_cheaper_than_the_choice(acceptance: tuple[float, ...]) -> None:
     inputs = PlanInputs(acceptance, LatencyCurve((1, 6), (0.1, 0.14)), LatencyCurve((1, 6), (0.01, 0.02)), 0.01, 0.01)
     optima = [optimal_tree(acceptance, n, d) for n, d in product(range(2, 7), range(2, 7)) if n <= 1 + 3 * (d - 1)]
     cheapest = min(price(tree, inputs).seconds_per_token for tree in optima)
-    assert choose(inputs).seconds_per_token == pytest.approx(cheapest)
+    assert choose(inputs).chosen.seconds_per_token <= cheapest * (1 + 1e-12)
+
+
+def test_the_reduced_tree_has_at_most_half_the_drafted_nodes() -> None:
+    plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
+    assert plan.reduced is not None
+    assert plan.best_tree is not None
+    assert plan.reduced.topology.size - 1 <= (plan.best_tree.topology.size - 1) / 2
+
+
+def test_drafting_ahead_hides_the_shorter_part_of_a_step_on_devices_of_their_own() -> None:
+    tree = Topology((-1, 0, 0, 1))
+    inputs = PlanInputs((0.5, 0.25), LatencyCurve((1, 9), (1.0, 1.0)), LatencyCurve((1, 2), (0.2, 0.2)), 0.1, 0.05)
+    plain = price(tree, inputs)
+    ahead = price(tree, replace(inputs, draft_ahead_hit_rate=0.75))
+    saved = 0.75 * (0.4 + 0.1) - 0.25 * 0.2 / 2
+    step_seconds = plain.seconds_per_token * plain.tokens_per_step
+    assert ahead.seconds_per_token == pytest.approx((step_seconds - saved) / plain.tokens_per_step)
+    assert price(tree, replace(inputs, draft_ahead_hit_rate=0.75, shares_device=True)) == plain
+
+
+def test_the_correction_scales_what_comes_beyond_the_first_token() -> None:
+    inputs = PlanInputs((0.5, 0.25), FLAT, FREE, tokens_factor=1.2)
+    assert price(Topology((-1, 0, 0)), inputs).tokens_per_step == pytest.approx(1 + 1.2 * 0.75)
+
+
+def test_the_standard_error_of_tokens_follows_from_that_of_the_acceptance() -> None:
+    inputs = PlanInputs(((0.5, 0.25),), FLAT, FREE, errors=((0.03, 0.04),))
+    assert price(Topology((-1, 0, 0)), inputs).tokens_error == pytest.approx(0.05)
+
+
+def test_sessions_that_share_the_verifier_get_smaller_trees() -> None:
+    curve = LatencyCurve((1, 8, 64), (0.1, 0.11, 0.4))
+    profile = LatencyProfile(SharedCurve(1, 64, curve))
+    sizes = [
+        choose(PlanInputs(PRIOR, profile.curve(sessions), LatencyCurve((1, 16), (0.003, 0.003)))).chosen.topology.size
+        for sessions in (1, 4, 16)
+    ]
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 def test_trees_stay_within_the_given_limits_and_the_measured_widths() -> None:
     inputs = PlanInputs((0.4, 0.3, 0.2), verify_curve=FLAT, draft_curve=LatencyCurve((1, 2), (1e-9, 1e-9)))
     plan = choose(inputs, max_size=20, max_levels=3)
-    internal_depths = [plan.topology.depths[node] for node in plan.topology.internal_nodes]
-    assert plan.topology.levels <= 3
-    assert plan.topology.size <= 20
+    internal_depths = [plan.chosen.topology.depths[node] for node in plan.chosen.topology.internal_nodes]
+    assert plan.chosen.topology.levels <= 3
+    assert plan.chosen.topology.size <= 20
     assert max(internal_depths.count(depth) for depth in range(3)) <= 2
 
 
@@ -173,7 +256,7 @@ def test_a_plan_survives_json(seed: int) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("schema", "sequoia.tree_plan.v0"),
+        ("schema", "sequoia.tree_plan.v1"),
         ("parents", [-1, 0, 7]),
         ("parents", [-1, 0, 0.5]),
         ("kind", "magic"),

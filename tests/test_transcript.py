@@ -86,12 +86,26 @@ def test_all_committed_tokens_are_kept_for_a_rebuild(codec: TextCodec) -> None:
     assert growing.num_completion_tokens == 3
 
 
-def test_counts_by_rank_are_of_reached_nodes_only() -> None:
+def test_counts_by_depth_and_rank_are_of_reached_nodes_only() -> None:
     """Root with three children, its second (node 2) accepted, of whose two children the first (node 5)."""
     tree = TokenTree(topology=Topology(parents=[-1, 0, 0, 0, 1, 2, 2]), token_ids=[0] * 7)
     report = Report()
     verdict = Verdict(accepted_nodes=[2, 5], bonus_token_id=9)
-    report.verified(VerifyResponse(verdict=verdict, worker_seconds=0.0), DraftResponse(tree=tree))
-    assert list(report.message.num_offered_by_rank) == [2, 2, 1]
-    assert list(report.message.num_accepted_by_rank) == [1, 1]
+    response = VerifyResponse(verdict=verdict, worker_seconds=0.0)
+    report.verified(response, DraftResponse(tree=tree), fell_back=False)
+    root, second = report.message.counts_by_depth
+    assert (list(root.num_offered), list(root.num_accepted)) == ([1, 1, 1], [0, 1])
+    assert (list(second.num_offered), list(second.num_accepted)) == ([1, 1], [1])
+    [usage] = report.message.trees
+    assert (usage.topology, usage.num_steps, usage.num_tokens) == (tree.topology, 1, 3)
     assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
+
+
+def test_a_step_that_fell_back_is_no_plain_decoding() -> None:
+    report = Report()
+    for fell_back in (True, False):
+        report.host()
+        report.verified(VerifyResponse(worker_seconds=0.5), None, fell_back=fell_back)
+    [usage] = report.message.trees
+    assert (list(usage.topology.parents), usage.num_steps) == ([-1], 1)
+    assert report.message.num_steps == 2

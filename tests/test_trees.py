@@ -2,39 +2,46 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from redis import Redis
 
+from coordinator.governor import LEAST_SPEEDUP
 from coordinator.request import Request
-from coordinator.trees import BUILT_IN_TREE, LEAST_SPEEDUP, TreePlans, plan_key
+from coordinator.speculation import BUILT_IN_TREE, Choice, RequestSpeculation, Speculator
+from coordinator.trees import FoundPlan, TreePlans, plan_key
 from sequoia.acceptance import PRIOR
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, TreePlan, choose, optimal_tree
 from sequoia.rules import COUPLED, GREEDY, SEQUOIA, Rule
 from sequoia.sampling import Decoding, Sampling
+from sequoia.situation import Situation
 from sequoia.topology import Topology
-from sequoia.tree_cache import temperature_bucket
+from sequoia.tree_cache import StoredPlan, TreeCache
 from sequoia.v1.coordinator_pb2 import (
     SPECULATION_MODE_AUTO,
     SPECULATION_MODE_OFF,
     SPECULATION_MODE_TREE,
+    SPECULATION_STATE_OFF,
+    SPECULATION_STATE_ON,
     SpeculationMode,
 )
 from sequoia.v1.worker_pb2 import WorkerDescription
 
 FAST, SLOW = LatencyCurve((1, 16), (0.01, 0.01)), LatencyCurve((1, 16), (0.1, 0.12))
-SPECULATE = choose(PlanInputs((0.6, 0.2), verify_curve=SLOW, draft_curve=FAST))
-DO_NOT = choose(PlanInputs((0.6, 0.2), verify_curve=SLOW, draft_curve=SLOW))
+SPECULATE = choose(PlanInputs(((0.6, 0.2),), verify_curve=SLOW, draft_curve=FAST))
+DO_NOT = choose(PlanInputs(((0.6, 0.2),), verify_curve=SLOW, draft_curve=SLOW))
 NOWHERE = "redis://127.0.0.1:1/0"
+PLAIN = Topology.root_only()
 
 
 @dataclass
 class Pair:
     verify_description: WorkerDescription
     draft_description: WorkerDescription | None
+    round_trip_seconds: float = 0.0
 
 
 def pair(draft: str = "draft", limit: int = 64) -> Pair:
@@ -45,18 +52,22 @@ def pair(draft: str = "draft", limit: int = 64) -> Pair:
 
 
 def request(mode: SpeculationMode, temperature: float = 0.0, topology: Topology | None = None) -> Request:
-    return Request((1,), 8, (), decoding(temperature), mode, topology)
+    decoding = Decoding(SEQUOIA if temperature else GREEDY, Sampling(temperature=temperature), 1)
+    return Request((1,), 8, (), decoding, mode, topology)
 
 
-def decoding(temperature: float) -> Decoding:
-    return Decoding(SEQUOIA if temperature else GREEDY, Sampling(temperature=temperature), 1)
+def situation(temperature: float, rule: Rule = SEQUOIA) -> Situation:
+    return Situation.of(rule if temperature else GREEDY, temperature)
 
 
-def put(url: str, of: Pair, temperature: float, document: TreePlan | str, rule: Rule = SEQUOIA) -> None:
-    draft, bucket = of.draft_description or WorkerDescription(), temperature_bucket(temperature)
-    key = plan_key(of.verify_description, draft, bucket, rule if temperature else GREEDY)
+def chosen(plans: TreePlans, of: Pair, mode: SpeculationMode, **kind: object) -> Topology:
+    return RequestSpeculation(Speculator(plans, of), request(mode, **kind)).choose(1).topology  # type: ignore[arg-type]
+
+
+def put(url: str, of: Pair, at: Situation, document: TreePlan | str) -> None:
+    key = plan_key(of.verify_description, of.draft_description or WorkerDescription(), at)
     with Redis.from_url(url) as redis:
-        redis.set(str(key), document if isinstance(document, str) else document.to_json())
+        redis.set(str(key), document if isinstance(document, str) else StoredPlan(document, 0.0).to_json())
 
 
 class Idle:
@@ -73,7 +84,7 @@ class Idle:
     async def plans_with(self, of: Pair, plan: TreePlan) -> TreePlans:
         """Plans that were read from a Redis that is gone by now."""
         with EmbeddedRedis() as redis:
-            put(redis.url, of, 0.0, plan)
+            put(redis.url, of, situation(0.0), plan)
             plans = self.plans(redis.url, of)
             await plans.refresh()
         return plans
@@ -93,103 +104,137 @@ def test_the_built_in_tree_is_the_best_of_its_size_for_the_prior() -> None:
 async def test_without_redis_the_built_in_tree_serves(idle: Idle, url: str) -> None:
     plans = idle.plans(url, pair())
     await plans.refresh()
-    assert plans.topology(request(SPECULATION_MODE_AUTO)) == BUILT_IN_TREE
-    assert plans.topology(request(SPECULATION_MODE_TREE)) == BUILT_IN_TREE
-    assert plans.topology(request(SPECULATION_MODE_OFF)) == Topology.root_only()
+    assert chosen(plans, pair(), SPECULATION_MODE_AUTO) == BUILT_IN_TREE
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == BUILT_IN_TREE
+    assert chosen(plans, pair(), SPECULATION_MODE_OFF) == PLAIN
     assert plans.in_force() == []
 
 
 async def test_the_plan_decides_in_mode_auto_and_its_best_tree_serves_mode_tree(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), DO_NOT)
-    assert plans.in_force() == [DO_NOT]
-    assert plans.topology(request(SPECULATION_MODE_AUTO)) == Topology.root_only()
+    assert plans.in_force() == [FoundPlan(DO_NOT, situation(0.0))]
+    assert chosen(plans, pair(), SPECULATION_MODE_AUTO) == PLAIN
     assert DO_NOT.best_tree is not None
-    assert plans.topology(request(SPECULATION_MODE_TREE)) == DO_NOT.best_tree.topology
-    assert plans.topology(request(SPECULATION_MODE_OFF)) == Topology.root_only()
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == DO_NOT.best_tree.topology
+    assert chosen(plans, pair(), SPECULATION_MODE_OFF) == PLAIN
 
 
-async def test_a_plan_that_promises_next_to_nothing_is_not_acted_upon_in_mode_auto(idle: Idle) -> None:
-    draft_curve = LatencyCurve((1, 16), (0.068, 0.068))
-    plan = choose(PlanInputs((0.6, 0.2), verify_curve=SLOW, draft_curve=draft_curve))
-    assert 1.0 < plan.speedup < LEAST_SPEEDUP
+async def test_a_plan_that_promises_next_to_nothing_is_tried_before_it_is_followed(idle: Idle) -> None:
+    draft_curve = LatencyCurve((1, 16), (0.071, 0.071))
+    plan = choose(PlanInputs(((0.6, 0.2),), verify_curve=SLOW, draft_curve=draft_curve))
+    assert 1.0 < plan.chosen.speedup < LEAST_SPEEDUP
     plans = await idle.plans_with(pair(), plan)
-    assert plans.topology(request(SPECULATION_MODE_AUTO)) == Topology.root_only()
-    assert plans.topology(request(SPECULATION_MODE_TREE)) == plan.topology
+    assert chosen(plans, pair(), SPECULATION_MODE_AUTO) == PLAIN
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == plan.chosen.topology
 
 
 async def test_a_tree_named_by_the_request_is_used_as_it_is(idle: Idle) -> None:
     plans = await idle.plans_with(pair(limit=4), SPECULATE)
-    assert plans.topology(request(SPECULATION_MODE_TREE, topology=Topology.chain(6))) == Topology.chain(6)
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE, topology=Topology.chain(6)) == Topology.chain(6)
 
 
 async def test_a_plan_serves_its_own_temperature_and_pair_only(idle: Idle) -> None:
     workers = pair()
     plans = await idle.plans_with(workers, SPECULATE)
-    assert plans.plan_for(decoding(0.0)) == SPECULATE
-    assert plans.plan_for(decoding(0.6)) is None
+    assert plans.find(situation(0.0)) == FoundPlan(SPECULATE, situation(0.0))
+    assert plans.find(situation(0.6)) is None
     workers.draft_description = pair(draft="another").draft_description
-    assert plans.plan_for(decoding(0.0)) is None
+    assert plans.find(situation(0.0)) is None
     workers.draft_description = None
-    assert plans.plan_for(decoding(0.0)) is None
+    assert plans.find(situation(0.0)) is None
 
 
 async def test_trees_are_cut_to_what_the_workers_take(idle: Idle) -> None:
-    plans = await idle.plans_with(pair(limit=5), SPECULATE)
-    assert SPECULATE.topology.size > 5
-    assert plans.topology(request(SPECULATION_MODE_AUTO)) == Topology(SPECULATE.parents[:5])
-    assert plans.topology(request(SPECULATION_MODE_AUTO, temperature=1.0)) == Topology(BUILT_IN_TREE.parents[:5])
+    small = pair(limit=5)
+    plans = await idle.plans_with(small, SPECULATE)
+    parents = SPECULATE.chosen.parents
+    assert len(parents) > 5
+    assert chosen(plans, small, SPECULATION_MODE_AUTO) == Topology(parents[:5])
+    assert chosen(plans, small, SPECULATION_MODE_AUTO, temperature=1.0) == Topology(BUILT_IN_TREE.parents[:5])
+
+
+async def test_another_load_or_distance_takes_the_likest_plan_and_its_own_as_soon_as_there_is_one(idle: Idle) -> None:
+    there = replace(situation(0.0), sessions="(2,4]", context="(1024,4096]", round_trip="(0.02,0.05]")
+    with EmbeddedRedis() as redis:
+        put(redis.url, pair(), situation(0.0), SPECULATE)
+        plans = idle.plans(redis.url, pair())
+        await plans.refresh()
+        assert plans.find(there) == FoundPlan(SPECULATE, situation(0.0))
+        put(redis.url, pair(), there, DO_NOT)
+        await plans.refresh()
+    assert plans.find(there) == FoundPlan(DO_NOT, there)
+    assert plans.find(situation(0.0)) == FoundPlan(SPECULATE, situation(0.0))
 
 
 async def test_a_plan_is_picked_up_when_redis_comes_back_and_outlives_its_next_end(idle: Idle) -> None:
     with EmbeddedRedis() as redis:
         plans = idle.plans(redis.url, pair())
     await plans.refresh()
-    assert plans.plan_for(decoding(0.0)) is None
+    assert plans.find(situation(0.0)) is None
     with EmbeddedRedis(redis.port):
-        put(redis.url, pair(), 0.0, DO_NOT)
+        put(redis.url, pair(), situation(0.0), DO_NOT)
         await plans.refresh()
-        assert plans.plan_for(decoding(0.0)) == DO_NOT
-        put(redis.url, pair(), 0.0, SPECULATE)
+        assert plans.find(situation(0.0)) == FoundPlan(DO_NOT, situation(0.0))
+        put(redis.url, pair(), situation(0.0), SPECULATE)
         await plans.refresh()
-        assert plans.plan_for(decoding(0.0)) == SPECULATE
     await plans.refresh()
-    assert plans.plan_for(decoding(0.0)) == SPECULATE
+    assert plans.find(situation(0.0)) == FoundPlan(SPECULATE, situation(0.0))
 
 
-class FirstRecord(logging.Handler):
-    """Tells when something is logged."""
+class Records(logging.Handler):
+    """Tells when a message is logged."""
 
-    def __init__(self) -> None:
+    def __init__(self, message: str) -> None:
         super().__init__()
         self.seen = asyncio.Event()
+        self._message = message
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.seen.set()
+        if record.getMessage() == self._message:
+            self.seen.set()
 
 
-async def test_new_plans_are_looked_for_in_the_background(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def new_plan(caplog: pytest.LogCaptureFixture) -> AsyncIterator[asyncio.Event]:
     caplog.set_level(logging.INFO)
-    handler = FirstRecord()
+    handler = Records("new tree plan")
     logging.getLogger("coordinator.trees").addHandler(handler)
+    yield handler.seen
+    logging.getLogger("coordinator.trees").removeHandler(handler)
+
+
+async def test_plans_are_looked_for_in_the_background(new_plan: asyncio.Event) -> None:
+    with EmbeddedRedis() as redis:
+        async with TreePlans(redis.url, pair(), 0.001, SEQUOIA) as plans, asyncio.timeout(10):
+            put(redis.url, pair(), situation(1.0), SPECULATE)
+            await new_plan.wait()
+            assert plans.find(situation(1.0)) == FoundPlan(SPECULATE, situation(1.0))
+
+
+async def test_a_plan_that_is_stored_reaches_a_running_coordinator_at_once(new_plan: asyncio.Event) -> None:
     with EmbeddedRedis() as redis:
         async with (
-            TreePlans(redis.url, pair(), refresh_seconds=0.001, default_rule=SEQUOIA) as plans,
+            TreePlans(redis.url, pair(), 3600, SEQUOIA) as plans,
+            TreeCache(redis.url) as cache,
             asyncio.timeout(10),
         ):
-            put(redis.url, pair(), 1.0, SPECULATE)
-            await handler.seen.wait()
-            assert plans.plan_for(decoding(1.0)) == SPECULATE
-    logging.getLogger("coordinator.trees").removeHandler(handler)
+            governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+            assert governed.choose(1).topology == BUILT_IN_TREE
+            while not new_plan.is_set():  # until it listens
+                key = plan_key(pair().verify_description, pair().draft_description, situation(0.0))
+                await cache.put_many({key: StoredPlan(SPECULATE, 0.0)}, ttl_seconds=60)
+                await asyncio.sleep(0.01)
+            assert governed.choose(2).topology == SPECULATE.chosen.topology
 
 
 async def test_what_is_wrong_is_logged_once_and_so_is_its_end(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     with EmbeddedRedis() as redis:
-        put(redis.url, pair(), 0.0, "not a plan")
+        put(redis.url, pair(), situation(0.0), "not a plan")
         plans = idle.plans(redis.url, pair())
         await plans.refresh()
         await plans.refresh()
-        put(redis.url, pair(), 0.0, SPECULATE)
+        put(redis.url, pair(), situation(0.0), SPECULATE)
         await plans.refresh()
         await plans.refresh()
     logged = [(record.levelname, record.getMessage()) for record in caplog.records]
@@ -204,9 +249,34 @@ async def test_what_is_wrong_is_logged_once_and_so_is_its_end(idle: Idle, caplog
 async def test_a_rule_without_a_plan_of_its_own_takes_the_default_rules() -> None:
     async with AsyncExitStack() as stack:
         with EmbeddedRedis() as redis:
-            put(redis.url, pair(), 0.6, SPECULATE)
-            put(redis.url, pair(), 0.9, DO_NOT, rule=COUPLED)
+            put(redis.url, pair(), situation(0.6), SPECULATE)
+            put(redis.url, pair(), situation(0.9, COUPLED), DO_NOT)
             plans = Idle(stack).plans(redis.url, pair())
             await plans.refresh()
-        coupled = [Decoding(COUPLED, Sampling(temperature=each, seed=1), 1) for each in (0.6, 0.9, 0.2)]
-        assert [plans.plan_for(each) for each in coupled] == [SPECULATE, DO_NOT, None]
+        found = [plans.find(situation(each, COUPLED)) for each in (0.6, 0.9, 0.2)]
+    assert found == [FoundPlan(SPECULATE, situation(0.6)), FoundPlan(DO_NOT, situation(0.9, COUPLED)), None]
+
+
+async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_not(idle: Idle) -> None:
+    plans = await idle.plans_with(pair(), SPECULATE)
+    governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+    trees = [governed.choose(1).topology for _ in range(640)]
+    tree = SPECULATE.chosen.topology
+    explored = [each for each in trees if each != tree]
+    assert len(explored) == 10
+    assert {len(each.children[0]) for each in explored} == {len(tree.children[0]) + 8}
+    assert {each.size for each in explored} == {tree.size + 8}
+
+
+async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
+    plans = await idle.plans_with(pair(), SPECULATE)
+    speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+    assert speculation.choose(1).topology == SPECULATE.chosen.topology
+    assert speculation.state == SPECULATION_STATE_ON
+    for _ in range(200):
+        choice = speculation.choose(1)
+        is_plain = choice.topology == PLAIN
+        speculation.observe(choice, 0.1 if is_plain else 1.0, 1 if is_plain else 2, usual=True)
+    assert speculation.state == SPECULATION_STATE_OFF
+    assert speculation.reason.startswith("measured, in ms a token: on 500.0")
+    assert Choice(PLAIN, 64) in [speculation.choose(1) for _ in range(2)]

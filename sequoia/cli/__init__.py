@@ -18,7 +18,8 @@ _COMMANDS = {
     "demo": "start the system, stream one answer, show what speculation did, stop",
     "up": "start the system on this machine and keep it running",
     "generate": "continue a prompt on a running system",
-    "plan": "measure a running pair and keep the best trees in Redis",
+    "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
+    "explain": "show why a pair is decoded the way it is, and what other trees would bring",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
     "bench": "measure what each rule accepts over temperature, or what it costs on a running system",
 }
@@ -40,15 +41,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -> int:
-    from sequoia.errors import InvalidArgument, SequoiaError
+    from sequoia.rules import ParameterError
 
     try:
         status = run(parsed)
         sys.stdout.flush()
         return status
-    except SequoiaError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, InvalidArgument) else 1
+    except ParameterError as error:
+        return _fail(f"{error.field}: {error.message}", 2)
+    # Looked up only when something was raised: it loads grpc, which planning from numbers alone does without.
+    except importlib.import_module("sequoia.errors").SequoiaError as error:
+        return _fail(str(error), 2 if error.code.name == "INVALID_ARGUMENT" else 1)
+
+
+def _fail(problem: str, status: int) -> int:
+    print(f"error: {problem}", file=sys.stderr, flush=True)
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,7 +87,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", nargs=0, action=_Version, help="print the version")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, summary in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if arguments[:1] == [name]:
             module = importlib.import_module(f"sequoia.cli.{name}")
             module.add_arguments(command)

@@ -9,8 +9,9 @@ from itertools import takewhile
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.planner_job import PROMPTS, plan_pair
-from coordinator.trees import BUILT_IN_TREE
+from coordinator.measuring import PROMPTS
+from coordinator.planner_job import plan_pair
+from coordinator.speculation import BUILT_IN_TREE
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.figures import new_table, shares, verdict
 from sequoia.cli.generate import print_as_it_comes
@@ -49,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.say(f"the planner says: {verdict(plan)}")
         with Client(system.address) as client:
             question = [Message("user", arguments.prompt)]
-            tree = BUILT_IN_TREE if plan.kind == "off" else plan.topology
+            tree = plan.best_tree.topology if plan.best_tree else BUILT_IN_TREE
             console.rule("the answer, as its tokens are committed")
             drafted = print_as_it_comes(
                 client.stream(question, max_tokens=_NUM_TOKENS, temperature=0, speculation=tree)
@@ -78,7 +79,7 @@ def _comparison(drafted: Generation, plain: Generation, plan: TreePlan, dtype: s
     table = new_table("", "with a tree", "without")
     table.add_row("tokens/s after the first", *(_rate(each) for each in (drafted, plain)))
     table.add_row("tokens/step", *(f"{each.speculation.mean_tokens_per_step:.2f}" for each in (drafted, plain)))
-    table.add_row("tree", f"{figures.tree_size} nodes x {figures.tree_levels} levels", "none")
+    table.add_row("tree", f"{figures.tree.size} nodes x {figures.tree.levels} levels", "none")
     table.add_row("share of a step", *(shares(each.speculation.stage_seconds) for each in (drafted, plain)))
     table.add_row("text", f"{len(drafted.token_ids)} tokens", _sameness(drafted, plain, dtype))
     table.add_row("planner's verdict", verdict(plan))

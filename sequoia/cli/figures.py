@@ -1,15 +1,21 @@
-"""Figures of a generation as a table for people."""
+"""Figures as tables for people, and what every picture needs. Loads no grpc: plans are shown without a system too."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
-from coordinator.trees import LEAST_SPEEDUP
-from sequoia.client import Generation, StageSeconds
+from coordinator.governor import LEAST_SPEEDUP
 from sequoia.planner import PricedTree, TreePlan
+from sequoia.rules import ParameterError
+
+if TYPE_CHECKING:
+    from sequoia.generation import Generation, StageSeconds
 
 
 def figures_table(generation: Generation) -> Table:
@@ -20,7 +26,7 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("tokens/s", f"{usage.tokens_per_second:.1f}")
     table.add_row("first token", f"{usage.time_to_first_token_seconds:.3f} s")
     table.add_row("tokens/step", f"{figures.mean_tokens_per_step:.2f} over {figures.num_steps} steps")
-    table.add_row("tree", f"{figures.tree_size} nodes x {figures.tree_levels} levels")
+    table.add_row("tree", f"{figures.tree.size} nodes x {figures.tree.levels} levels")
     table.add_row("rule", generation.rule if generation.seed is None else f"{generation.rule}, seed {generation.seed}")
     table.add_row("share of a step", shares(figures.stage_seconds))
     if figures.fallback_reason:
@@ -45,27 +51,60 @@ def new_table(*columns: str) -> Table:
 
 def plans_table(temperatures: Sequence[float], plans: Sequence[TreePlan]) -> Table:
     """One row a plan, with what it promises."""
-    table = new_table("temperature", "plan", "tokens/step", "ms/token", "speedup", "best that speculates")
+    table = new_table("temperature", "plan", "tokens/step", "ms/token", "speedup", "best that speculates", "reduced")
     for temperature, plan in zip(temperatures, plans, strict=True):
-        figures = (f"{plan.tokens_per_step:.2f}", f"{plan.seconds_per_token * 1e3:.1f}", f"{plan.speedup:.2f}")
-        table.add_row(
-            f"{temperature:g}", _shape(plan), *figures, _promise(plan.best_tree) if plan.best_tree else "none"
-        )
+        others = (_promise(each) if each else "none" for each in (plan.best_tree, plan.reduced))
+        table.add_row(f"{temperature:g}", shape(plan.chosen), *promises(plan.chosen), *others)
+    return table
+
+
+def plan_table(plan: TreePlan) -> Table:
+    """One plan, a row a figure, by the names they have in its JSON form."""
+    tree, off_seconds = plan.chosen, plan.inputs.verify_curve.at(1)
+    table = new_table("", "")
+    table.add_row("kind", tree.kind)
+    table.add_row("size", f"{tree.topology.size}")
+    table.add_row("levels", f"{tree.topology.levels}")
+    table.add_row("parents", ",".join(map(str, tree.parents)))
+    table.add_row("tokens_per_step", promises(tree)[0])
+    table.add_row("seconds_per_token", f"{tree.seconds_per_token:.4g} (plain decoding: {off_seconds:.4g})")
+    table.add_row("speedup", f"{tree.speedup:.2f}")
+    for name, other in plan.alternatives.items():
+        table.add_row(name, _promise(other) if other else "none")
     return table
 
 
 def verdict(plan: TreePlan) -> str:
     """The plan in a sentence."""
-    if plan.kind != "off" and plan.speedup >= LEAST_SPEEDUP:
-        return f"speculate: {_promise(plan)}"
+    if plan.chosen.kind != "off" and plan.chosen.speedup >= LEAST_SPEEDUP:
+        return f"speculate: {_promise(plan.chosen)}"
     if plan.best_tree is None:
         return "do not speculate"
     return f"do not speculate: the best is {_promise(plan.best_tree)}"
 
 
-def _promise(tree: PricedTree) -> str:
-    return f"{_shape(tree)}, predicted {tree.tokens_per_step:.2f} tokens/step and speedup {tree.speedup:.2f}"
+def promises(tree: PricedTree) -> tuple[str, str, str]:
+    """Tokens per step, with the 95 % interval where it is known; milliseconds per token; speedup."""
+    margin = f" ± {1.96 * tree.tokens_error:.2f}" if tree.tokens_error else ""
+    return f"{tree.tokens_per_step:.2f}{margin}", f"{tree.seconds_per_token * 1e3:.4g}", f"{tree.speedup:.2f}"
 
 
-def _shape(tree: PricedTree) -> str:
+def shape(tree: PricedTree) -> str:
+    """Kind, size and levels."""
     return tree.kind if tree.kind == "off" else f"{tree.kind} of {tree.topology.size} x {tree.topology.levels}"
+
+
+def check_plot(file: Path) -> None:
+    """Before the work that a picture takes, not after. Raises ParameterError naming --plot."""
+    if file.suffix not in (".svg", ".png"):
+        raise ParameterError(f"{file} ends neither in .svg nor in .png", "--plot")
+    if not file.absolute().parent.is_dir():
+        raise ParameterError(f"there is no folder {file.absolute().parent}; make it first", "--plot")
+    if file.is_dir():
+        raise ParameterError(f"{file} is a folder; name a file", "--plot")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ParameterError("needs matplotlib: pip install sequoia-serving[bench]", "--plot")
+
+
+def _promise(tree: PricedTree) -> str:
+    return f"{shape(tree)}, predicted {tree.tokens_per_step:.2f} tokens/step and speedup {tree.speedup:.2f}"

@@ -38,6 +38,14 @@ class KVLayer(CacheLayerMixin):
         return self.keys, self.values
 
     @torch.inference_mode()
+    def clear(self, start: int, end: int) -> None:
+        """Fill rows with zeros."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys[:, start:end] = 0.0
+        self.values[:, start:end] = 0.0
+
+    @torch.inference_mode()
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows within the pool; the source is read whole before anything is written."""
         assert self.keys is not None
@@ -73,6 +81,12 @@ class KVSlot:
         if moved:
             self._cache.move([self.first_row + s for s, _ in moved], [self.first_row + t for _, t in moved])
         self.length += len(rows)
+
+    def pretend(self, num_rows: int) -> None:
+        """Make rows of zeros the next valid ones: a context to measure behind. After the first forward only."""
+        start = self.first_row + self.length
+        self._cache.clear(start, start + num_rows)
+        self.length += num_rows
 
     def truncate(self, length: int) -> None:
         """Drop all rows from `length` on."""
@@ -115,6 +129,11 @@ class KVCache(Cache):
             yield KVSlot(self, index)
         finally:
             self._free.append(index)
+
+    def clear(self, start: int, end: int) -> None:
+        """Fill pool rows with zeros in every layer."""
+        for layer in self._layers:
+            layer.clear(start, end)
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy pool rows in every layer."""

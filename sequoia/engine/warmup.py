@@ -1,30 +1,101 @@
-"""Measured speed of a model on this machine: seconds of one forward by the number of tokens in it."""
+"""Measured speed of a model on this machine: seconds of a forward by tokens, sessions and context."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
 
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.hardware import LatencyCurve
+from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 
 _CONTEXT_TOKENS = 64
-_ROUNDS = 2
+# Where other numbers of sessions and longer contexts are measured, as far as the worker takes them.
+_NUM_SESSIONS = (2, 4, 8)
+_LONG_CONTEXTS = (2048, 6144)
+_SPARSE_WIDTHS = (1, 16)
+# Two quick rounds that agree so well confirm each other; a single quick one may be luck, a slow one a neighbour.
+_AGREEMENT = 1.08
+_MOST_ROUNDS = 6
+# A width between two measured ones is kept apart when a straight line through them misses it by this much.
+_CLIFF = 0.1
+# Looking for cliffs ends then: starting up must not take long. The powers of two are always measured.
+_CLIFF_SECONDS = 4.0
+
+Measure = Callable[[int], float]
 
 
-def measure_latency(engine: Engine, widths: Sequence[int]) -> LatencyCurve:
-    """The least of some interleaved rounds (noise only adds) behind a short context, after a forward that allocates."""
+def measure_profile(engine: Engine, max_tokens: int, context_length: int) -> LatencyProfile:
+    """One session's curve up to `max_tokens` with its cliffs, and sparser ones of more sessions and longer contexts."""
     with engine.cache.slot() as slot:
         engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
-        slot.keep(range(_CONTEXT_TOKENS))
-        rounds = [[_seconds(engine, slot, width) for width in widths] for _ in range(_ROUNDS)]
-    return LatencyCurve(tuple(widths), tuple(min(column) for column in zip(*rounds, strict=True)))
+    base = _curve_with_cliffs(_behind(engine, 1, _CONTEXT_TOKENS), _powers_of_two(max_tokens))
+    others = [
+        SharedCurve(count, _CONTEXT_TOKENS, _sparse(_behind(engine, count, _CONTEXT_TOKENS), max_tokens // count))
+        for count in _NUM_SESSIONS
+        if count <= min(engine.cache.num_slots, max_tokens)
+    ]
+    others += [
+        SharedCurve(1, length, _sparse(_behind(engine, 1, length), max_tokens))
+        for length in _LONG_CONTEXTS
+        if length <= context_length
+    ]
+    return LatencyProfile(SharedCurve(1, _CONTEXT_TOKENS, base), tuple(others))
 
 
-def _seconds(engine: Engine, slot: KVSlot, width: int) -> float:
+def confirmed(measure: Callable[[], float]) -> float:
+    """A duration that was seen twice: the mean of the two quickest of the first rounds in which these two agree."""
+    rounds = sorted(measure() for _ in range(2))
+    while rounds[1] > _AGREEMENT * rounds[0] and len(rounds) < _MOST_ROUNDS:
+        rounds = sorted([*rounds, measure()])
+    return (rounds[0] + rounds[1]) / 2
+
+
+def _powers_of_two(most: int) -> list[int]:
+    return [*(2**exponent for exponent in range(most.bit_length()) if 2**exponent < most), most]
+
+
+def _sparse(measure: Measure, most: int) -> LatencyCurve:
+    widths = [width for width in _SPARSE_WIDTHS if width <= most]
+    return LatencyCurve(tuple(widths), tuple(map(measure, widths)))
+
+
+def _curve_with_cliffs(measure: Measure, widths: Sequence[int]) -> LatencyCurve:
+    """The curve through `widths`, halved again wherever it turned out not to be a straight line."""
+    seconds = {width: measure(width) for width in widths}
+    deadline = time.perf_counter() + _CLIFF_SECONDS
+    gaps = list(pairwise(widths))
+    while gaps and time.perf_counter() < deadline:
+        low, high = gaps.pop(0)
+        middle = (low + high) // 2
+        if middle == low:
+            continue
+        expected = seconds[low] + (seconds[high] - seconds[low]) * (middle - low) / (high - low)
+        seconds[middle] = measure(middle)
+        if abs(seconds[middle] - expected) > _CLIFF * expected:
+            gaps += [(low, middle), (middle, high)]
+    return LatencyCurve(*zip(*sorted(seconds.items()), strict=True))
+
+
+def _behind(engine: Engine, num_sessions: int, num_context_tokens: int) -> Measure:
+    """Seconds of a forward by the tokens of each of that many sessions, each behind a context."""
+
+    def measure(width: int) -> float:
+        with ExitStack() as stack:
+            slots = [stack.enter_context(engine.cache.slot()) for _ in range(num_sessions)]
+            for slot in slots:
+                slot.pretend(num_context_tokens)
+            return confirmed(lambda: _seconds(engine, slots, width))
+
+    return measure
+
+
+def _seconds(engine: Engine, slots: Iterable[KVSlot], width: int) -> float:
+    segments = [chunk_segment(slot, [0] * width, logits=True) for slot in slots]
     started = time.perf_counter()
-    [logits] = engine.forward([chunk_segment(slot, [0] * width, logits=True)])
-    float(logits[0, 0])  # waits for the device
+    logits = engine.forward(segments)
+    float(logits[0][0, 0])  # waits for the device
     return time.perf_counter() - started

@@ -22,6 +22,13 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_UNSPECIFIED: _ClassVar[FinishReason]
     FINISH_REASON_STOP: _ClassVar[FinishReason]
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
+
+class SpeculationState(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SPECULATION_STATE_UNSPECIFIED: _ClassVar[SpeculationState]
+    SPECULATION_STATE_ON: _ClassVar[SpeculationState]
+    SPECULATION_STATE_REDUCED: _ClassVar[SpeculationState]
+    SPECULATION_STATE_OFF: _ClassVar[SpeculationState]
 SPECULATION_MODE_UNSPECIFIED: SpeculationMode
 SPECULATION_MODE_AUTO: SpeculationMode
 SPECULATION_MODE_OFF: SpeculationMode
@@ -29,6 +36,10 @@ SPECULATION_MODE_TREE: SpeculationMode
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
+SPECULATION_STATE_UNSPECIFIED: SpeculationState
+SPECULATION_STATE_ON: SpeculationState
+SPECULATION_STATE_REDUCED: SpeculationState
+SPECULATION_STATE_OFF: SpeculationState
 
 class GenerateRequest(_message.Message):
     __slots__ = ("text", "chat", "token_ids", "sampling", "max_tokens", "stop", "speculation")
@@ -113,28 +124,54 @@ class Finish(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_completion_tokens: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., time_to_first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class SpeculationReport(_message.Message):
-    __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "topology", "stages", "num_offered_by_rank", "num_accepted_by_rank", "num_fallback_steps", "fallback_reason")
+    __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "stages", "num_fallback_steps", "fallback_reason", "counts_by_depth", "num_draft_bytes", "num_verify_bytes", "state", "state_reason", "trees")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
-    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
-    NUM_OFFERED_BY_RANK_FIELD_NUMBER: _ClassVar[int]
-    NUM_ACCEPTED_BY_RANK_FIELD_NUMBER: _ClassVar[int]
     NUM_FALLBACK_STEPS_FIELD_NUMBER: _ClassVar[int]
     FALLBACK_REASON_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_BY_DEPTH_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUM_VERIFY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_REASON_FIELD_NUMBER: _ClassVar[int]
+    TREES_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_drafted_steps: int
     num_drafted_tokens: int
     num_accepted_tokens: int
-    topology: _tree_pb2.Topology
     stages: StageSeconds
-    num_offered_by_rank: _containers.RepeatedScalarFieldContainer[int]
-    num_accepted_by_rank: _containers.RepeatedScalarFieldContainer[int]
     num_fallback_steps: int
     fallback_reason: str
-    def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_offered_by_rank: _Optional[_Iterable[int]] = ..., num_accepted_by_rank: _Optional[_Iterable[int]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ...) -> None: ...
+    counts_by_depth: _containers.RepeatedCompositeFieldContainer[RankCounts]
+    num_draft_bytes: int
+    num_verify_bytes: int
+    state: SpeculationState
+    state_reason: str
+    trees: _containers.RepeatedCompositeFieldContainer[TreeUsage]
+    def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ...) -> None: ...
+
+class TreeUsage(_message.Message):
+    __slots__ = ("topology", "num_steps", "num_tokens", "stages")
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STAGES_FIELD_NUMBER: _ClassVar[int]
+    topology: _tree_pb2.Topology
+    num_steps: int
+    num_tokens: int
+    stages: StageSeconds
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ...) -> None: ...
+
+class RankCounts(_message.Message):
+    __slots__ = ("num_offered", "num_accepted")
+    NUM_OFFERED_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_FIELD_NUMBER: _ClassVar[int]
+    num_offered: _containers.RepeatedScalarFieldContainer[int]
+    num_accepted: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_offered: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StageSeconds(_message.Message):
     __slots__ = ("draft", "verify", "network", "host", "prefill")
@@ -169,3 +206,43 @@ class DescribePairResponse(_message.Message):
     plans_json: _containers.RepeatedScalarFieldContainer[str]
     default_rule: _sampling_pb2.Rule
     def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ..., default_rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
+
+class ExplainRequest(_message.Message):
+    __slots__ = ("temperature", "rule", "num_sessions", "num_context_tokens")
+    TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    temperature: float
+    rule: _sampling_pb2.Rule
+    num_sessions: int
+    num_context_tokens: int
+    def __init__(self, temperature: _Optional[float] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., num_sessions: _Optional[int] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
+
+class ExplainResponse(_message.Message):
+    __slots__ = ("plan_json", "situation", "planned_situation", "state", "state_reason", "realised")
+    PLAN_JSON_FIELD_NUMBER: _ClassVar[int]
+    SITUATION_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_SITUATION_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    STATE_REASON_FIELD_NUMBER: _ClassVar[int]
+    REALISED_FIELD_NUMBER: _ClassVar[int]
+    plan_json: str
+    situation: str
+    planned_situation: str
+    state: SpeculationState
+    state_reason: str
+    realised: _containers.RepeatedCompositeFieldContainer[RealisedPace]
+    def __init__(self, plan_json: _Optional[str] = ..., situation: _Optional[str] = ..., planned_situation: _Optional[str] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., realised: _Optional[_Iterable[_Union[RealisedPace, _Mapping]]] = ...) -> None: ...
+
+class RealisedPace(_message.Message):
+    __slots__ = ("topology", "num_steps", "num_tokens", "seconds")
+    TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    topology: _tree_pb2.Topology
+    num_steps: float
+    num_tokens: float
+    seconds: float
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[float] = ..., num_tokens: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...

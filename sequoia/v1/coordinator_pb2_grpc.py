@@ -45,6 +45,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=sequoia_dot_v1_dot_coordinator__pb2.DescribePairRequest.SerializeToString,
                 response_deserializer=sequoia_dot_v1_dot_coordinator__pb2.DescribePairResponse.FromString,
                 _registered_method=True)
+        self.Explain = channel.unary_unary(
+                '/sequoia.v1.CoordinatorService/Explain',
+                request_serializer=sequoia_dot_v1_dot_coordinator__pb2.ExplainRequest.SerializeToString,
+                response_deserializer=sequoia_dot_v1_dot_coordinator__pb2.ExplainResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -65,6 +70,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Explain(self, request, context):
+        """Tells why requests of a kind are decoded the way they are: the plan in force, and what was realised with it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.DescribePair,
                     request_deserializer=sequoia_dot_v1_dot_coordinator__pb2.DescribePairRequest.FromString,
                     response_serializer=sequoia_dot_v1_dot_coordinator__pb2.DescribePairResponse.SerializeToString,
+            ),
+            'Explain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Explain,
+                    request_deserializer=sequoia_dot_v1_dot_coordinator__pb2.ExplainRequest.FromString,
+                    response_serializer=sequoia_dot_v1_dot_coordinator__pb2.ExplainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class CoordinatorService(object):
             '/sequoia.v1.CoordinatorService/DescribePair',
             sequoia_dot_v1_dot_coordinator__pb2.DescribePairRequest.SerializeToString,
             sequoia_dot_v1_dot_coordinator__pb2.DescribePairResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Explain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sequoia.v1.CoordinatorService/Explain',
+            sequoia_dot_v1_dot_coordinator__pb2.ExplainRequest.SerializeToString,
+            sequoia_dot_v1_dot_coordinator__pb2.ExplainResponse.FromString,
             options,
             channel_credentials,
             insecure,

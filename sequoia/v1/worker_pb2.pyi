@@ -32,7 +32,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerDescription, _Mapping]] = ..., tokenizer: _Optional[_Union[TokenizerFiles, _Mapping]] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("instance_id", "role", "model", "model_revision", "dtype", "quantization", "tokenizer_hash", "vocab_size", "padded_vocab_size", "context_length", "max_tree_size", "rules", "hardware_key", "latency", "num_slots")
+    __slots__ = ("instance_id", "role", "model", "model_revision", "dtype", "quantization", "tokenizer_hash", "vocab_size", "padded_vocab_size", "context_length", "max_tree_size", "rules", "hardware_key", "num_slots", "latencies", "device_id")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -46,8 +46,9 @@ class WorkerDescription(_message.Message):
     MAX_TREE_SIZE_FIELD_NUMBER: _ClassVar[int]
     RULES_FIELD_NUMBER: _ClassVar[int]
     HARDWARE_KEY_FIELD_NUMBER: _ClassVar[int]
-    LATENCY_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    LATENCIES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: WorkerRole
     model: str
@@ -61,17 +62,22 @@ class WorkerDescription(_message.Message):
     max_tree_size: int
     rules: _containers.RepeatedScalarFieldContainer[_sampling_pb2.Rule]
     hardware_key: str
-    latency: LatencyCurve
     num_slots: int
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., padded_vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_tree_size: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[_sampling_pb2.Rule, str]]] = ..., hardware_key: _Optional[str] = ..., latency: _Optional[_Union[LatencyCurve, _Mapping]] = ..., num_slots: _Optional[int] = ...) -> None: ...
+    latencies: _containers.RepeatedCompositeFieldContainer[LatencyCurve]
+    device_id: str
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., padded_vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_tree_size: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[_sampling_pb2.Rule, str]]] = ..., hardware_key: _Optional[str] = ..., num_slots: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyCurve, _Mapping]]] = ..., device_id: _Optional[str] = ...) -> None: ...
 
 class LatencyCurve(_message.Message):
-    __slots__ = ("num_tokens", "seconds")
+    __slots__ = ("num_tokens", "seconds", "num_sessions", "num_context_tokens")
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SESSIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_tokens: _containers.RepeatedScalarFieldContainer[int]
     seconds: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ...) -> None: ...
+    num_sessions: int
+    num_context_tokens: int
+    def __init__(self, num_tokens: _Optional[_Iterable[int]] = ..., seconds: _Optional[_Iterable[float]] = ..., num_sessions: _Optional[int] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class TokenizerFiles(_message.Message):
     __slots__ = ("tokenizer_json", "chat_template", "eos_token_ids", "special_tokens")

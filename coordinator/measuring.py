@@ -1,0 +1,174 @@
+"""A running pair measured in its own loop: acceptance on text that it writes, and what steps of some trees take."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from coordinator.trees import max_tree_size
+from sequoia.acceptance import AcceptanceCounts
+from sequoia.client import AsyncClient, Speculation, SpeculationFigures
+from sequoia.errors import FailedPrecondition, Unavailable
+from sequoia.generation import TreeUsage
+from sequoia.hardware import LatencyProfile
+from sequoia.optimal_tree import expected_tokens
+from sequoia.planner import PlanInputs, draft_seconds
+from sequoia.rules import Rule
+from sequoia.topology import Topology
+from sequoia.v1.coordinator_pb2 import DescribePairResponse
+from sequoia.wire import profile_from_wire
+
+PROMPTS = (
+    "The harbour was quiet that morning. Old Marta untied her boat and",
+    "def is_prime(number: int) -> bool:\n    ",
+    "Question: Why do leaves change colour in autumn?\nAnswer:",
+    "Shopping list for a vegetable soup:\n- 2 onions\n- 3 carrots\n-",
+    "Dear Ms Okafor,\n\nThank you for your letter of 3 May. We are pleased to",
+    "The theorem follows by induction. For n = 1 the claim holds, since",
+)
+PLAIN = Topology.root_only()
+# 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
+MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
+# Beside it, in turns, for what a step of another size takes.
+_OTHERS = (PLAIN, Topology.chain(3), Topology((-1, 0, 0, 1, 1, 2, 3, 5)))
+# Fewer steps with one tree in an answer are those at its end.
+_LEAST_STEPS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What forwards take in the loop by what they took at start-up, and what a drafted step takes beside them.
+
+    `verify_factors`: (tokens in the forward, factor), ascending; `draft_factor` for all widths.
+    """
+
+    verify_factors: tuple[tuple[int, float], ...]
+    draft_factor: float
+    host_seconds: float
+
+
+async def measure(
+    client: AsyncClient,
+    pair: DescribePairResponse,
+    temperature: float,
+    rule: Rule,
+    prompts: Sequence[str],
+    max_tokens: int,
+    on_prompt: Callable[[], None],
+) -> list[SpeculationFigures]:
+    """Every prompt continued with the measuring tree and, by half as many tokens, in one of the other ways."""
+    limit = max_tree_size(pair.verify, pair.draft)
+
+    async def generate(prompt: str, tree: Topology, num_tokens: int) -> SpeculationFigures:
+        how: Speculation = "off" if tree == PLAIN else tree.cut_to(limit)
+        generation = await client.generate(
+            prompt, max_tokens=num_tokens, temperature=temperature, rule=rule.name, speculation=how
+        )
+        return generation.speculation
+
+    figures: list[SpeculationFigures] = []
+    for index, prompt in enumerate(prompts):
+        figures.append(await generate(prompt, MEASURING_TREE, max_tokens))
+        figures.append(await generate(prompt, _OTHERS[index % len(_OTHERS)], (max_tokens + 1) // 2))
+        on_prompt()
+    return figures
+
+
+def counts_of(figures: Iterable[SpeculationFigures]) -> AcceptanceCounts:
+    """What was offered and accepted in all. Raises Unavailable when no step was drafted."""
+    seen = list(figures)
+    counts = sum((AcceptanceCounts(each.offered, each.accepted) for each in seen), AcceptanceCounts())
+    if not counts.num_steps:
+        raise Unavailable(f"no step was drafted: {next((each.fallback_reason for each in seen), 'no prompts')}")
+    return counts
+
+
+def expected_in(
+    figures: Iterable[SpeculationFigures], acceptance: Sequence[Sequence[float]]
+) -> tuple[float, float, int]:
+    """Of all drafted steps: the tokens committed, the tokens expected from the acceptance, and how many they were."""
+    drafted = [usage for usage in _usages(figures) if usage.topology != PLAIN]
+    expected = sum(usage.num_steps * expected_tokens(usage.topology, acceptance) for usage in drafted)
+    return sum(usage.num_tokens for usage in drafted), expected, sum(usage.num_steps for usage in drafted)
+
+
+def profiles(pair: DescribePairResponse) -> tuple[LatencyProfile, LatencyProfile]:
+    """The verify worker's and the draft worker's. Raises FailedPrecondition when they are of no use."""
+    try:
+        return profile_from_wire(pair.verify.latencies), profile_from_wire(pair.draft.latencies)
+    except ValueError as error:
+        raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
+
+
+def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures]) -> Calibration:
+    """The medians over the answers of what a step took, by tree. Plain decoding: all of a step, as it has no other."""
+    verify, draft = (profile.curve() for profile in profiles(pair))
+    by_tree: dict[Topology, list[TreeUsage]] = defaultdict(list)
+    for usage in _usages(figures):
+        by_tree[usage.topology].append(usage)
+    trees = [tree for tree in (*_OTHERS, MEASURING_TREE) if tree in by_tree and tree.size <= verify.max_tokens]
+    drafted = [tree for tree in trees if tree != PLAIN]
+    factors = {tree.size: _verify_seconds(by_tree[tree]) / verify.at(tree.size) for tree in trees}
+    grown = [(draft_seconds(tree, draft), _per_step(by_tree[tree], "draft")) for tree in drafted]
+    draft_factor, per_step = _line(grown)
+    round_trips = pair.verify_rtt_seconds + pair.draft_rtt_seconds
+    beside = [_per_step(by_tree[tree], "host", "network") - round_trips for tree in drafted]
+    host_seconds = per_step + (max(0.0, median(beside)) if beside else 0.0)
+    return Calibration(tuple(sorted(factors.items())) or ((1, 1.0),), draft_factor, host_seconds)
+
+
+def inputs_for(
+    pair: DescribePairResponse,
+    calibration: Calibration,
+    num_sessions: int,
+    num_context_tokens: int,
+    acceptance: Sequence[Sequence[float]],
+    errors: Sequence[Sequence[float]],
+    tokens_factor: float,
+) -> PlanInputs:
+    """What a plan for so many sessions behind such a context follows from.
+
+    Raises ValueError when the workers never measured a forward of that many sessions.
+    """
+    verify, draft = (profile.curve(num_sessions, num_context_tokens) for profile in profiles(pair))
+    return PlanInputs(
+        acceptance=tuple(map(tuple, acceptance)),
+        errors=tuple(map(tuple, errors)),
+        verify_curve=verify.scaled(*calibration.verify_factors),
+        draft_curve=draft.scaled((1, calibration.draft_factor)),
+        draft_rtt_seconds=pair.draft_rtt_seconds,
+        verify_rtt_seconds=pair.verify_rtt_seconds,
+        host_seconds=calibration.host_seconds,
+        tokens_factor=tokens_factor,
+        shares_device=pair.verify.device_id == pair.draft.device_id,
+    )
+
+
+def _usages(figures: Iterable[SpeculationFigures]) -> Iterable[TreeUsage]:
+    """Of steps enough to tell what one takes."""
+    return (usage for each in figures for usage in each.trees if usage.num_steps >= _LEAST_STEPS)
+
+
+def _verify_seconds(usages: Sequence[TreeUsage]) -> float:
+    if usages[0].topology == PLAIN:
+        return _per_step(usages, "verify", "network", "host")
+    return _per_step(usages, "verify")
+
+
+def _per_step(usages: Sequence[TreeUsage], *stages: str) -> float:
+    return median(sum(getattr(each.stage_seconds, stage) for stage in stages) / each.num_steps for each in usages)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Slope and constant, neither negative, of what was measured over what the curve says: least squares of ratios."""
+    if not points:
+        return 1.0, 0.0
+    rows = np.array([(curve / measured, 1.0 / measured) for curve, measured in points])
+    slope, constant = np.linalg.lstsq(rows, np.ones(len(points)), rcond=None)[0] if len(points) > 1 else (0.0, -1.0)
+    if slope > 0.0 and constant >= 0.0:
+        return float(slope), float(constant)
+    return float(rows[:, 0].sum() / (rows[:, 0] ** 2).sum()), 0.0

@@ -1,0 +1,164 @@
+"""How a request's next step is decoded: as it was asked for, or as plan and governor say."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from coordinator.governor import PLAIN, Gait, Gaits, Governor
+from coordinator.request import Request
+from coordinator.trees import FoundPlan, Pair, TreePlans, max_tree_size
+from sequoia.acceptance import PRIOR
+from sequoia.optimal_tree import Acceptance
+from sequoia.situation import Situation
+from sequoia.topology import Topology
+from sequoia.v1 import coordinator_pb2
+
+_log = logging.getLogger(__name__)
+
+# Serve until a plan is measured: the best tree of 8 nodes and 4 levels for the paper's acceptance (acceptance.PRIOR).
+BUILT_IN_TREE = Topology((-1, 0, 0, 1, 1, 2, 3, 5))
+BUILT_IN_CHAIN = Topology.chain(3)
+
+# Plain steps that the verify worker runs by itself before anything can change.
+_PLAIN_STEPS = 64
+# One drafted step in so many offers the root's children of ranks that the tree has not, to learn about them.
+_EXPLORE_EVERY, _EXPLORED_RANKS = 64, 8
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A step's tree; without one (root-only) the plain steps to run, and whether that is the usual thing to do."""
+
+    topology: Topology
+    num_plain_steps: int = _PLAIN_STEPS
+    explores: bool = False
+
+
+class Distances(Pair, Protocol):
+    """The workers, and how far they are."""
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """To both, one after the other."""
+
+
+class Speculator:
+    """What all requests of a coordinator share: plans, what was realised, how many run."""
+
+    def __init__(self, plans: TreePlans, workers: Distances) -> None:
+        self.plans = plans
+        self._workers = workers
+        self._governors: dict[Situation, Governor] = {}
+        self._num_sessions = 0
+        self._num_drafted = 0
+
+    def __enter__(self) -> Speculator:
+        """Around each request, so that they are counted."""
+        self._num_sessions += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._num_sessions -= 1
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """To both workers, one after the other."""
+        return self._workers.round_trip_seconds
+
+    def situation(self, request: Request, num_tokens: int) -> Situation:
+        """Where a request stands with so many committed tokens."""
+        rule, temperature = request.decoding.rule, request.decoding.sampling.temperature
+        return Situation.of(rule, temperature, self._num_sessions, num_tokens, self.round_trip_seconds)
+
+    def governor(self, situation: Situation) -> Governor:
+        """That of all requests in a situation, at whatever distance, following the plan in force."""
+        found = self.plans.find(situation)
+        gaits = self._gaits(found)
+        anywhere = replace(situation, round_trip="")
+        governor = self._governors.get(anywhere)
+        if governor is None:
+            governor = self._governors[anywhere] = Governor(gaits)
+        governor.follow(gaits)
+        return governor
+
+    def acceptance(self, request: Request) -> Acceptance:
+        """What the plan in force for a request takes acceptance for."""
+        found = self.plans.find(self.situation(request, len(request.prompt)))
+        return found.plan.inputs.acceptance if found else PRIOR
+
+    def best_tree(self, situation: Situation) -> Topology:
+        """For requests that speculate whether or not it pays."""
+        found = self.plans.find(situation)
+        best = found.plan.best_tree if found else None
+        return self._fitting(best.topology if best else BUILT_IN_TREE)
+
+    def explored(self, topology: Topology) -> Topology:
+        """The tree, now and then with more children at its root."""
+        self._num_drafted += 1
+        room = self._limit - topology.size
+        if self._num_drafted % _EXPLORE_EVERY or room <= 0:
+            return topology
+        return topology.with_more_children(min(room, _EXPLORED_RANKS))
+
+    def _gaits(self, found: FoundPlan | None) -> Gaits:
+        gaits = Gaits.of(found.plan) if found else Gaits.unplanned(BUILT_IN_TREE, BUILT_IN_CHAIN)
+        return replace(gaits, trees={gait: self._fitting(tree) for gait, tree in gaits.trees.items()})
+
+    @property
+    def _limit(self) -> int:
+        return max_tree_size(self._workers.verify_description, self._workers.draft_description)
+
+    def _fitting(self, topology: Topology) -> Topology:
+        """Cut where the workers were started with a lower limit than the plan was made for."""
+        return topology.cut_to(self._limit)
+
+
+class RequestSpeculation:
+    """One request's choices. `state` and `reason` tell how far it goes along with the plan, and why."""
+
+    def __init__(self, speculator: Speculator, request: Request) -> None:
+        self._speculator, self._request = speculator, request
+        self._governor: Governor | None = None
+        self._last = PLAIN
+        self.state = coordinator_pb2.SPECULATION_STATE_UNSPECIFIED
+        self.reason = ""
+
+    def choose(self, num_tokens: int) -> Choice:
+        """Of the next step, behind so many committed tokens."""
+        if self._request.mode == coordinator_pb2.SPECULATION_MODE_OFF:
+            return Choice(PLAIN)
+        if self._request.topology is not None:
+            return Choice(self._request.topology)
+        situation = self._speculator.situation(self._request, num_tokens)
+        if self._request.mode == coordinator_pb2.SPECULATION_MODE_TREE:
+            return Choice(self._speculator.best_tree(situation))
+        self._governor = self._speculator.governor(situation)
+        self._tell(self._governor)
+        return self._governed(self._governor)
+
+    def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
+        """What the step took. `usual`: it went as chosen, right after one that did."""
+        if self._governor is not None:
+            self._governor.observe(choice.topology, seconds, num_tokens, usual=usual and not choice.explores)
+
+    def _governed(self, governor: Governor) -> Choice:
+        tree = governor.tree()
+        if tree == PLAIN:
+            return Choice(PLAIN, (governor.num_trial_steps_left or _PLAIN_STEPS + 1) - 1)
+        explored = self._speculator.explored(tree)
+        return Choice(explored, explores=explored != tree)
+
+    def _tell(self, governor: Governor) -> None:
+        state = STATES[governor.gait]
+        if self.state and state != self.state:
+            _log.info("speculation", extra={"state": governor.gait.value, "reason": governor.reason})
+        self.state, self.reason = state, governor.reason
+
+
+STATES = {
+    Gait.ON: coordinator_pb2.SPECULATION_STATE_ON,
+    Gait.REDUCED: coordinator_pb2.SPECULATION_STATE_REDUCED,
+    Gait.OFF: coordinator_pb2.SPECULATION_STATE_OFF,
+}

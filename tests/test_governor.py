@@ -1,0 +1,148 @@
+"""The governor in a simulated world: what steps take and bring is known, and what it makes of that is counted."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from coordinator.governor import PLAIN, Gait, Gaits, Governor, Pace
+from sequoia.hardware import LatencyCurve
+from sequoia.planner import PlanInputs, choose
+from sequoia.topology import Topology
+
+TREE, CHAIN = Topology((-1, 0, 0, 1, 1, 2, 3, 5)), Topology.chain(3)
+PLAIN_SECONDS = 0.1
+
+
+def gaits(first: Gait = Gait.ON, predicted_speedup: float = 1.3) -> Gaits:
+    trees = {Gait.ON: TREE, Gait.REDUCED: CHAIN, Gait.OFF: PLAIN}
+    predicted = {Gait.ON: 0.1 / predicted_speedup, Gait.REDUCED: 0.1 / (predicted_speedup - 0.05), Gait.OFF: 0.1}
+    return Gaits(trees, predicted, first, "as the test says")
+
+
+@dataclass
+class World:
+    """Steps with a tree bring 1 to 4 tokens, 2.5 on average; `speedups` say what a token takes then."""
+
+    speedups: dict[Topology, float]
+    seed: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    seconds_by_tree: dict[Topology, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.random = np.random.default_rng(self.seed)
+
+    def run(self, governor: Governor, num_tokens: int) -> None:
+        end = self.tokens + num_tokens
+        while self.tokens < end:
+            tree = governor.tree()
+            tokens = 1 if tree == PLAIN else int(self.random.integers(1, 5))
+            pace = PLAIN_SECONDS * (1.0 if tree == PLAIN else 2.5 / self.speedups[tree])
+            seconds = pace * self.random.lognormal(sigma=0.05)
+            governor.observe(tree, seconds, tokens)
+            self.seconds += seconds
+            self.tokens += tokens
+            self.seconds_by_tree[tree] = self.seconds_by_tree.get(tree, 0.0) + seconds
+
+    def share(self, tree: Topology) -> float:
+        return self.seconds_by_tree.get(tree, 0.0) / self.seconds
+
+    @property
+    def plain_ratio(self) -> float:
+        """What plain decoding would have taken for the same tokens, by what was taken."""
+        return self.tokens * PLAIN_SECONDS / self.seconds
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_speculation_that_keeps_its_promise_goes_on_nearly_all_the_time(seed: int) -> None:
+    world, governor = World({TREE: 1.3, CHAIN: 1.2}, seed), Governor(gaits())
+    world.run(governor, 20_000)
+    assert world.plain_ratio > 1.26
+    assert world.share(TREE) > 0.9
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_speculation_that_loses_is_off_soon_and_costs_about_one_per_cent_in_the_long_run(seed: int) -> None:
+    world, governor = World({TREE: 0.7, CHAIN: 0.75}, seed), Governor(gaits())
+    world.run(governor, 300)
+    assert governor.gait is Gait.OFF
+    later = World({TREE: 0.7, CHAIN: 0.75}, seed + 100)
+    later.run(governor, 20_000)
+    assert later.plain_ratio > 0.985
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_smaller_tree_is_taken_when_only_that_pays(seed: int) -> None:
+    world, governor = World({TREE: 0.8, CHAIN: 1.2}, seed), Governor(gaits())
+    world.run(governor, 20_000)
+    assert governor.gait is Gait.REDUCED
+    assert world.plain_ratio > 1.15
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plan_that_says_off_is_put_to_the_test_and_overruled_when_it_was_wrong(seed: int) -> None:
+    world, governor = World({TREE: 1.5, CHAIN: 1.3}, seed), Governor(gaits(Gait.OFF, predicted_speedup=0.95))
+    world.run(governor, 3_000)
+    assert governor.gait is Gait.ON
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_speculation_comes_back_when_it_pays_again(seed: int) -> None:
+    world, governor = World({TREE: 0.8, CHAIN: 0.8}, seed), Governor(gaits())
+    world.run(governor, 1_000)
+    assert governor.gait is Gait.OFF
+    world.speedups = {TREE: 1.5, CHAIN: 1.4}
+    world.run(governor, 20_000)
+    assert governor.gait is Gait.ON
+
+
+def test_a_draft_that_never_answers_ends_a_trial() -> None:
+    governor = Governor(gaits(Gait.OFF))
+    for _ in range(30):
+        governor.observe(PLAIN, PLAIN_SECONDS, 1)
+    assert governor.tree() != PLAIN
+    for _ in range(64):
+        governor.observe(governor.tree(), PLAIN_SECONDS, 1, usual=False)
+    assert governor.tree() == PLAIN
+
+
+def test_steps_that_were_not_usual_set_no_pace() -> None:
+    governor = Governor(gaits())
+    governor.observe(TREE, 1.0, 1, usual=False)
+    governor.observe(Topology.chain(2), 1.0, 1)
+    assert not governor.paces
+
+
+def test_a_new_plan_with_the_same_trees_changes_nothing_and_one_with_others_is_followed() -> None:
+    world, governor = World({TREE: 0.5, CHAIN: 0.5}), Governor(gaits())
+    world.run(governor, 1_000)
+    governor.follow(gaits(predicted_speedup=1.4))
+    assert governor.gait is Gait.OFF
+    other = Gaits({Gait.ON: Topology.chain(4), Gait.OFF: PLAIN}, {Gait.ON: 0.05, Gait.OFF: 0.1}, Gait.ON, "another")
+    governor.follow(other)
+    assert (governor.gait, governor.reason) == (Gait.ON, "another")
+    assert set(governor.paces) == {PLAIN}
+
+
+def test_gaits_follow_from_a_plan() -> None:
+    fast, slow = LatencyCurve((1, 16), (0.01, 0.01)), LatencyCurve((1, 16), (0.1, 0.12))
+    plan = choose(PlanInputs(((0.6, 0.2),), verify_curve=slow, draft_curve=fast))
+    of_plan = Gaits.of(plan)
+    assert plan.best_tree is not None
+    assert plan.reduced is not None
+    assert of_plan.trees == {Gait.ON: plan.best_tree.topology, Gait.REDUCED: plan.reduced.topology, Gait.OFF: PLAIN}
+    assert of_plan.first is Gait.ON
+    assert Gaits.of(choose(PlanInputs(((0.6, 0.2),), slow, slow))).first is Gait.OFF
+
+
+def test_a_pace_is_the_ratio_of_sums_and_its_error_that_of_independent_steps() -> None:
+    random, paces = np.random.default_rng(0), []
+    for _ in range(400):
+        pace = Pace()
+        for _ in range(300):
+            pace.add(0.2 * random.lognormal(sigma=0.1), int(random.integers(1, 5)))
+        paces.append((pace.seconds_per_token, pace.standard_error))
+    values, errors = np.array(paces).T
+    assert values.mean() == pytest.approx(0.2 * np.exp(0.005) / 2.5, rel=0.01)
+    assert errors.mean() == pytest.approx(values.std(), rel=0.15)
