@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -52,7 +52,7 @@ async def watch_pair(
     prompts: Sequence[str] = PROMPTS,
     max_tokens: int = 48,
     max_levels: int = MAX_LEVELS,
-) -> AsyncIterator[WatchEvent]:
+) -> AsyncGenerator[WatchEvent]:
     """One event a temperature, then again after `interval_seconds`, without end.
 
     What cannot be reached is an event, not an error. Raises InvalidArgument as `plan_pair` does.

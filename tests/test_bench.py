@@ -15,8 +15,8 @@ from conftest import System
 from tiny_models import write_perturbed_model, write_tiny_model
 from torch import Tensor
 
-from sequoia.cli import main
-from sequoia.cli.bench import TEMPERATURES
+from sequoia.cli import bench, main
+from sequoia.cli.benchmarks.robustness import TEMPERATURES
 from sequoia.cli.robustness import RULES, Acceptance, LogitPair, load_pair, measure, pair_logits, write_texts
 from sequoia.cli.rule_timing import Workload
 from sequoia.cli.rule_timing import measure as measure_timing
@@ -138,6 +138,16 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "robustness", "--target", "none", "--draft", "none", "--plot", "a.svg"]) == 1
     assert capsys.readouterr().err == "error: plot: needs matplotlib: pip install sequoia-serving[bench]\n"
+
+
+def test_help_names_every_benchmark_and_loads_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for benchmark in bench.BENCHMARKS.values():
+        monkeypatch.setitem(sys.modules, benchmark.module, None)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["bench", "--help"])
+    assert set(bench.BENCHMARKS) <= set(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

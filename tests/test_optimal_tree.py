@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sequoia.cli.planner_timing import DEMO
+from sequoia.cli.benchmarks.planner import DEMO
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import (
     Frontier,

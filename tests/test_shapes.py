@@ -191,6 +191,7 @@ def test_shapes_prints_a_row_a_shape(traces: Path, capsys: pytest.CaptureFixture
         ([], "target"),
         (["--target", "a"], "draft"),
         (["--tokens", "0"], "tokens"),
+        (["--save", "/nowhere/traces.json"], "save"),
         (["--traces", "/nowhere"], "traces"),
         (["--traces", __file__], "traces"),
         (["--verify-curve", "a"], "draft-curve"),
@@ -204,4 +205,4 @@ def test_a_wrong_argument_is_named(arguments: list[str], field: str, capsys: pyt
 
 def test_texts_that_are_too_short_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="end too early"):
-        by_name([(0,) * MAX_LEVELS, (0,) * (MAX_LEVELS - 1)])
+        by_name([(0,) * MAX_LEVELS, *[(0,) * (MAX_LEVELS - 1)] * 5])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Engine
@@ -66,6 +66,7 @@ def _sparse(measure: Measure, most: int) -> LatencyCurve:
 def _curve_with_cliffs(measure: Measure, widths: Sequence[int]) -> LatencyCurve:
     """The curve through `widths`, halved again wherever it turned out not to be a straight line."""
     seconds = {width: measure(width) for width in widths}
+    _repeat_disturbed(seconds, measure)
     deadline = time.perf_counter() + _CLIFF_SECONDS
     gaps = list(pairwise(widths))
     while gaps and time.perf_counter() < deadline:
@@ -77,7 +78,22 @@ def _curve_with_cliffs(measure: Measure, widths: Sequence[int]) -> LatencyCurve:
         seconds[middle] = measure(middle)
         if abs(seconds[middle] - expected) > _CLIFF * expected:
             gaps += [(low, middle), (middle, high)]
+    _repeat_disturbed(seconds, measure)
     return LatencyCurve(*zip(*sorted(seconds.items()), strict=True))
+
+
+def _repeat_disturbed(seconds: dict[int, float], measure: Measure) -> None:
+    """Measure again what took longer than a wider forward: for some seconds something else was using the machine."""
+    for _ in range(_MOST_ROUNDS):
+        ascending = sorted(seconds)
+        quickest = list(accumulate((seconds[width] for width in reversed(ascending)), min))[::-1]
+        disturbed = [
+            width for width, least in zip(ascending, quickest, strict=True) if seconds[width] > _AGREEMENT * least
+        ]
+        for width in disturbed:
+            seconds[width] = min(seconds[width], measure(width))
+        if not disturbed:
+            return
 
 
 def _behind(engine: Engine, num_sessions: int, num_context_tokens: int) -> Measure:

@@ -1,0 +1,62 @@
+"""What several benchmarks ask for, and how they refuse it before the minutes that a measurement takes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+
+from sequoia.errors import FailedPrecondition, InvalidArgument
+
+
+def add_target(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--target."""
+    parser.add_argument(
+        "--target", required=required, metavar="MODEL", help="packaged name, hub id, folder or GGUF file"
+    )
+
+
+def add_draft(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--draft and --draft-quantization."""
+    parser.add_argument("--draft", required=required, metavar="MODEL", help="the same; may be the target itself")
+    parser.add_argument("--draft-quantization", choices=("none", "int8"), default="none")
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """--dtype."""
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def add_json(parser: argparse.ArgumentParser, what: str = "object") -> None:
+    """--json."""
+    parser.add_argument("--json", action="store_true", help=f"print one JSON {what}")
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises InvalidArgument naming the first flag that is below its least value."""
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise InvalidArgument(f"is {getattr(arguments, name)}; it must be {value} or more", name.replace("_", "-"))
+
+
+def check_plot(file: Path | None) -> None:
+    """Raises an error naming `plot` for a file that could not be drawn."""
+    if file is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise FailedPrecondition("needs matplotlib: pip install sequoia-serving[bench]", "plot")
+    if file.suffix not in (".svg", ".png"):
+        raise InvalidArgument(f"{file} ends neither in .svg nor in .png", "plot")
+    check_folder(file, "plot")
+
+
+def check_folder(file: Path | None, field: str) -> None:
+    """Raises InvalidArgument naming `field` for a file in a folder that does not exist."""
+    if file is not None and not file.absolute().parent.is_dir():
+        raise InvalidArgument(f"there is no folder {file.absolute().parent}", field)
+
+
+def pair_title(target: str, draft: str, draft_quantization: str) -> str:
+    """A plot's title."""
+    precision = "" if draft_quantization == "none" else f" in {draft_quantization}"
+    return f"{Path(target).name} drafted by {Path(draft).name}{precision}"
