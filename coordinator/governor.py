@@ -129,8 +129,8 @@ class Governor:
 
     @property
     def paces(self) -> Mapping[Topology, Pace]:
-        """By tree; plain decoding is the root-only one."""
-        return self._paces
+        """By tree; plain decoding is the root-only one. A copy."""
+        return dict(self._paces)
 
     def follow(self, gaits: Gaits) -> None:
         """Go on with another plan's trees. What is known of a tree that both have stays known."""

@@ -41,12 +41,10 @@ _LEAST_STEPS = 3
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What forwards take in the loop by what they took at start-up, and what a drafted step takes beside them.
+    """What forwards take in the loop by what they took at start-up, and what a drafted step takes beside them."""
 
-    `verify_factors`: (tokens in the forward, factor), ascending; `draft_factor` for all widths.
-    """
-
-    verify_factors: tuple[tuple[int, float], ...]
+    plain_factor: float  # of the target's forward over one token, without a draft that runs in between
+    tree_factor: float  # of its wider ones
     draft_factor: float
     host_seconds: float
 
@@ -105,20 +103,24 @@ def profiles(pair: DescribePairResponse) -> tuple[LatencyProfile, LatencyProfile
 
 
 def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures]) -> Calibration:
-    """The medians over the answers of what a step took, by tree. Plain decoding: all of a step, as it has no other."""
+    """The medians over the answers of what a step took. Plain decoding: all of a step, as it has nothing beside."""
     verify, draft = (profile.curve() for profile in profiles(pair))
     by_tree: dict[Topology, list[TreeUsage]] = defaultdict(list)
     for usage in _usages(figures):
         by_tree[usage.topology].append(usage)
-    trees = [tree for tree in (*_OTHERS, MEASURING_TREE) if tree in by_tree and tree.size <= verify.max_tokens]
-    drafted = [tree for tree in trees if tree != PLAIN]
-    factors = {tree.size: _verify_seconds(by_tree[tree]) / verify.at(tree.size) for tree in trees}
-    grown = [(draft_seconds(tree, draft), _per_step(by_tree[tree], "draft")) for tree in drafted]
-    draft_factor, per_step = _line(grown)
+    plain = by_tree.pop(PLAIN, [])
+    drafted = {tree: usages for tree, usages in by_tree.items() if tree.size <= verify.max_tokens}
+    # One factor for all trees: apart, they would be of too few answers each.
+    ratios = [_per_step([usage], "verify") / verify.at(tree.size) for tree, each in drafted.items() for usage in each]
+    tree_factor = median(ratios) if ratios else 1.0
+    plain_factor = _per_step(plain, "verify", "network", "host") / verify.at(1) if plain else tree_factor
+    draft_factor, per_step = _line(
+        [(draft_seconds(tree, draft), _per_step(usages, "draft")) for tree, usages in drafted.items()]
+    )
     round_trips = pair.verify_rtt_seconds + pair.draft_rtt_seconds
-    beside = [_per_step(by_tree[tree], "host", "network") - round_trips for tree in drafted]
+    beside = [_per_step(usages, "host", "network") - round_trips for usages in drafted.values()]
     host_seconds = per_step + (max(0.0, median(beside)) if beside else 0.0)
-    return Calibration(tuple(sorted(factors.items())) or ((1, 1.0),), draft_factor, host_seconds)
+    return Calibration(plain_factor, tree_factor, draft_factor, host_seconds)
 
 
 def inputs_for(
@@ -138,7 +140,7 @@ def inputs_for(
     return PlanInputs(
         acceptance=tuple(map(tuple, acceptance)),
         errors=tuple(map(tuple, errors)),
-        verify_curve=verify.scaled(*calibration.verify_factors),
+        verify_curve=verify.scaled((1, calibration.plain_factor), (2, calibration.tree_factor)),
         draft_curve=draft.scaled((1, calibration.draft_factor)),
         draft_rtt_seconds=pair.draft_rtt_seconds,
         verify_rtt_seconds=pair.verify_rtt_seconds,
@@ -151,12 +153,6 @@ def inputs_for(
 def _usages(figures: Iterable[SpeculationFigures]) -> Iterable[TreeUsage]:
     """Of steps enough to tell what one takes."""
     return (usage for each in figures for usage in each.trees if usage.num_steps >= _LEAST_STEPS)
-
-
-def _verify_seconds(usages: Sequence[TreeUsage]) -> float:
-    if usages[0].topology == PLAIN:
-        return _per_step(usages, "verify", "network", "host")
-    return _per_step(usages, "verify")
 
 
 def _per_step(usages: Sequence[TreeUsage], *stages: str) -> float:

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from types import TracebackType
+from typing import NamedTuple
 
-from coordinator.measuring import PROMPTS, calibrate, counts_of, expected_in, inputs_for, measure
+from coordinator.measuring import PROMPTS, Calibration, calibrate, counts_of, expected_in, inputs_for, measure
 from coordinator.trees import max_tree_size, pair_name, plan_key
-from sequoia.acceptance import tokens_factor
+from sequoia.acceptance import AcceptanceCounts, tokens_factor
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
-from sequoia.client import AsyncClient
+from sequoia.client import AsyncClient, SpeculationFigures
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
 from sequoia.rules import TRAVERSAL, ParameterError, Rule, choose_rule
@@ -51,7 +52,6 @@ async def plan_pair(
     when a part cannot be reached.
     """
     check_buckets(temperatures)
-    plans: list[TreePlan] = []
     async with PlannerJob(address, redis_url, max_levels=max_levels, ttl_seconds=ttl_seconds) as job:
         pair = await job.describe()
         asked = [(temperature, rule_for(rule_name, temperature, pair)) for temperature in temperatures]
@@ -59,11 +59,20 @@ async def plan_pair(
         async with job.cache.single_flight(key) as is_ours:
             if not is_ours:
                 raise FailedPrecondition("another planner measures this pair now; its plans will serve", "plan")
-            for temperature, rule in asked:
-                done = len(plans) * len(prompts)
-                progress = _Progress(on_progress, done, len(asked) * len(prompts))
-                plans.append(await job.plan(pair, temperature, rule, prompts, max_tokens, progress))
-    return plans
+            progress = _Progress(on_progress, len(asked) * len(prompts))
+            measured = [await job.measure(pair, *each, prompts, max_tokens, progress) for each in asked]
+            # What forwards take does not depend on the temperature.
+            calibration = calibrate(pair, [figures for each in measured for figures in each.figures])
+            return [await job.plan(pair, each, calibration) for each in measured]
+
+
+class Measured(NamedTuple):
+    """What a pair was seen to do at one temperature: all counts, older ones too, and the answers it was seen in."""
+
+    temperature: float
+    rule: Rule
+    counts: AcceptanceCounts
+    figures: tuple[SpeculationFigures, ...]
 
 
 class PlannerJob:
@@ -92,7 +101,7 @@ class PlannerJob:
             raise FailedPrecondition("there is no draft worker at present; start one and plan again", "draft")
         return pair
 
-    async def plan(
+    async def measure(
         self,
         pair: DescribePairResponse,
         temperature: float,
@@ -100,14 +109,16 @@ class PlannerJob:
         prompts: Sequence[str],
         max_tokens: int,
         on_prompt: Callable[[], None],
-    ) -> TreePlan:
-        """Measure, plan for all situations, store. Returns the plan of one session with a short context."""
-        # Before measuring: what is counted now, the coordinator counts too.
+    ) -> Measured:
+        """Let the pair write. What coordinators counted is read first: what is counted now, they will count too."""
         before = await self.counted(pair, temperature, rule)
         figures = await measure(self.client, pair, temperature, rule, prompts, max_tokens, on_prompt)
-        estimate = (before.counts + counts_of(figures)).estimate()
-        calibration = calibrate(pair, figures)
-        factor = tokens_factor(*expected_in(figures, estimate.rows)) if rule is TRAVERSAL else 1.0
+        return Measured(temperature, rule, before.counts + counts_of(figures), tuple(figures))
+
+    async def plan(self, pair: DescribePairResponse, measured: Measured, calibration: Calibration) -> TreePlan:
+        """Plan for all situations, and store. Returns the plan of one session with a short context."""
+        rule, estimate = measured.rule, measured.counts.estimate()
+        factor = tokens_factor(*expected_in(measured.figures, estimate.rows)) if rule is TRAVERSAL else 1.0
         plans: dict[Situation, TreePlan] = {}
         for sessions, context in _loads(pair):
             try:
@@ -116,7 +127,7 @@ class PlannerJob:
                 if not plans:
                     raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error
                 continue  # a load that the workers never measured
-            situation = Situation.of(rule, temperature, sessions, context, round_trip_seconds(pair))
+            situation = Situation.of(rule, measured.temperature, sessions, context, round_trip_seconds(pair))
             plans[situation] = self.choose(pair, inputs)
         await self.store(pair, plans, measured_at=time.time())
         return next(iter(plans.values()))
@@ -161,9 +172,9 @@ def check_buckets(temperatures: Sequence[float]) -> None:
 class _Progress:
     """Counts prompts."""
 
-    def __init__(self, report: Progress, done: int, total: int) -> None:
-        self._report, self._done, self._total = report, done, total
-        report(done, total)
+    def __init__(self, report: Progress, total: int) -> None:
+        self._report, self._done, self._total = report, 0, total
+        report(0, total)
 
     def __call__(self) -> None:
         self._done += 1

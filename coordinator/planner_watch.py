@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from coordinator.measuring import PROMPTS
+from coordinator.measuring import PROMPTS, calibrate
 from coordinator.planner_job import TTL_SECONDS, PlannerJob, check_buckets, round_trip_seconds, rule_for
 from coordinator.trees import plan_key
 from sequoia.acceptance import AcceptanceCounts
@@ -110,7 +110,10 @@ class _Watch:
         async with self._job.cache.single_flight(plan_key(at.pair.verify, at.pair.draft, at.situation)) as is_ours:
             if not is_ours:
                 return WatchEvent("waiting", at.temperature, own and own.plan, "another planner is at work")
-            plan = await self._job.plan(at.pair, at.temperature, at.rule, self._prompts, self._max_tokens, lambda: None)
+            measured = await self._job.measure(
+                at.pair, at.temperature, at.rule, self._prompts, self._max_tokens, lambda: None
+            )
+            plan = await self._job.plan(at.pair, measured, calibrate(at.pair, measured.figures))
         return WatchEvent("measured", at.temperature, plan, reason)
 
     async def _replan(self, at: _Situated, stored: dict[Situation, StoredPlan]) -> WatchEvent:

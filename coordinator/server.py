@@ -8,6 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass
 
 from coordinator.learning import Learning
+from coordinator.metrics import serve_metrics
 from coordinator.servicer import CoordinatorServicer
 from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
@@ -35,6 +36,7 @@ class CoordinatorConfig:
     )
     draft_timeout_seconds: float = setting(5.0, "longest wait for a tree before the step is decoded plainly, seconds")
     plan_refresh_seconds: float = setting(2.0, "time between two looks for new plans, seconds")
+    metrics_port: int = setting(0, "port of Prometheus' /metrics, on all addresses; 0: none")
     start_timeout_seconds: float = setting(120.0, "longest wait for the verify worker at start, seconds")
     log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
 
@@ -62,6 +64,8 @@ async def _serve(config: CoordinatorConfig) -> None:
     ):
         server = Server(config.listen)
         speculator, rule = Speculator(plans, workers), RULES[config.rule]
+        if config.metrics_port:
+            serve_metrics(speculator, config.metrics_port)
         servicer = CoordinatorServicer(workers, speculator, learning, config.draft_timeout_seconds, rule)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running(server, ("sequoia.v1.CoordinatorService",)):

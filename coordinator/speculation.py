@@ -63,6 +63,11 @@ class Speculator:
         self._num_sessions -= 1
 
     @property
+    def governors(self) -> dict[Situation, Governor]:
+        """Of every kind of request that was served, at whatever distance: a copy, as another thread may ask."""
+        return dict(self._governors)
+
+    @property
     def round_trip_seconds(self) -> float:
         """To both workers, one after the other."""
         return self._workers.round_trip_seconds

@@ -19,6 +19,8 @@ class DelayedLink:
         self._host, _, port = target.rpartition(":")
         self._port, self._seconds = int(port), round_trip_seconds / 2
         self._server: asyncio.Server | None = None
+        self._writers: list[asyncio.StreamWriter] = []
+        self._ends: list[asyncio.Event] = []
 
     @property
     def address(self) -> str:
@@ -35,10 +37,20 @@ class DelayedLink:
     ) -> None:
         assert self._server is not None
         self._server.close()
+        for writer in self._writers:
+            writer.close()
+        for end in self._ends:
+            await end.wait()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
-        await asyncio.gather(self._pass(reader, there_writer), self._pass(there_reader, writer))
+        end = asyncio.Event()
+        self._ends.append(end)
+        try:
+            there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+            self._writers += (writer, there_writer)
+            await asyncio.gather(self._pass(reader, there_writer), self._pass(there_reader, writer))
+        finally:
+            end.set()
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()

@@ -51,9 +51,9 @@ def new_table(*columns: str) -> Table:
 
 def plans_table(temperatures: Sequence[float], plans: Sequence[TreePlan]) -> Table:
     """One row a plan, with what it promises."""
-    table = new_table("temperature", "plan", "tokens/step", "ms/token", "speedup", "best that speculates", "reduced")
+    table = new_table("temperature", "plan", "tokens/step", "ms/token", "speedup", "best tree", "reduced")
     for temperature, plan in zip(temperatures, plans, strict=True):
-        others = (_promise(each) if each else "none" for each in (plan.best_tree, plan.reduced))
+        others = (f"{shape(each)}: {each.speedup:.2f}" if each else "none" for each in (plan.best_tree, plan.reduced))
         table.add_row(f"{temperature:g}", shape(plan.chosen), *promises(plan.chosen), *others)
     return table
 

@@ -1,0 +1,53 @@
+"""What a Prometheus server can ask of a coordinator: how far it goes along with its plans, and what that realises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from coordinator.governor import Gait
+from coordinator.speculation import Speculator
+from sequoia.errors import InvalidArgument
+
+_KIND = ["rule", "temperature", "sessions", "context"]
+
+
+def serve_metrics(speculator: Speculator, port: int) -> None:
+    """Serve /metrics on that port, from a thread of its own, until the process ends.
+
+    Raises InvalidArgument for a port that cannot be had.
+    """
+    registry = CollectorRegistry()
+    registry.register(SpeculationCollector(speculator))
+    try:
+        start_http_server(port, registry=registry)
+    except (OSError, OverflowError) as error:
+        raise InvalidArgument(f"{port} cannot be listened on: {error}", "metrics_port") from error
+
+
+class SpeculationCollector(Collector):
+    """Reads the governors when asked; between two questions it costs nothing."""
+
+    def __init__(self, speculator: Speculator) -> None:
+        self._speculator = speculator
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """For each kind of request that was served: its state, and the pace of every tree it used lately."""
+        state = GaugeMetricFamily("sequoia_speculation_state", "1 for the state it is in", labels=[*_KIND, "state"])
+        labels = [*_KIND, "size", "levels"]
+        seconds = GaugeMetricFamily(
+            "sequoia_seconds_per_token", "realised lately, by tree; size 1 is off", labels=labels
+        )
+        tokens = GaugeMetricFamily("sequoia_tokens_per_step", "realised lately, by tree; size 1 is off", labels=labels)
+        for situation, governor in self._speculator.governors.items():
+            kind = [situation.rule, situation.temperature, situation.sessions, situation.context]
+            for gait in Gait:
+                state.add_metric([*kind, gait.value], float(gait is governor.gait))
+            for tree, pace in governor.paces.items():
+                values = [*kind, str(tree.size), str(tree.levels)]
+                seconds.add_metric(values, pace.seconds_per_token)
+                tokens.add_metric(values, pace.num_tokens / pace.num_steps)
+        yield from (state, seconds, tokens)

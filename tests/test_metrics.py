@@ -1,0 +1,40 @@
+import socket
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from coordinator.governor import PLAIN, Gaits, Governor
+from coordinator.metrics import serve_metrics
+from coordinator.speculation import BUILT_IN_CHAIN, BUILT_IN_TREE, Speculator
+from sequoia.rules import GREEDY
+from sequoia.situation import Situation
+
+
+class Served(Speculator):
+    """A speculator that has served one kind of request."""
+
+    def __init__(self) -> None:
+        self._governors = {Situation.of(GREEDY, 0.0): Governor(Gaits.unplanned(BUILT_IN_TREE, BUILT_IN_CHAIN))}
+
+
+def test_prometheus_reads_state_and_paces() -> None:
+    served = Served()
+    [governor] = served.governors.values()
+    governor.observe(BUILT_IN_TREE, 0.2, 4)
+    governor.observe(PLAIN, 0.1, 1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    serve_metrics(served, port)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as reply:
+        families = list(text_string_to_metric_families(reply.read().decode()))
+    values = {
+        (family.name, *(sample.labels[name] for name in ("state", "size") if name in sample.labels)): sample.value
+        for family in families
+        for sample in family.samples
+    }
+    assert values["sequoia_speculation_state", "on"] == 1.0
+    assert values["sequoia_speculation_state", "off"] == 0.0
+    assert values["sequoia_seconds_per_token", "8"] == 0.05
+    assert values["sequoia_seconds_per_token", "1"] == 0.1
+    assert values["sequoia_tokens_per_step", "8"] == 4.0
