@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from coordinator.pace import Pace
 from sequoia.planner import PricedTree, TreePlan
 from sequoia.topology import Topology
 
 # What a plan must promise before it is followed at once; below, it is tried first.
 LEAST_SPEEDUP = 1.05
-# Steps after which an observation counts half.
-_HALF_LIFE_STEPS = 64
 # A gait is left for one that is faster by this much at least, and by so many standard errors of the difference.
 _LEAST_GAIN, _STANDARD_ERRORS = 0.02, 2.5
-# A pace is known after so many steps.
-_KNOWN_STEPS = 8
 # A trial's length in steps. Plain steps vary less, so that fewer of them will do.
 _TRIAL_STEPS, _PLAIN_TRIAL_STEPS = 8, 4
 # Steps between the end of a trial and the next one, at least; fewer as long as plain decoding's pace is not known.
@@ -42,45 +39,6 @@ class Gait(Enum):
     ON = "on"
     REDUCED = "reduced"
     OFF = "off"
-
-
-class Pace:
-    """Seconds per token of one tree, from its steps; older ones count less."""
-
-    def __init__(self) -> None:
-        self.num_steps = self.num_tokens = self.seconds = 0.0
-        self._squares = self._tokens_squared = self._products = self._seconds_squared = 0.0
-        self.observed = 0
-
-    def add(self, seconds: float, num_tokens: int) -> None:
-        """One step."""
-        keep = 0.5 ** (1 / _HALF_LIFE_STEPS)
-        self.num_steps = keep * self.num_steps + 1.0
-        self._squares = keep * keep * self._squares + 1.0
-        self.num_tokens = keep * self.num_tokens + num_tokens
-        self.seconds = keep * self.seconds + seconds
-        self._tokens_squared = keep * self._tokens_squared + num_tokens**2
-        self._products = keep * self._products + num_tokens * seconds
-        self._seconds_squared = keep * self._seconds_squared + seconds**2
-        self.observed += 1
-
-    @property
-    def is_known(self) -> bool:
-        """Whether it was observed often enough to be compared."""
-        return self.observed >= _KNOWN_STEPS
-
-    @property
-    def seconds_per_token(self) -> float:
-        """The ratio of the sums."""
-        return self.seconds / self.num_tokens
-
-    @property
-    def standard_error(self) -> float:
-        """Of `seconds_per_token`: of a ratio of means, as for independent steps."""
-        pace = self.seconds_per_token
-        spread = self._seconds_squared - 2.0 * pace * self._products + pace**2 * self._tokens_squared
-        num_effective = self.num_steps**2 / self._squares
-        return math.sqrt(max(spread, 0.0) / self.num_steps / num_effective) / (self.num_tokens / self.num_steps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,25 +107,31 @@ class Governor:
         return self._trial_steps_left if self._trial else 0
 
     def observe(self, topology: Topology, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
-        """What one step took. One that was not `usual` (it waited, caught up or explored) costs, but sets no pace."""
-        usual = usual and topology in self._gaits.trees.values()
-        if usual:
-            self._paces.setdefault(topology, Pace()).add(seconds, num_tokens)
-        if self._trial is None:
+        """What one step took for which `topology` was chosen.
+
+        Not `usual` is one that waited for the draft or caught up, as at the beginning of every answer. That belongs to
+        the pace of a gait that is gone in, and not to that of one which is only tried.
+        """
+        gait = self._gait_of(topology)
+        is_trial = gait is self._trial
+        if usual or not is_trial:
+            self._paces.setdefault(self._gaits.trees[gait], Pace()).add(seconds, num_tokens)
+        if is_trial:
+            self._charge(seconds, num_tokens, usual)
+        elif self._trial is None:
             self._credit_seconds += _TRIAL_SHARE * seconds
             self._steps_since_trial += 1
-        else:
-            self._charge(topology, seconds, num_tokens, usual)
         if self._trial is None:
             self._decide()
             self._try_another()
 
-    def _charge(self, topology: Topology, seconds: float, num_tokens: int, usual: bool) -> None:
+    def _gait_of(self, topology: Topology) -> Gait:
+        """Trees that were cut at the end of an answer, or explored, belong to the gait that is gone in."""
+        known = (gait for gait, tree in self._gaits.trees.items() if tree == topology)
+        return next(known, self._trial or self.gait)
+
+    def _charge(self, seconds: float, num_tokens: int, usual: bool) -> None:
         """A trial pays for what it takes longer than the gait that it interrupts."""
-        assert self._trial is not None
-        is_trial = topology == self._gaits.trees[self._trial]
-        if usual and not is_trial:
-            return  # chosen before the trial began
         self._credit_seconds -= max(0.0, seconds - num_tokens * self._expected(self.gait))
         if usual:
             self._trial_steps_left -= 1

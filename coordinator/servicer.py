@@ -83,7 +83,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     @asynccontextmanager
     async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
-        workers, speculation = self._workers, RequestSpeculation(self._speculator, request)
+        workers = self._workers
         opening = Opening(request.decoding, timeout_seconds)
         draft = None
         # With speculation off the draft never hears of the request; otherwise when there is a tree to grow.
@@ -93,6 +93,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         verify = VerifyStream(workers.verify, opening)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
+        speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
         session = Session(transcript, verify, draft, speculation)
         try:
             with self._speculator:

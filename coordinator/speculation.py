@@ -123,16 +123,18 @@ class Speculator:
 class RequestSpeculation:
     """One request's choices. `state` and `reason` tell how far it goes along with the plan, and why."""
 
-    def __init__(self, speculator: Speculator, request: Request) -> None:
-        self._speculator, self._request = speculator, request
+    def __init__(self, speculator: Speculator, request: Request, *, has_draft: bool) -> None:
+        self._speculator, self._request, self._has_draft = speculator, request, has_draft
         self._governor: Governor | None = None
-        self._last = PLAIN
         self.state = coordinator_pb2.SPECULATION_STATE_UNSPECIFIED
         self.reason = ""
 
     def choose(self, num_tokens: int) -> Choice:
         """Of the next step, behind so many committed tokens."""
         if self._request.mode == coordinator_pb2.SPECULATION_MODE_OFF:
+            return Choice(PLAIN)
+        if not self._has_draft:
+            self.state, self.reason = coordinator_pb2.SPECULATION_STATE_OFF, "there is no draft worker"
             return Choice(PLAIN)
         if self._request.topology is not None:
             return Choice(self._request.topology)
@@ -146,7 +148,7 @@ class RequestSpeculation:
     def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
         """What the step took. `usual`: it went as chosen, right after one that did."""
         if self._governor is not None:
-            self._governor.observe(choice.topology, seconds, num_tokens, usual=usual and not choice.explores)
+            self._governor.observe(choice.topology, seconds, num_tokens, usual=usual)
 
     def _governed(self, governor: Governor) -> Choice:
         tree = governor.tree()

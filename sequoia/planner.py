@@ -26,6 +26,7 @@ __all__ = [
     "expected_tokens",
     "optimal_tree",
     "price",
+    "width_limits",
 ]
 
 Float = NDArray[np.float64]
@@ -121,7 +122,7 @@ class _Shelf:
     def __init__(self, inputs: PlanInputs, size: int, levels: int) -> None:
         self._inputs = inputs
         self._chains = [price(Topology.chain(each), inputs) for each in range(2, levels + 1)]
-        widths = _widths(inputs.draft_curve, size)
+        widths = width_limits(inputs.draft_curve, size)
         self._frontiers = [each for width in widths for each in _frontiers(inputs.acceptance, size, levels, width)]
         verifying, drafting = inputs.verify_curve.table(size), inputs.draft_curve.table(size)
         self._seconds = [self._per_token(each, verifying, drafting) for each in self._frontiers]
@@ -148,7 +149,7 @@ class _Shelf:
         return seconds
 
 
-def _widths(curve: LatencyCurve, size: int) -> list[int | None]:
+def width_limits(curve: LatencyCurve, size: int) -> list[int | None]:
     """Limits on the nodes with children in a level: none, and measured widths that a tree of that size may exceed.
 
     Beyond the curve's end a tree cannot be grown, and before a rise of it the narrower tree may be the faster one.

@@ -136,8 +136,8 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(["bench", "robustness", "--target", "none", "--draft", "none", "--plot", "a.svg"]) == 1
-    assert capsys.readouterr().err == "error: plot: needs matplotlib: pip install sequoia-serving[bench]\n"
+    assert main(["bench", "robustness", "--target", "none", "--draft", "none", "--plot", "a.svg"]) == 2
+    assert capsys.readouterr().err == "error: --plot: needs matplotlib: pip install sequoia-serving[bench]\n"
 
 
 def test_help_names_every_benchmark_and_loads_none(

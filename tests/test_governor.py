@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from coordinator.governor import PLAIN, Gait, Gaits, Governor, Pace
+from coordinator.governor import PLAIN, Gait, Gaits, Governor
+from coordinator.pace import Pace
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, choose
 from sequoia.topology import Topology
@@ -107,11 +108,30 @@ def test_a_draft_that_never_answers_ends_a_trial() -> None:
     assert governor.tree() == PLAIN
 
 
-def test_steps_that_were_not_usual_set_no_pace() -> None:
+def test_what_every_answer_pays_at_its_beginning_belongs_to_the_pace() -> None:
     governor = Governor(gaits())
     governor.observe(TREE, 1.0, 1, usual=False)
     governor.observe(Topology.chain(2), 1.0, 1)
-    assert not governor.paces
+    assert governor.paces[TREE].seconds_per_token == 1.0
+
+
+def test_what_a_trial_waits_for_does_not() -> None:
+    governor = Governor(gaits(Gait.OFF))
+    for _ in range(30):
+        governor.observe(PLAIN, PLAIN_SECONDS, 1)
+    tried = governor.tree()
+    governor.observe(tried, 1.0, 1, usual=False)
+    assert tried not in governor.paces
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_short_answers_whose_beginnings_eat_the_gain_are_decoded_plainly(seed: int) -> None:
+    world, governor = World({TREE: 1.1, CHAIN: 1.05}, seed), Governor(gaits())
+    for _ in range(60):
+        if governor.tree() != PLAIN:
+            governor.observe(governor.tree(), 6 * PLAIN_SECONDS, 1, usual=False)
+        world.run(governor, 24)
+    assert governor.gait is Gait.OFF
 
 
 def test_a_new_plan_with_the_same_trees_changes_nothing_and_one_with_others_is_followed() -> None:

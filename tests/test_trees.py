@@ -61,7 +61,7 @@ def situation(temperature: float, rule: Rule = SEQUOIA) -> Situation:
 
 
 def chosen(plans: TreePlans, of: Pair, mode: SpeculationMode, **kind: object) -> Topology:
-    return RequestSpeculation(Speculator(plans, of), request(mode, **kind)).choose(1).topology  # type: ignore[arg-type]
+    return RequestSpeculation(Speculator(plans, of), request(mode, **kind), has_draft=True).choose(1).topology  # type: ignore[arg-type]
 
 
 def put(url: str, of: Pair, at: Situation, document: TreePlan | str) -> None:
@@ -218,7 +218,7 @@ async def test_a_plan_that_is_stored_reaches_a_running_coordinator_at_once(new_p
             TreeCache(redis.url) as cache,
             asyncio.timeout(10),
         ):
-            governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+            governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
             assert governed.choose(1).topology == BUILT_IN_TREE
             while not new_plan.is_set():  # until it listens
                 key = plan_key(pair().verify_description, pair().draft_description, situation(0.0))
@@ -259,7 +259,7 @@ async def test_a_rule_without_a_plan_of_its_own_takes_the_default_rules() -> Non
 
 async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_not(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
-    governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+    governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
     trees = [governed.choose(1).topology for _ in range(640)]
     tree = SPECULATE.chosen.topology
     explored = [each for each in trees if each != tree]
@@ -270,7 +270,7 @@ async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_
 
 async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
-    speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO))
+    speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
     assert speculation.choose(1).topology == SPECULATE.chosen.topology
     assert speculation.state == SPECULATION_STATE_ON
     for _ in range(200):
@@ -280,3 +280,10 @@ async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
     assert speculation.state == SPECULATION_STATE_OFF
     assert speculation.reason.startswith("measured, in ms a token: on 500.0")
     assert Choice(PLAIN, 64) in [speculation.choose(1) for _ in range(2)]
+
+
+async def test_without_a_draft_speculation_is_off_and_says_why(idle: Idle) -> None:
+    plans = idle.plans("", pair())
+    speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=False)
+    assert speculation.choose(1).topology == PLAIN
+    assert (speculation.state, speculation.reason) == (SPECULATION_STATE_OFF, "there is no draft worker")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sequoia.cli.tree_plot import draw_tree
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import expected_tokens, frontiers
-from sequoia.planner import MAX_LEVELS, TreePlan
+from sequoia.planner import MAX_LEVELS, TreePlan, width_limits
 from sequoia.pricing import PlanInputs, PricedTree
 from sequoia.topology import Topology
 
@@ -61,7 +61,13 @@ def speedups(inputs: PlanInputs, max_size: int, max_levels: int) -> Float:
 
     NaN where there is no tree, or where a forward would be wider than was measured.
     """
-    _, *found = frontiers(inputs.acceptance, max_size, max_levels)
+    widths = width_limits(inputs.draft_curve, max_size)
+    return np.fmax.reduce([_speedups(inputs, max_size, max_levels, each) for each in widths])
+
+
+def _speedups(inputs: PlanInputs, max_size: int, max_levels: int, max_width: int | None) -> Float:
+    """As `speedups`, of trees with at most so many nodes with children in a level."""
+    _, *found = frontiers(inputs.acceptance, max_size, max_levels, max_width=max_width)
     tokens = np.stack([each.tokens[2:] for each in found])
     draft_seconds = inputs.draft_curve.table(max_size)
     drafting = np.stack([draft_seconds[each.internal[2:]].sum(axis=1) for each in found])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from pathlib import Path
 
-from sequoia.errors import FailedPrecondition, InvalidArgument
+from sequoia.errors import InvalidArgument
 
 
 def add_target(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -37,17 +36,6 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
     for name, value in least.items():
         if getattr(arguments, name) < value:
             raise InvalidArgument(f"is {getattr(arguments, name)}; it must be {value} or more", name.replace("_", "-"))
-
-
-def check_plot(file: Path | None) -> None:
-    """Raises an error naming `plot` for a file that could not be drawn."""
-    if file is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise FailedPrecondition("needs matplotlib: pip install sequoia-serving[bench]", "plot")
-    if file.suffix not in (".svg", ".png"):
-        raise InvalidArgument(f"{file} ends neither in .svg nor in .png", "plot")
-    check_folder(file, "plot")
 
 
 def check_folder(file: Path | None, field: str) -> None:

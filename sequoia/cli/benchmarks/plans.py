@@ -169,7 +169,7 @@ def kept_table(found: Sequence[Kept]) -> Table:
             f"{tree.speedup:.2f}",
             _shown(each.speedup),
         )
-    table.caption = "realised: steps with that tree; times: the median answer; brackets: 95 % by resampling answers"
+    table.caption = "realised: steps with that tree; times: the median answer; brackets: 95 %, answers resampled"
     return table
 
 
@@ -198,7 +198,7 @@ def _seconds(stages: StageSeconds) -> float:
 
 
 def _kept(plan: TreePlan, temperature: float, trees: dict[str, Topology], totals: dict[str, Float]) -> list[Kept]:
-    """Tokens per step of all steps; of what a step takes, and of that by a plain step beside it, the median answer's."""
+    """Tokens per step of all steps; of a step's seconds, and of their ratio to a plain step's, the median answer's."""
     generator = np.random.default_rng(0)
     num_answers = len(totals["off"])
     # All answers first as they are, then resampled; the same answers for every tree, which keeps the pairs.

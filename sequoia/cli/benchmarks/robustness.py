@@ -18,11 +18,10 @@ from sequoia.cli.benchmarks.arguments import (
     add_json,
     add_target,
     check_least,
-    check_plot,
     pair_title,
 )
 from sequoia.cli.benchmarks.plots import BLUE, GREEN, ORANGE, PURPLE, label, legend_below, panels
-from sequoia.cli.figures import new_table
+from sequoia.cli.figures import check_plot, new_table
 from sequoia.cli.steps import Steps
 
 if TYPE_CHECKING:
@@ -56,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Load the pair, measure, print."""
     check_least(arguments, positions=1, children=1)
-    check_plot(arguments.plot)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
     # Imported here: `--help` needs no torch.
     from sequoia.cli import robustness
 

@@ -19,14 +19,13 @@ from sequoia.cli.benchmarks.arguments import (
     add_target,
     check_folder,
     check_least,
-    check_plot,
     pair_title,
 )
 from sequoia.cli.benchmarks.candidates import PLANNER
 from sequoia.cli.benchmarks.evaluation import CHOICE, Curves, Evaluation, ShapeResult, evaluate
 from sequoia.cli.benchmarks.plots import BLUE, GREEN, ORANGE, label, legend_below, panels
 from sequoia.cli.benchmarks.traces import Recording
-from sequoia.cli.figures import new_table
+from sequoia.cli.figures import check_plot, new_table
 from sequoia.cli.steps import Steps
 from sequoia.errors import InvalidArgument
 from sequoia.hardware import LatencyCurve
@@ -61,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Record or read traces, replay, print."""
     check_least(arguments, tokens=1)
-    check_plot(arguments.plot)
+    if arguments.plot is not None:
+        check_plot(arguments.plot)
     check_folder(arguments.save, "save")
     curves = _curves(arguments)
     recording = Recording.read(arguments.traces) if arguments.traces else _record(arguments)

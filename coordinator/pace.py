@@ -1,0 +1,49 @@
+"""What steps of one kind take for a token, lately, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+
+# Steps after which an observation counts half.
+_HALF_LIFE_STEPS = 64
+# A pace is known after so many steps.
+_KNOWN_STEPS = 8
+
+
+class Pace:
+    """Seconds per token of one tree, from its steps; older ones count less."""
+
+    def __init__(self) -> None:
+        self.num_steps = self.num_tokens = self.seconds = 0.0
+        self._squares = self._tokens_squared = self._products = self._seconds_squared = 0.0
+        self.observed = 0
+
+    def add(self, seconds: float, num_tokens: int) -> None:
+        """One step."""
+        keep = 0.5 ** (1 / _HALF_LIFE_STEPS)
+        self.num_steps = keep * self.num_steps + 1.0
+        self._squares = keep * keep * self._squares + 1.0
+        self.num_tokens = keep * self.num_tokens + num_tokens
+        self.seconds = keep * self.seconds + seconds
+        self._tokens_squared = keep * self._tokens_squared + num_tokens**2
+        self._products = keep * self._products + num_tokens * seconds
+        self._seconds_squared = keep * self._seconds_squared + seconds**2
+        self.observed += 1
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it was observed often enough to be compared."""
+        return self.observed >= _KNOWN_STEPS
+
+    @property
+    def seconds_per_token(self) -> float:
+        """The ratio of the sums."""
+        return self.seconds / self.num_tokens
+
+    @property
+    def standard_error(self) -> float:
+        """Of `seconds_per_token`: of a ratio of means, as for independent steps."""
+        pace = self.seconds_per_token
+        spread = self._seconds_squared - 2.0 * pace * self._products + pace**2 * self._tokens_squared
+        num_effective = self.num_steps**2 / self._squares
+        return math.sqrt(max(spread, 0.0) / self.num_steps / num_effective) / (self.num_tokens / self.num_steps)
