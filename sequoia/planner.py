@@ -123,7 +123,9 @@ class _Shelf:
         self._inputs = inputs
         self._chains = [price(Topology.chain(each), inputs) for each in range(2, levels + 1)]
         widths = width_limits(inputs.draft_curve, size)
-        self._frontiers = [each for width in widths for each in _frontiers(inputs.acceptance, size, levels, width)]
+        self._frontiers = [
+            each for width in widths for each in cached_frontiers(inputs.acceptance, size, levels, width)
+        ]
         verifying, drafting = inputs.verify_curve.table(size), inputs.draft_curve.table(size)
         self._seconds = [self._per_token(each, verifying, drafting) for each in self._frontiers]
 
@@ -159,7 +161,7 @@ def width_limits(curve: LatencyCurve, size: int) -> list[int | None]:
 
 
 @lru_cache(maxsize=32)
-def _frontiers(acceptance: Rows, size: int, levels: int, width: int | None) -> list[Frontier]:
+def cached_frontiers(acceptance: Rows, size: int, levels: int, width: int | None) -> list[Frontier]:
     """The same acceptance is planned for under many loads and at many distances."""
     return frontiers(acceptance, size, levels, max_width=width)
 

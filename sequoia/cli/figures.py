@@ -51,9 +51,9 @@ def new_table(*columns: str) -> Table:
 
 def plans_table(temperatures: Sequence[float], plans: Sequence[TreePlan]) -> Table:
     """One row a plan, with what it promises."""
-    table = new_table("temperature", "plan", "tokens/step", "ms/token", "speedup", "best tree", "reduced")
+    table = new_table("T", "plan", "tokens/step", "ms/token", "speedup", "best tree", "reduced")
     for temperature, plan in zip(temperatures, plans, strict=True):
-        others = (f"{shape(each)}: {each.speedup:.2f}" if each else "none" for each in (plan.best_tree, plan.reduced))
+        others = (f"{_sizes(each)}: {each.speedup:.2f}" if each else "none" for each in (plan.best_tree, plan.reduced))
         table.add_row(f"{temperature:g}", shape(plan.chosen), *promises(plan.chosen), *others)
     return table
 
@@ -91,7 +91,11 @@ def promises(tree: PricedTree) -> tuple[str, str, str]:
 
 def shape(tree: PricedTree) -> str:
     """Kind, size and levels."""
-    return tree.kind if tree.kind == "off" else f"{tree.kind} of {tree.topology.size} x {tree.topology.levels}"
+    return tree.kind if tree.kind == "off" else f"{tree.kind} of {_sizes(tree)}"
+
+
+def _sizes(tree: PricedTree) -> str:
+    return f"{tree.topology.size} x {tree.topology.levels}"
 
 
 def check_plot(file: Path) -> None:
