@@ -109,8 +109,8 @@ class Governor:
     def observe(self, topology: Topology, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
         """What one step took for which `topology` was chosen.
 
-        Not `usual` is one that waited for the draft or caught up, as at the beginning of every answer. That belongs to
-        the pace of a gait that is gone in, and not to that of one which is only tried.
+        Not `usual` is one that waited for the draft, or came right after a step of the other kind, as at the beginning
+        of every answer. That belongs to the pace of a gait that is gone in, and not to that of one which is only tried.
         """
         gait = self._gait_of(topology)
         is_trial = gait is self._trial

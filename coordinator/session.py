@@ -80,11 +80,13 @@ class Session:
         self._choice = replace(choice, topology=choice.topology.truncated(max_levels))
 
     def _observe(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.VerifyResponse) -> None:
-        """A drafted step after a plain one catches up; a plain one where a tree was chosen waits for the draft."""
+        """A drafted step after a plain one catches up, and a plain one after a drafted one finds the draft's threads
+        still spinning; where a tree was chosen and none came, the step waited for it.
+        """
         is_drafted = draft is not None
         fell_back = not is_drafted and self._choice.topology != PLAIN
         seconds = self.report.verified(verdict, draft, fell_back=fell_back)
-        usual = self._was_drafted if is_drafted else not fell_back
+        usual = not fell_back and is_drafted == self._was_drafted
         self._speculation.observe(self._choice, seconds, len(verdict.verdict.accepted_nodes) + 1, usual=usual)
         self._was_drafted = is_drafted
 
