@@ -58,10 +58,9 @@ class Report:
         self._step.network += seconds - worker_seconds
         _add(self.message.stages, self._step)
         self.message.num_steps += 1
-        step_seconds = max(sum(getattr(self._step, name) for name in _STAGES), response.worker_seconds)
         if not fell_back:
             self._use(draft, response.verdict)
-        return step_seconds
+        return sum(getattr(self._step, name) for name in _STAGES)
 
     def _use(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.Verdict) -> None:
         topology = Topology(tuple(draft.tree.topology.parents)) if draft else Topology.root_only()

@@ -153,7 +153,7 @@ def test_help_names_every_benchmark_and_loads_none(
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (["robustness", "--target", "a", "--draft", "b", "--plot", "a.pdf"], "plot"),
+        (["robustness", "--target", "a", "--draft", "b", "--plot", "a.pdf"], "--plot"),
         (["robustness", "--target", "a", "--draft", "b", "--positions", "0"], "positions"),
         (["rules", "--rounds", "0"], "rounds"),
         (["rules", "--max-tokens", "1"], "max-tokens"),

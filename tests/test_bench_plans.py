@@ -24,7 +24,7 @@ def planned(tiny_system: System) -> System:
 
 
 def test_plans_are_held_against_what_steps_brought(planned: System, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--temperature", "0", "--rounds", "1", "--max-tokens", "16")
+    arguments = ("--temperature", "0", "--rounds", "1", "--max-tokens", "40")
     found = printed(capsys, "plans", "--address", planned.deployment.address, *arguments)
     rows = {each["name"]: each for each in found}
     assert {"off", "auto", "best tree"} <= set(rows)

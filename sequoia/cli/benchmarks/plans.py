@@ -203,10 +203,15 @@ def _kept(plan: TreePlan, temperature: float, trees: dict[str, Topology], totals
     num_answers = len(totals["off"])
     # All answers first as they are, then resampled; the same answers for every tree, which keeps the pairs.
     picks = np.vstack([np.arange(num_answers), generator.integers(num_answers, size=(_NUM_RESAMPLES, num_answers))])
+    # Of an answer without a whole step nothing is known, of a tree without one nothing is said.
+    totals = {name: np.where(each[:, :1] > 0.0, each, np.nan) for name, each in totals.items()}
     step_seconds = {name: each[:, 2] / each[:, 0] for name, each in totals.items()}
     kept = []
     for name, tree in trees.items():
-        steps, tokens, _ = np.moveaxis(totals[name][picks], -1, 0).sum(axis=2)
+        if np.isnan(totals[name]).all():
+            continue
+        steps, tokens, _ = np.nansum(np.moveaxis(totals[name][picks], -1, 0), axis=2)
+        steps[steps == 0.0] = np.nan
         per_step = tokens / steps
         # What steps with one tree bring differs by chance alone, and is pooled; those of `auto` differ in kind.
         brought = (totals[name][:, 1] / totals[name][:, 0])[picks] if name == AUTO else per_step[:, None]
@@ -227,7 +232,7 @@ def _kept(plan: TreePlan, temperature: float, trees: dict[str, Topology], totals
 
 
 def _interval(values: Float) -> Interval:
-    low, high = np.percentile(values[1:], [2.5, 97.5])
+    low, high = np.nanpercentile(values[1:], [2.5, 97.5])
     return Interval(float(values[0]), float(low), float(high))
 
 
