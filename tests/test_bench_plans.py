@@ -44,7 +44,7 @@ def test_without_a_plan_there_is_nothing_to_hold_it_against(
     assert "there is no plan for temperature 0; run `sequoia plan` first" in capsys.readouterr().err
 
 
-def test_workers_that_are_further_away_get_larger_trees_or_none(
+def test_workers_that_are_too_far_away_are_left_for_plain_decoding(
     planned: System, capsys: pytest.CaptureFixture[str]
 ) -> None:
     deployment = planned.deployment
@@ -63,7 +63,6 @@ def test_workers_that_are_further_away_get_larger_trees_or_none(
         "8",
     )
     assert near["round_trip_seconds"] < 0.06 < 0.12 <= far["round_trip_seconds"]
-    assert near["plan"]["best_tree"]["size"] <= far["plan"]["best_tree"]["size"]
     assert far["plan"]["kind"] == "off"
     assert far["plan"]["inputs"]["draft_rtt_seconds"] >= 0.06
 
