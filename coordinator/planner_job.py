@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
@@ -20,6 +21,8 @@ from sequoia.situation import CONTEXTS, SESSIONS, TEMPERATURES, Situation
 from sequoia.tree_cache import StoredPlan, TreeCache
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.wire import rule_from_wire
+
+_log = logging.getLogger(__name__)
 
 TTL_SECONDS = 7 * 24 * 3600
 # Live counts of that age count half.
@@ -135,7 +138,10 @@ class PlannerJob:
     async def counted(self, pair: DescribePairResponse, temperature: float, rule: Rule) -> LiveAcceptance:
         """What coordinators counted lately."""
         key = CountsKey(pair_name(pair.verify, pair.draft), rule.name, TEMPERATURES.name(temperature))
-        return await self._live.read(key, now=time.time(), half_life_seconds=HALF_LIFE_SECONDS)
+        live = await self._live.read(key, now=time.time(), half_life_seconds=HALF_LIFE_SECONDS)
+        for problem in live.rejected:
+            _log.warning("acceptance counts in Redis left out: %s", problem)
+        return live
 
     def choose(self, pair: DescribePairResponse, inputs: PlanInputs) -> TreePlan:
         """The plan within the workers' limits."""

@@ -29,11 +29,10 @@ _EXPLORE_EVERY, _EXPLORED_RANKS = 64, 8
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A step's tree; without one (root-only) the plain steps to run, and whether that is the usual thing to do."""
+    """A step's tree; without one (root-only) how many plain steps the verify worker may run on by itself."""
 
     topology: Topology
     num_plain_steps: int = _PLAIN_STEPS
-    explores: bool = False
 
 
 class Distances(Pair, Protocol):
@@ -154,8 +153,7 @@ class RequestSpeculation:
         tree = governor.tree()
         if tree == PLAIN:
             return Choice(PLAIN, (governor.num_trial_steps_left or _PLAIN_STEPS + 1) - 1)
-        explored = self._speculator.explored(tree)
-        return Choice(explored, explores=explored != tree)
+        return Choice(self._speculator.explored(tree))
 
     def _tell(self, governor: Governor) -> None:
         state = STATES[governor.gait]

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, RedisError, ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from sequoia.acceptance import AcceptanceCounts, Rows
-from sequoia.errors import InvalidArgument, Unavailable
+from sequoia.errors import Unavailable
+from sequoia.redis_connection import connect
 
 # Counts deeper or of a later rank are left out: a request may bring any tree.
 MAX_DEPTH = 64
@@ -25,7 +23,6 @@ SLICE_SECONDS = 3600
 # A slice is there for that long after the last addition to it, and read for as long after it began.
 RETENTION_SECONDS = 3 * 24 * 3600
 
-_SOCKET_TIMEOUT_SECONDS = 1.0
 _CELL = re.compile(rb"([oa]):(0|[1-9]\d{0,3}):(0|[1-9]\d{0,3})")
 
 _Cells = dict[tuple[int, int], float]  # by (depth, rank)
@@ -98,16 +95,7 @@ class LiveCounts:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=_SOCKET_TIMEOUT_SECONDS,
-                socket_connect_timeout=_SOCKET_TIMEOUT_SECONDS,
-                # Once more at once: a restarted server has closed the connections of the pool.
-                retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
-            )
-        except ValueError as error:
-            raise InvalidArgument(f"{url!r} is no Redis URL: {error}", "redis") from error
+        self._redis = connect(url)
 
     async def __aenter__(self) -> LiveCounts:
         return self

@@ -71,6 +71,11 @@ def _walk(topology: Topology, rows: Rows) -> tuple[list[float], list[float]]:
     return steps, reached
 
 
+def reached_by_node(topology: Topology, acceptance: Acceptance) -> list[float]:
+    """By node: P(the node is accepted), the product of the acceptance along its path."""
+    return _walk(topology, rows_of(acceptance))[1]
+
+
 def optimal_tree(acceptance: Acceptance, size: int, max_levels: int) -> Topology:
     """A tree of exactly `size` nodes and at most `max_levels` levels with the most expected tokens per step.
 

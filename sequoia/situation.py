@@ -33,10 +33,6 @@ class Buckets:
         """The name of the range that a value falls in."""
         return self.names[self.index(value)]
 
-    def value(self, name: str) -> float:
-        """What the range of that name is planned for."""
-        return self.planned_at[self.names.index(name)]
-
 
 TEMPERATURES = Buckets((0.0, 0.4, 0.8), (0.0, 0.3, 0.6, 1.0))
 SESSIONS = Buckets((1, 2, 4, 8), (1, 2, 4, 8, 16))

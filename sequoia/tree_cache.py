@@ -13,17 +13,14 @@ from functools import lru_cache
 from types import TracebackType
 from typing import NamedTuple
 
-from redis.asyncio import Redis
 from redis.asyncio.lock import Lock
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import ConnectionError, RedisError
+from redis.exceptions import RedisError
 
-from sequoia.errors import InvalidArgument, Unavailable
+from sequoia.errors import Unavailable
 from sequoia.planner import TreePlan
+from sequoia.redis_connection import connect
 from sequoia.situation import Situation
 
-_SOCKET_TIMEOUT_SECONDS = 1.0
 # A planner that died holds its lock for that long at most.
 _LOCK_SECONDS = 30.0
 # Says that there are new plans, to whoever listens; what it carries means nothing.
@@ -81,16 +78,7 @@ class TreeCache:
     """
 
     def __init__(self, url: str) -> None:
-        try:
-            self._redis = Redis.from_url(
-                url,
-                socket_timeout=_SOCKET_TIMEOUT_SECONDS,
-                socket_connect_timeout=_SOCKET_TIMEOUT_SECONDS,
-                # Once more at once: a restarted server has closed the connections of the pool.
-                retry=Retry(NoBackoff(), 1, supported_errors=(ConnectionError,)),
-            )
-        except ValueError as error:
-            raise InvalidArgument(f"{url!r} is no Redis URL: {error}", "redis") from error
+        self._redis = connect(url)
 
     async def __aenter__(self) -> TreeCache:
         return self

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sequoia.optimal_tree import Rows
+from sequoia.optimal_tree import Rows, reached_by_node
 from sequoia.topology import Topology
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _LEAST_WIDTH, _LEAST_LEVELS = 3.0, 5
 
 def draw_tree(axes: Axes, topology: Topology, acceptance: Rows, total: str) -> None:
     """Nodes, edges, the acceptance of the root's first ranks, what each level adds to a step's tokens, the `total`."""
-    reached, across = reached_by_node(topology, acceptance), places(topology)
+    reached, across = np.array(reached_by_node(topology, acceptance)), places(topology)
     _set_frame(axes, topology.levels, float(across.max()))
     _draw_edges(axes, topology, reached, across)
     _draw_nodes(axes, topology, reached, across)
@@ -37,15 +37,6 @@ def draw_tree(axes: Axes, topology: Topology, acceptance: Rows, total: str) -> N
     _label_levels(axes, topology, reached, float(across.max()), total)
     note = "area and colour of a node: how likely it is accepted; at the root's edges: acceptance by rank"
     axes.text(0.0, -0.02, note, transform=axes.transAxes, fontsize=9, color=_GREY, va="top")
-
-
-def reached_by_node(topology: Topology, acceptance: Rows) -> Float:
-    """(size,) P(the node is accepted): the product of the acceptance along its path."""
-    reached = np.ones(topology.size)
-    for node, parent in enumerate(topology.parents[1:], start=1):
-        row, rank = acceptance[min(topology.depths[parent], len(acceptance) - 1)], topology.ranks[node]
-        reached[node] = reached[parent] * (row[rank] if rank < len(row) else 0.0)
-    return reached
 
 
 def places(topology: Topology) -> Float:
