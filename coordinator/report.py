@@ -48,9 +48,12 @@ class Report:
         self.message.fallback_reason = reason
 
     def verified(
-        self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, *, fell_back: bool
+        self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, asked: Topology
     ) -> float:
-        """A step's verdict has arrived. Returns the seconds that the step took."""
+        """A step's verdict has arrived; a tree of shape `asked` was wanted. Returns the seconds that the step took.
+
+        Trees are told apart as they were asked for: where q has few tokens, hardly two are grown alike.
+        """
         seconds = self._lap()
         # A step that the worker ran on by itself may have been waiting for us.
         worker_seconds = min(seconds, response.worker_seconds)
@@ -58,12 +61,13 @@ class Report:
         self._step.network += seconds - worker_seconds
         _add(self.message.stages, self._step)
         self.message.num_steps += 1
-        if not fell_back:
-            self._use(draft, response.verdict)
+        if draft is not None or asked.size == 1:
+            self._use(asked, response.verdict)
+        if draft is not None:
+            self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
-    def _use(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.Verdict) -> None:
-        topology = Topology(tuple(draft.tree.topology.parents)) if draft else Topology.root_only()
+    def _use(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         usage = self._usages.get(topology)
         if usage is None:
             usage = self._usages[topology] = self.message.trees.add()
@@ -71,8 +75,6 @@ class Report:
         usage.num_steps += 1
         usage.num_tokens += len(verdict.accepted_nodes) + 1
         _add(usage.stages, self._step)
-        if draft is not None:
-            self._count(topology, verdict)
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message

@@ -85,7 +85,7 @@ class Session:
         """
         is_drafted = draft is not None
         fell_back = not is_drafted and self._choice.topology != PLAIN
-        seconds = self.report.verified(verdict, draft, fell_back=fell_back)
+        seconds = self.report.verified(verdict, draft, self._choice.topology)
         usual = not fell_back and is_drafted == self._was_drafted
         self._speculation.observe(self._choice, seconds, len(verdict.verdict.accepted_nodes) + 1, usual=usual)
         self._was_drafted = is_drafted

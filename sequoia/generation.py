@@ -48,7 +48,7 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class TreeUsage:
-    """The steps of a request that verified a tree of one shape; a root-only one: plain steps that were meant to be."""
+    """The steps of a request for which a tree of that shape was asked for, and came; root-only: plain decoding."""
 
     topology: Topology
     num_steps: int

@@ -8,6 +8,7 @@ from tiny_models import build_tokenizer
 from coordinator.report import Report
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Step, Transcript
+from sequoia import topology
 from sequoia.sampling import Sampling
 from sequoia.v1.coordinator_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
 from sequoia.v1.draft_pb2 import DraftResponse
@@ -92,20 +93,21 @@ def test_counts_by_depth_and_rank_are_of_reached_nodes_only() -> None:
     report = Report()
     verdict = Verdict(accepted_nodes=[2, 5], bonus_token_id=9)
     response = VerifyResponse(verdict=verdict, worker_seconds=0.0)
-    report.verified(response, DraftResponse(tree=tree), fell_back=False)
+    report.verified(response, DraftResponse(tree=tree), topology.Topology((-1, 0, 0, 0, 1, 2, 2, 2)))
     root, second = report.message.counts_by_depth
     assert (list(root.num_offered), list(root.num_accepted)) == ([1, 1, 1], [0, 1])
     assert (list(second.num_offered), list(second.num_accepted)) == ([1, 1], [1])
     [usage] = report.message.trees
-    assert (usage.topology, usage.num_steps, usage.num_tokens) == (tree.topology, 1, 3)
+    assert (list(usage.topology.parents), usage.num_steps) == ([-1, 0, 0, 0, 1, 2, 2, 2], 1)
+    assert usage.num_tokens == 3
     assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
 
 
 def test_a_step_that_fell_back_is_no_plain_decoding() -> None:
     report = Report()
-    for fell_back in (True, False):
+    for asked in (topology.Topology.chain(3), topology.Topology.root_only()):
         report.host()
-        report.verified(VerifyResponse(worker_seconds=0.5), None, fell_back=fell_back)
+        report.verified(VerifyResponse(worker_seconds=0.5), None, asked)
     [usage] = report.message.trees
     assert (list(usage.topology.parents), usage.num_steps) == ([-1], 1)
     assert report.message.num_steps == 2
