@@ -8,9 +8,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
 Settings = TypeVar("Settings")
+
+# How a worker can compute, in the order of preference; see sequoia/engine/decoders.py.
+ENGINES = ("auto", "native", "lean", "transformers")
+QUANTIZATIONS = ("none", "int8", "int4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,15 @@ def fail(message: str) -> NoReturn:
 def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_flags() -> frozenset[str]:
+    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _flag(name: str) -> str:

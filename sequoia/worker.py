@@ -16,10 +16,10 @@ import grpc
 import torch
 from filelock import FileLock
 
-from sequoia.config import num_cores, setting
-from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, register
-from sequoia.engine.determinism import DETERMINISTIC_ATTENTION, make_deterministic
-from sequoia.engine.determinism import register as register_deterministic
+from sequoia.config import ENGINES, QUANTIZATIONS, num_cores, setting
+from sequoia.engine.attention import chunk_segment
+from sequoia.engine.decoder import Decoder
+from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
@@ -42,7 +42,8 @@ class WorkerConfig:
     listen: str = setting("127.0.0.1:0", "address to listen on; port 0 takes a free one, unix:PATH a socket")
     revision: str = setting("", "revision of a hub model: branch, tag or commit")
     dtype: str = setting("auto", "element type", choices=("auto", "float32", "bfloat16", "float16"))
-    quantization: str = setting("none", "quantisation of the linear layers", choices=("none", "int8"))
+    engine: str = setting("auto", "what runs the layers; auto: the first that can", choices=ENGINES)
+    quantization: str = setting("none", "weights of the linear layers", choices=QUANTIZATIONS)
     device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
     num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
     context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
@@ -50,7 +51,7 @@ class WorkerConfig:
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
     deterministic: bool = setting(
-        False, "rows that do not depend on what shares their forward: slower, same bits always"
+        False, "rows that do not depend on what shares their forward, also where that is slower; native ones never do"
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the model")
     cache_dir: str = setting("", "folder for fetched models; empty: the user's cache folder")
@@ -78,23 +79,26 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     """Load the model, allocate the KV pool, measure the latency profile. Runs on the engine's thread."""
     num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
-    register()
-    register_deterministic()
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
     model = load_model(
         files,
         dtype=config.dtype,
-        quantization=config.quantization,
         device=config.device,
-        attn_implementation=DETERMINISTIC_ATTENTION if config.deterministic else TREE_ATTENTION,
         trust_remote_code=config.trust_remote_code,
     )
-    if config.deterministic:
-        make_deterministic(model.module)
     context_length = _context_length(config, model)
+    arithmetic = Arithmetic(
+        engine=config.engine,
+        quantization=config.quantization,
+        is_draft=role == worker_pb2.WORKER_ROLE_DRAFT,
+        deterministic=config.deterministic,
+        num_threads=num_threads,
+    )
+    slot_rows = context_length + config.max_tree_size
     num_layers = model.module.config.get_text_config().num_hidden_layers
-    cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
-    executor.engine = engine = Engine(model.module, cache, model.device, model.dtype)
+    decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
+    cache = KVCache(num_layers, config.num_slots, slot_rows)
+    executor.engine = engine = Engine(decoder, cache, model.device, model.dtype)
     # Workers of one machine take turns, or each would measure the other.
     files.cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(files.cache_dir / "measuring.lock"):
@@ -105,14 +109,14 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         model=model.reference,
         model_revision=model.revision,
         dtype=model.dtype_name,
-        quantization=model.quantization,
+        quantization=config.quantization,
         tokenizer_hash=model.tokenizer.tokenizer_hash,
         vocab_size=min(model.tokenizer.vocab_size, model.padded_vocab_size),
         padded_vocab_size=model.padded_vocab_size,
         context_length=context_length,
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
-        hardware_key=_hardware_key(model, num_threads) + "/deterministic" * config.deterministic,
+        hardware_key=_hardware_key(model, config.quantization, num_threads, decoder),
         num_slots=config.num_slots,
         latencies=profile_to_wire(profile),
         device_id=_device_id(model),
@@ -197,8 +201,10 @@ def _device_id(model: LoadedModel) -> str:
     return hashlib.sha256(device.encode()).hexdigest()[:16]
 
 
-def _hardware_key(model: LoadedModel, num_threads: int) -> str:
+def _hardware_key(model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder) -> str:
     if model.device.type == "cuda":
-        return f"{torch.cuda.get_device_name(model.device)}/{model.dtype_name}/{model.quantization}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"cpu-{capability}/{num_threads} threads/{model.dtype_name}/{model.quantization}"
+        place = torch.cuda.get_device_name(model.device)
+    else:
+        place = f"cpu-{torch.backends.cpu.get_cpu_capability()}/{num_threads} threads"
+    independent = "/deterministic" * (decoder.rows_are_independent and decoder.name != "native")
+    return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}"

@@ -10,16 +10,13 @@ from typing import TypeVar
 import numpy as np
 import pytest
 import torch
+from engines import load_engine
 from tiny_models import write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from draft_worker.drafter import DraftLimits, DraftSession
-from sequoia.engine.attention import TREE_ATTENTION, register
-from sequoia.engine.executor import Engine, Job
-from sequoia.engine.kv_cache import KVCache
-from sequoia.engine.model import load_model
-from sequoia.engine.sources import resolve
+from sequoia.engine.executor import Job
 from sequoia.errors import InvalidArgument
 from sequoia.rules import GREEDY, SEQUOIA
 from sequoia.sampling import Decoding, Sampling
@@ -35,11 +32,7 @@ class Bench:
     """A drafter's engine, and the same model as `transformers` runs it."""
 
     def __init__(self, folder: Path) -> None:
-        register()
-        model = load_model(
-            resolve(str(folder)), dtype="float32", quantization="none", device="cpu", attn_implementation=TREE_ATTENTION
-        )
-        self.engine = Engine(model.module, KVCache(4, 2, 256), model.device, model.dtype)
+        self.engine = load_engine(folder)
         self._oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @contextmanager

@@ -5,20 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, write_tiny_model
+from engines import load_engine
+from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sequoia.engine.attention import TREE_ATTENTION, Segment, chunk_segment, register, tree_segment
+from sequoia.engine.attention import Segment, chunk_segment, tree_segment
 from sequoia.engine.executor import Engine, Executor, Job
-from sequoia.engine.kv_cache import KVCache, KVSlot
-from sequoia.engine.model import load_model
-from sequoia.engine.sources import resolve
+from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import ResourceExhausted
 from sequoia.topology import TokenTree, Topology
 from sequoia.worker import feed
@@ -39,16 +39,12 @@ class Oracle:
             return self.module(torch.tensor([token_ids])).logits[0, -1]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=product(READABLE_ARCHITECTURES, ("lean", "transformers")), ids="-".join)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Oracle]:
-    folder = tmp_path_factory.mktemp(request.param)
-    write_tiny_model(folder, request.param)
-    register()
-    model = load_model(
-        resolve(str(folder)), dtype="float32", quantization="none", device="cpu", attn_implementation=TREE_ATTENTION
-    )
-    cache = KVCache(model.module.config.num_hidden_layers, num_slots=4, slot_rows=160)
-    return Engine(model.module, cache, model.device, model.dtype), Oracle(folder)
+    folder = tmp_path_factory.mktemp("model")
+    architecture, engine = request.param
+    write_tiny_model(folder, architecture)
+    return load_engine(folder, engine=engine), Oracle(folder)
 
 
 def random_tokens(count: int, seed: int) -> list[int]:

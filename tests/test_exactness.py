@@ -128,7 +128,7 @@ def real_client() -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def real_module() -> torch.nn.Module:
     files = resolve("smollm2-135m")
-    return load_model(files, dtype="float32", quantization="none", device="cpu", attn_implementation="sdpa").module
+    return load_model(files, dtype="float32", device="cpu").module
 
 
 def assert_equal_to_generate(client: Client, module: torch.nn.Module, prompts: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from transformers import (
 from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.gguf import tie_equal_head
 from sequoia.engine.model import LoadedModel, load_model
-from sequoia.engine.quantization import Int8Linear
+from sequoia.engine.quantization import Int8Linear, quantize_int8
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
@@ -34,9 +34,10 @@ IDS = torch.arange(5, 45)[None]
 
 
 def load(folder: Path | str, *, dtype: str = "float32", quantization: str = "none", device: str = "cpu") -> LoadedModel:
-    return load_model(
-        resolve(str(folder)), dtype=dtype, quantization=quantization, device=device, attn_implementation="sdpa"
-    )
+    model = load_model(resolve(str(folder)), dtype=dtype, device=device)
+    if quantization == "int8":
+        quantize_int8(model.module)
+    return model
 
 
 @torch.inference_mode()
@@ -166,7 +167,7 @@ def test_damaged_gguf_file_is_refused_and_leaves_nothing_behind(tmp_path: Path) 
     (tmp_path / "model.gguf").write_bytes(b"GGUF" + b"\1" * 60)
     files = resolve(str(tmp_path), cache_dir=tmp_path / "cache")
     with pytest.raises(InvalidArgument, match=r"model\.gguf cannot be read"):
-        load_model(files, dtype="float32", quantization="none", device="cpu", attn_implementation="sdpa")
+        load_model(files, dtype="float32", device="cpu")
     assert [path.suffix for path in (tmp_path / "cache" / "dense").iterdir()] == [".lock"]
 
 

@@ -14,14 +14,20 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
+# What the native and the lean decoder know.
+READABLE_ARCHITECTURES = (*ARCHITECTURES, "mistral", "qwen3")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -108,6 +114,10 @@ def _build(architecture: str, vocab_size: int, num_layers: int, tie_word_embeddi
         return LlamaForCausalLM(LlamaConfig(**common))
     if architecture == "qwen2":
         return Qwen2ForCausalLM(Qwen2Config(**common))
+    if architecture == "mistral":
+        return MistralForCausalLM(MistralConfig(**common, sliding_window=16))
+    if architecture == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(**common))
     return Gemma3ForCausalLM(_gemma3_config(common, num_layers))
 
 

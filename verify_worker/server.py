@@ -19,9 +19,6 @@ def main() -> None:
     """Load the settings, then serve until told to stop."""
     config = load(WorkerConfig, "verify_worker", sys.argv[1:], os.environ)
     configure_logging("verify_worker", config.log_level)
-    if config.quantization != "none":
-        # Its arithmetic would let a row of the target depend on the tree around it.
-        fail(f"--quantization {config.quantization} is for drafts only; serve the target without it")
     try:
         serve(config, worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", _add_servicer)
     except SequoiaError as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from sequoia.engine.model import LoadedModel, load_model
+from sequoia.engine.quantization import quantize_int8
 from sequoia.engine.sampling import (
     RandomChoices,
     coupled_children,
@@ -141,12 +142,14 @@ def to_dict(pair: Pair, found: Sequence[Acceptance], num_positions: int) -> dict
 
 def load_pair(target: str, draft: str, *, draft_quantization: str, dtype: str) -> Pair:
     """Both models by reference. Raises FailedPrecondition naming `draft` when their tokenizers differ."""
-    load = partial(load_model, dtype=dtype, attn_implementation="sdpa")
-    draft_device = "cpu" if draft_quantization == "int8" else "auto"
+    load = partial(load_model, dtype=dtype)
     pair = Pair(
-        load(resolve(target), quantization="none", device="auto"),
-        load(resolve(draft), quantization=draft_quantization, device=draft_device),
+        load(resolve(target), device="auto"),
+        load(resolve(draft), device="cpu" if draft_quantization == "int8" else "auto"),
     )
+    if draft_quantization == "int8":
+        quantize_int8(pair.draft.module)
+        pair = pair._replace(draft=replace(pair.draft, quantization="int8"))
     if pair.target.tokenizer.tokenizer_hash != pair.draft.tokenizer.tokenizer_hash:
         raise FailedPrecondition(f"{draft} has another tokenizer than {target}", "draft")
     return pair

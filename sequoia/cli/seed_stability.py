@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from sequoia.config import num_cores
-from sequoia.engine import attention, determinism
 from sequoia.engine.attention import tree_segment
+from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
@@ -54,20 +54,27 @@ class Subject:
     vocab_size: int
 
 
-def load(model: str, *, dtype: str, deterministic: bool, context_length: int = 1024) -> Subject:
+def load(
+    model: str,
+    *,
+    dtype: str,
+    engine: str = "auto",
+    quantization: str = "none",
+    deterministic: bool = False,
+    context_length: int = 1024,
+) -> Subject:
     """The model by reference, with KV memory for four sessions. Raises InvalidArgument naming `model`."""
     torch.set_num_threads(num_cores())
-    attention.register()
-    determinism.register()
-    name = determinism.DETERMINISTIC_ATTENTION if deterministic else attention.TREE_ATTENTION
-    loaded = load_model(resolve(model), dtype=dtype, quantization="none", device="auto", attn_implementation=name)
-    if deterministic:
-        determinism.make_deterministic(loaded.module)
+    files = resolve(model)
+    loaded = load_model(files, dtype=dtype, device="auto")
     num_layers = loaded.module.config.get_text_config().num_hidden_layers
-    engine = Engine(
-        loaded.module, KVCache(num_layers, 1 + _NUM_NEIGHBOURS, context_length), loaded.device, loaded.dtype
+    arithmetic = Arithmetic(engine, quantization, deterministic=deterministic, num_threads=num_cores())
+    decoder = build_decoder(loaded, arithmetic, context_length, files.cache_dir)
+    cache = KVCache(num_layers, 1 + _NUM_NEIGHBOURS, context_length)
+    engine_of_target = Engine(decoder, cache, loaded.device, loaded.dtype)
+    return Subject(
+        engine_of_target, Tokenizer.from_buffer(loaded.tokenizer.tokenizer_json), loaded.tokenizer.vocab_size
     )
-    return Subject(engine, Tokenizer.from_buffer(loaded.tokenizer.tokenizer_json), loaded.tokenizer.vocab_size)
 
 
 @dataclass

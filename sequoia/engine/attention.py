@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +76,15 @@ def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree) -> Segme
     return Segment(slot, tokens, positions, slot.length, slot.length, visible, positions, wanted)
 
 
+class SeenRows(NamedTuple):
+    """Which pool rows each token of a batch sees: a run of them, and then its own; all int64."""
+
+    first_rows: Int  # (tokens,) where the run begins
+    prefix_lens: Int  # (tokens,) its length
+    own_starts: Int  # (tokens + 1,) where each token's own rows begin in `own_rows`
+    own_rows: Int  # in the order of their positions
+
+
 class PackedBatch:
     """Several segments as one forward: what the model and the attention function need, on the device."""
 
@@ -110,6 +120,22 @@ class PackedBatch:
     def token_starts(self) -> tuple[int, ...]:
         """Index of each segment's first token in the batch."""
         return tuple(int(n) for n in np.cumsum([0, *(s.num_tokens for s in self.segments[:-1])]))
+
+    @cached_property
+    def seen_rows(self) -> SeenRows:
+        """What `visible_rows` tells, as arrays, and for no window."""
+        counts, rows = [], []
+        for segment in self.segments:
+            _, own = np.nonzero(segment.visible)
+            counts.append(segment.visible.sum(axis=1))
+            rows.append(own + segment.slot.first_row + segment.prefix_len)
+        per_segment = [segment.num_tokens for segment in self.segments]
+        return SeenRows(
+            np.repeat([segment.slot.first_row for segment in self.segments], per_segment),
+            np.repeat([segment.prefix_len for segment in self.segments], per_segment),
+            np.concatenate([[0], np.cumsum(np.concatenate(counts))]),
+            np.concatenate(rows),
+        )
 
     def masks(self, window: int | None, groups: int) -> list[Tensor | None]:
         """For each segment (groups * tokens, num_rows) additive, or None where nothing is hidden; built once."""

@@ -12,9 +12,10 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sequoia.engine.attention import PackedBatch, Segment
+from sequoia.engine.decoder import Decoder
 from sequoia.engine.kv_cache import KVCache
 
 Result = TypeVar("Result")
@@ -27,9 +28,10 @@ Job = Generator[Segment, Tensor, Result]
 class Engine:
     """A model with its KV cache. `forward` is called by one thread only."""
 
-    def __init__(self, module: nn.Module, cache: KVCache, device: torch.device, dtype: torch.dtype) -> None:
-        self._module, self._device, self._dtype = module, device, dtype
+    def __init__(self, decoder: Decoder, cache: KVCache, device: torch.device, dtype: torch.dtype) -> None:
+        self._decoder, self._device, self._dtype = decoder, device, dtype
         self.cache = cache
+        decoder.attach(cache)
         self.num_forwards = 0
         self.num_forward_tokens = 0
 
@@ -37,18 +39,10 @@ class Engine:
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
         """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
         batch = PackedBatch(segments, self._device, self._dtype)
-        self.cache.write_rows = batch.write_rows
-        output = self._module(
-            input_ids=batch.token_ids,
-            position_ids=batch.positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=batch.logit_tokens,
-            packed_batch=batch,
-        )
+        logits = self._decoder.forward(batch, self.cache)
         self.num_forwards += 1
         self.num_forward_tokens += batch.token_ids.shape[1]
-        return list(output.logits[0].split([len(s.logit_tokens) for s in segments]))
+        return list(logits.split([len(s.logit_tokens) for s in segments]))
 
 
 class _Task(Generic[Result]):

@@ -21,36 +21,39 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate as many rows as the pool has, in the shapes and dtype the model produces."""
-        self.keys, self.values = (
-            states.new_empty((states.shape[1], self._pool.num_rows, states.shape[3]))
-            for states in (key_states, value_states)
-        )
+        self.allocate(key_states[0], value_states[0])
+
+    def allocate(self, keys: Tensor, values: Tensor) -> None:
+        """As many rows as the pool has, of the kind of these: (kv heads, any number, head size)."""
+        self.keys, self.values = (x.new_empty((x.shape[0], self._pool.num_rows, x.shape[2])) for x in (keys, values))
         self.is_initialized = True
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, allocated."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys, self.values
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Write the packed batch's rows, (1, kv heads, tokens, head size), and return the whole pool."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(1, self._pool.write_rows, key_states[0])
-        self.values.index_copy_(1, self._pool.write_rows, value_states[0])
-        return self.keys, self.values
+        keys, values = self.rows
+        keys.index_copy_(1, self._pool.write_rows, key_states[0])
+        values.index_copy_(1, self._pool.write_rows, value_states[0])
+        return keys, values
 
     @torch.inference_mode()
     def clear(self, start: int, end: int) -> None:
         """Fill rows with zeros."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[:, start:end] = 0.0
-        self.values[:, start:end] = 0.0
+        for pool in self.rows:
+            pool[:, start:end] = 0.0
 
     @torch.inference_mode()
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows within the pool; the source is read whole before anything is written."""
-        assert self.keys is not None
-        assert self.values is not None
-        for pool in (self.keys, self.values):
+        for pool in self.rows:
             pool.index_copy_(1, target, pool.index_select(1, source))
 
     def get_seq_length(self) -> int:
@@ -118,6 +121,18 @@ class KVCache(Cache):
     def num_slots_used(self) -> int:
         """Sessions at this moment."""
         return self.num_slots - len(self._free)
+
+    @property
+    def rows(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of every layer, (kv heads, pool rows, head size) each. Allocated ones only."""
+        return [layer.rows for layer in self._layers]
+
+    def allocate(self, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocate the rows of every layer."""
+        kind = torch.empty((num_kv_heads, 0, head_size), dtype=dtype, device=device)
+        self.write_rows = self.write_rows.to(device)
+        for layer in self._layers:
+            layer.allocate(kind, kind)
 
     @contextmanager
     def slot(self) -> Iterator[KVSlot]:

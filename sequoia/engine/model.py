@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.gguf import dense_files
-from sequoia.engine.quantization import quantize_int8
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
@@ -29,30 +28,28 @@ class LoadedModel:
 
     module: PreTrainedModel
     tokenizer: TokenizerDescription
-    dtype: torch.dtype  # of activations, and of weights that are not quantised
+    dtype: torch.dtype  # of the weights
     dtype_name: str
-    quantization: str
     device: torch.device
     padded_vocab_size: int  # width of the logits, in tokens
     context_length: int  # longest sequence the model was made for, in tokens
     revision: str
     reference: str
+    quantization: str = "none"  # of the module, by quantization.py
 
 
 def load_model(
     files: ModelFiles,
     *,
     dtype: str,
-    quantization: str,
     device: str,
-    attn_implementation: str,
+    attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a causal LM with its tokenizer.
 
-    dtype: auto, float32, bfloat16 or float16; quantization: none or int8 (drafts only, see quantization.py); device:
-    auto, cpu or cuda. Raises InvalidArgument naming `model` for one that cannot be loaded or served, and naming
-    `device` or `quantization` for what this machine lacks.
+    dtype: auto, float32, bfloat16 or float16; device: auto, cpu or cuda. Raises InvalidArgument naming `model` for one
+    that cannot be loaded or served, and naming `device` for what this machine lacks.
     """
     if not sys.stderr.isatty():
         # Bars would break up the JSON lines of the log.
@@ -66,8 +63,6 @@ def load_model(
     module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)
     check_attention(module, files.reference)
     padded_vocab_size = module.get_output_embeddings().out_features
-    if quantization == "int8":
-        quantize_int8(module)
     return LoadedModel(
         module=module,
         tokenizer=describe_tokenizer(
@@ -75,7 +70,6 @@ def load_model(
         ),
         dtype=element,
         dtype_name=str(element).removeprefix("torch."),
-        quantization=quantization,
         device=place,
         padded_vocab_size=padded_vocab_size,
         context_length=config.get_text_config().max_position_embeddings,
@@ -94,17 +88,8 @@ def _device(device: str) -> torch.device:
 
 def _auto_dtype(place: torch.device) -> torch.dtype:
     """bfloat16 where it is multiplied natively: emulated, it is slower than float32."""
-    is_native = place.type == "cuda" or _cpu_flags() & {"avx512_bf16", "amx_bf16"}
+    is_native = place.type == "cuda" or cpu_flags() & {"avx512_bf16", "amx_bf16"}
     return torch.bfloat16 if is_native else torch.float32
-
-
-def _cpu_flags() -> frozenset[str]:
-    """Instruction sets of this CPU as Linux names them; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:

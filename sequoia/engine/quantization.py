@@ -46,16 +46,22 @@ class Int8Linear(nn.Module):
         return (output if self._bias is None else output.add_(self._bias)).to(rows.dtype)
 
 
+def check_int8(device: torch.device) -> None:
+    """Raises InvalidArgument naming `quantization` where int8 cannot run."""
+    if torch.backends.quantized.engine == "none":
+        raise InvalidArgument("this build of torch has no int8 kernels; use none", "quantization")
+    if device.type != "cpu":
+        raise InvalidArgument("int8 runs on the CPU only; use none, or --device cpu", "quantization")
+
+
 def quantize_int8(module: nn.Module) -> None:
     """Replace every nn.Linear in `module` (on CPU, not itself one) by an Int8Linear, the head included.
 
     A tied embedding keeps its own float weight. Experts that are not nn.Linear stay as they are. Raises
     InvalidArgument naming `quantization` where int8 cannot run.
     """
-    if torch.backends.quantized.engine == "none":
-        raise InvalidArgument("this build of torch has no int8 kernels; use none", "quantization")
     linears = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    if any(layer.weight.device.type != "cpu" for _, layer in linears):
-        raise InvalidArgument("int8 runs on the CPU only; use none, or --device cpu", "quantization")
+    for _, layer in linears:
+        check_int8(layer.weight.device)
     for name, layer in linears:
         module.set_submodule(name, Int8Linear(layer))

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
 
-from sequoia.engine.attention import chunk_segment
+from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
+from sequoia.topology import TokenTree, Topology
 
 _CONTEXT_TOKENS = 64
 # Where other numbers of sessions and longer contexts are measured, as far as the worker takes them.
@@ -110,7 +111,8 @@ def _behind(engine: Engine, num_sessions: int, num_context_tokens: int) -> Measu
 
 
 def _seconds(engine: Engine, slots: Iterable[KVSlot], width: int) -> float:
-    segments = [chunk_segment(slot, [0] * width, logits=True) for slot in slots]
+    chain = TokenTree(Topology.chain(width), (0,) * width)
+    segments = [tree_segment(slot, (), chain) for slot in slots]
     started = time.perf_counter()
     logits = engine.forward(segments)
     float(logits[0][0, 0])  # waits for the device

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from sequoia.config import ENGINES
 from sequoia.errors import InvalidArgument
 
 
@@ -24,6 +25,11 @@ def add_draft(parser: argparse.ArgumentParser, *, required: bool = True) -> None
 def add_dtype(parser: argparse.ArgumentParser) -> None:
     """--dtype."""
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """--engine."""
+    parser.add_argument("--engine", default="auto", choices=ENGINES)
 
 
 def add_json(parser: argparse.ArgumentParser, what: str = "object") -> None:

@@ -13,6 +13,7 @@ from sequoia.cli.benchmarks.traces import NUM_RANKS, Recording, Text, Trace
 from sequoia.cli.robustness import Pair
 from sequoia.engine import attention
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, tree_segment
+from sequoia.engine.decoder import TransformersDecoder
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import LoadedModel
@@ -71,7 +72,7 @@ def _engine(model: LoadedModel, context_length: int) -> Engine:
     """With the attention that the workers have, and KV memory for one session."""
     model.module.set_attn_implementation(TREE_ATTENTION)
     num_layers = model.module.config.get_text_config().num_hidden_layers
-    return Engine(model.module, KVCache(num_layers, 1, context_length), model.device, model.dtype)
+    return Engine(TransformersDecoder(model.module), KVCache(num_layers, 1, context_length), model.device, model.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from coordinator.measuring import PROMPTS
-from sequoia.cli.benchmarks.arguments import add_dtype, add_json, add_target, check_least
+from sequoia.cli.benchmarks.arguments import add_dtype, add_engine, add_json, add_target, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.steps import Steps
 from sequoia.sampling import Sampling
@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
     add_target(parser)
     add_dtype(parser)
+    add_engine(parser)
     parser.add_argument("--deterministic", action="store_true", help="as a worker with --deterministic computes")
     parser.add_argument("--prompts", type=int, default=4, metavar="N", help="texts (default %(default)s)")
     parser.add_argument("--tokens", type=int, default=64, metavar="N", help="per text (default %(default)s)")
@@ -39,7 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     steps = Steps(Console(stderr=True))
     with steps.step(f"loading {arguments.target}"):
-        subject = seed_stability.load(arguments.target, dtype=arguments.dtype, deterministic=arguments.deterministic)
+        subject = seed_stability.load(
+            arguments.target, dtype=arguments.dtype, engine=arguments.engine, deterministic=arguments.deterministic
+        )
     prompts = [tuple(subject.tokenizer.encode(prompt).ids) for prompt in PROMPTS[: arguments.prompts]]
     measuring = seed_stability.measure(subject, prompts, Sampling(seed=0), arguments.tokens)
     found: list[Stability] = []

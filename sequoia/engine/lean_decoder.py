@@ -1,0 +1,129 @@
+"""A decoder in a few torch operations a layer: the same weights as the `transformers` modules, fused, without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from sequoia.engine.attention import PackedBatch
+from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.weights import DecoderWeights, LayerWeights, LinearWeights
+
+Multiply = Callable[[Tensor], Tensor]  # (rows, inputs) -> (rows, outputs)
+Attention = Callable[..., tuple[Tensor, None]]  # of the `transformers` registry, see attention.py
+
+
+class _Layer(NamedTuple):
+    weights: LayerWeights
+    qkv: Multiply
+    out: Multiply
+    gate_up: Multiply
+    down: Multiply
+
+
+class LeanDecoder:
+    """Any device and dtype. `pack` makes a linear layer's product, `attention` is a function of the registry."""
+
+    name = "lean"
+
+    def __init__(
+        self,
+        weights: DecoderWeights,
+        *,
+        pack: Callable[[LinearWeights], Multiply],
+        attention: Attention,
+        rows_are_independent: bool = False,
+    ) -> None:
+        self.shape, self.rows_are_independent = weights.shape, rows_are_independent
+        self._embedding, self._output_norm = weights.embedding.detach(), weights.output_norm
+        self._rotations = weights.rotations
+        self._attention: Any = attention
+        self._activation = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}[weights.shape.activation]
+        self._layers = [_pack_layer(layer, pack) for layer in weights.layers]
+        self._head = pack(weights.head)
+
+    def attach(self, cache: KVCache) -> None:
+        """Allocate the cache's rows."""
+        shape = self.shape
+        cache.allocate(shape.num_kv_heads, shape.head_size, self._embedding.dtype, self._embedding.device)
+
+    def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor:
+        """Write the batch's rows. Returns the logits asked for, (wanted tokens, padded vocabulary)."""
+        hidden = self._embedding[batch.token_ids[0]]
+        if self.shape.embedding_scale != 1.0:
+            hidden = hidden * self.shape.embedding_scale
+        rotations = {kind: _of_heads(table[batch.positions[0]]) for kind, table in self._rotations.items()}
+        for layer, rows in zip(self._layers, cache.rows, strict=True):
+            attended = self._attend(layer, hidden, rotations[layer.weights.rotation], batch, rows)
+            hidden = hidden + self._normalized(attended, layer.weights.attention_output_norm)
+            fed = self._feed(layer, hidden)
+            hidden = hidden + self._normalized(fed, layer.weights.mlp_output_norm)
+        return self._head(self._normalized(hidden[batch.logit_tokens], self._output_norm))
+
+    def _attend(
+        self, layer: _Layer, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: PackedBatch, rows: Any
+    ) -> Tensor:
+        shape, weights = self.shape, layer.weights
+        qkv = layer.qkv(self._normalized(hidden, weights.attention_norm)).unflatten(-1, (-1, shape.head_size))
+        query, key, value = qkv.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
+        query = _rotated(self._normalized(query, weights.query_norm), rotation)
+        key = _rotated(self._normalized(key, weights.key_norm), rotation)
+        keys, values = rows
+        keys.index_copy_(1, batch.write_rows, key.transpose(0, 1))
+        values.index_copy_(1, batch.write_rows, value.transpose(0, 1))
+        attended, _ = self._attention(
+            None,
+            query.transpose(0, 1)[None],
+            keys,
+            values,
+            None,
+            scaling=shape.attention_scale,
+            packed_batch=batch,
+            sliding_window=weights.window,
+        )
+        return layer.out(attended[0].flatten(1))
+
+    def _feed(self, layer: _Layer, hidden: Tensor) -> Tensor:
+        gate, up = layer.gate_up(self._normalized(hidden, layer.weights.mlp_norm)).chunk(2, dim=-1)
+        return layer.down(self._activation(gate) * up)
+
+    def _normalized(self, hidden: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return hidden
+        wide = hidden.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.shape.epsilon)
+        return (wide * scale * weight).to(hidden.dtype)
+
+
+def _pack_layer(weights: LayerWeights, pack: Callable[[LinearWeights], Multiply]) -> _Layer:
+    packed = [pack(linear) for linear in (weights.qkv, weights.out, weights.gate_up, weights.down)]
+    # The packed copy is the only one.
+    nothing = LinearWeights(torch.empty(0), None)
+    return _Layer(replace(weights, qkv=nothing, out=nothing, gate_up=nothing, down=nothing), *packed)
+
+
+def _of_heads(rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens, 2, half) -> cosines and sines, (tokens, 1, half) each."""
+    return rotations[:, None, 0], rotations[:, None, 1]
+
+
+def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """(tokens, heads, size), rotated by position."""
+    first, second = heads.float().chunk(2, dim=-1)
+    cosine, sine = rotation
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1).to(heads.dtype)
+
+
+def linear_module(weights: LinearWeights) -> nn.Linear:
+    """The weights as torch's own module."""
+    outputs, inputs = weights.weight.shape
+    module = nn.Linear(inputs, outputs, bias=weights.bias is not None, device="meta")
+    module.weight = nn.Parameter(weights.weight, requires_grad=False)
+    if weights.bias is not None:
+        module.bias = nn.Parameter(weights.bias, requires_grad=False)
+    return module

@@ -1,0 +1,78 @@
+"""The C library: compiled once for this CPU with the machine's own compiler, kept in the user's cache, and loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from sequoia.config import cpu_flags
+from sequoia.errors import SequoiaError
+
+_SOURCE = Path(__file__).with_name("decoder.c")
+# What the code is written for: products of bfloat16 and of int8, and the conversions around them.
+_NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
+# No contraction: a product and a sum are fused where the source says so, in every tile alike.
+_OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+_COMPILE_SECONDS = 300
+
+
+class NativeUnavailable(SequoiaError):
+    """This machine cannot run the C engine; the message says why."""
+
+
+@functools.cache
+def library(cache_dir: Path) -> ctypes.CDLL:
+    """The loaded library. Raises NativeUnavailable where the CPU or a C compiler is missing.
+
+    torch must be imported before: the library runs on the OpenMP pool that torch has loaded, or two pools would fight
+    for the same cores.
+    """
+    if missing := sorted(_NEEDED_FLAGS - cpu_flags()):
+        raise NativeUnavailable(f"the CPU lacks {', '.join(missing)}")
+    built = _built(cache_dir / "native")
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:
+        raise NativeUnavailable(f"{built} cannot be loaded: {error}") from error
+
+
+def _built(folder: Path) -> Path:
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not compiler:
+        raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
+    recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode() + _SOURCE.read_bytes()
+    target = folder / f"decoder-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "build.lock"):
+        if not target.exists():
+            _compile(compiler, target)
+    return target
+
+
+def _compile(compiler: str, target: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        output = Path(folder) / target.name
+        _run([compiler, *_OPTIONS, str(_SOURCE), "-o", str(output), "-lm"])
+        output.replace(target)
+
+
+def _version(compiler: str) -> str:
+    return _run([compiler, "--version"])
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=_COMPILE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NativeUnavailable(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise NativeUnavailable(f"{command[0]} does not compile the engine: {done.stderr.strip()[-500:]}")
+    return done.stdout

@@ -1,0 +1,32 @@
+"""The C engine's working memory: allocated by the first forward of a size, and used again by those after it."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+_NAMES = ("residual", "wide", "narrow", "scores", "packed", "input_scales", "input_sums", "taken")
+_CACHE_LINE = 16  # numbers of 4 bytes
+
+
+class ScratchAddresses(ctypes.Structure):
+    """`Scratch` of decoder.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _NAMES)
+
+
+class Scratch:
+    """Buffers of 4-byte numbers by name."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def room(self, *, taken: int, **sizes: int) -> ScratchAddresses:
+        """At least so many numbers in each, and `taken` counters set to zero, each in a cache line of its own."""
+        for name, size in (*sizes.items(), ("taken", taken * _CACHE_LINE)):
+            if name not in self._buffers or self._buffers[name].numel() < size:
+                self._buffers[name] = torch.empty(size)
+        self._buffers["taken"].zero_()
+        return ScratchAddresses(**{name: buffer.data_ptr() for name, buffer in self._buffers.items()})

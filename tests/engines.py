@@ -1,0 +1,31 @@
+"""Engines over a model in a folder, as a worker builds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sequoia.engine.decoders import Arithmetic, build_decoder
+from sequoia.engine.executor import Engine
+from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.model import load_model
+from sequoia.engine.sources import resolve
+
+
+def load_engine(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    engine: str = "auto",
+    quantization: str = "none",
+    is_draft: bool = False,
+    deterministic: bool = False,
+    num_slots: int = 4,
+    slot_rows: int = 256,
+) -> Engine:
+    """One thread, on the CPU."""
+    files = resolve(str(folder))
+    model = load_model(files, dtype=dtype, device="cpu")
+    arithmetic = Arithmetic(engine, quantization, is_draft, deterministic, num_threads=1)
+    num_layers = model.module.config.num_hidden_layers
+    decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
+    return Engine(decoder, KVCache(num_layers, num_slots, slot_rows), model.device, model.dtype)
