@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sequoia.engine.attention import TREE_ATTENTION, Segment, chunk_segment, register, tree_segment
-from sequoia.engine.executor import Engine, Executor, Job
+from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
@@ -128,7 +128,8 @@ def test_packed_batch_of_four_ragged_sessions_equals_four_single_ones(pair: tupl
 
 @contextmanager
 def running(engine: Engine) -> Iterator[Executor]:
-    with Executor(max_forward_tokens=64) as executor:
+    with EngineThread() as thread:
+        executor = Executor(thread, max_forward_tokens=64)
         executor.engine = engine
         yield executor
 
