@@ -68,7 +68,7 @@ async def _serve(config: CoordinatorConfig) -> None:
             serve_metrics(speculator, config.metrics_port)
         servicer = CoordinatorServicer(workers, speculator, learning, config.draft_timeout_seconds, rule)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
-        async with running(server, ("sequoia.v1.CoordinatorService",)):
+        async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()
 
 

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import Message
 
 from coordinator.workers import WorkerLink
-from sequoia.errors import Internal, SequoiaError
+from sequoia.errors import Internal, SequoiaError, Unavailable
 from sequoia.rpc import error_from
 from sequoia.sampling import Decoding
 from sequoia.topology import Topology
@@ -47,6 +47,7 @@ class VerifyStream:
 
     def __init__(self, link: WorkerLink, opening: Opening) -> None:
         stub = verify_pb2_grpc.VerifyServiceStub(link.channel)
+        self._address = link.address
         self._opening = opening
         self._call = stub.Verify(timeout=opening.timeout_seconds)
         self._step = 0
@@ -76,7 +77,10 @@ class VerifyStream:
         self._call.cancel()
 
     async def _ask(self, request: verify_pb2.VerifyRequest | None) -> verify_pb2.VerifyResponse:
-        response = await _exchange(self._call, request)
+        try:
+            response = await _exchange(self._call, request)
+        except Unavailable as error:
+            raise Unavailable(f"the verify worker at {self._address} is lost ({error})") from error
         self.num_bytes += response.ByteSize() + (request.ByteSize() if request else 0)
         if request is None:
             self._step += 1

@@ -12,7 +12,7 @@ from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import draft_pb2_grpc, worker_pb2
-from sequoia.worker import Worker, WorkerConfig, serve
+from sequoia.worker import Worker, WorkerConfig, WorkerKind, serve
 
 
 def main() -> None:
@@ -20,13 +20,16 @@ def main() -> None:
     config = load(WorkerConfig, "draft_worker", sys.argv[1:], os.environ)
     configure_logging("draft_worker", config.log_level)
     try:
-        serve(config, worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer)
+        serve((DRAFT, config))
     except SequoiaError as error:
         fail(str(error))
 
 
 def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
     draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker), server)
+
+
+DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ class AsyncClient:
 def _failure(error: grpc.RpcError, address: str) -> SequoiaError:
     """The error as ours; one that never left this machine says where nobody answered."""
     failure = error_from(error)
-    if isinstance(failure, Unavailable) and "failed to connect" in failure.message:
+    if isinstance(failure, Unavailable) and failure.message.startswith("failed to connect"):
         return Unavailable(f"no coordinator answers at {address}; is `sequoia up` running? ({failure.message})")
     return failure
 

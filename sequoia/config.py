@@ -34,17 +34,15 @@ def setting(default: Any, text: str, *, choices: tuple[str, ...] = ()) -> Any:
 def load(settings: type[Settings], prog: str, argv: Sequence[str], environ: Mapping[str, str]) -> Settings:
     """Fill `settings`: a flag wins over its SEQUOIA_* variable, which wins over the default.
 
-    A bad or missing value ends the process with status 2 and one line that names the flag and the variable.
+    A field that is a settings dataclass itself is a group: its flags begin with its name, `--draft-model`; its
+    variables do not, so that SEQUOIA_MODEL counts for all groups. A bad or missing value ends the process with status 2
+    and one line that names the flag and the variable.
     """
-    assert dataclasses.is_dataclass(settings)
-    types = get_type_hints(settings)
     parser = argparse.ArgumentParser(prog=prog, description=settings.__doc__)
-    for each in dataclasses.fields(settings):
-        _add_flag(parser, each, types[each.name])
+    _add_flags(parser, settings, "")
     flags = vars(parser.parse_args(argv))
-    values = {each.name: _value(each, types[each.name], flags, environ) for each in dataclasses.fields(settings)}
     try:
-        return settings(**{name: value for name, value in values.items() if value is not MISSING})
+        return _fill(settings, "", flags, environ)
     except ValueError as error:
         fail(str(error))
 
@@ -77,21 +75,48 @@ def _variable(name: str) -> str:
     return "SEQUOIA_" + name.upper()
 
 
-def _add_flag(parser: argparse.ArgumentParser, each: Field[Any], kind: type) -> None:
+def _add_flags(parser: argparse._ActionsContainer, settings: type, prefix: str) -> None:
+    for each, kind in _fields(settings):
+        if dataclasses.is_dataclass(kind):
+            _add_flags(parser.add_argument_group(each.name), kind, f"{prefix}{each.name}_")
+        else:
+            _add_flag(parser, each, kind, _flag(prefix + each.name))
+
+
+def _fields(settings: type) -> list[tuple[Field[Any], type]]:
+    assert dataclasses.is_dataclass(settings)
+    types = get_type_hints(settings)
+    return [(each, types[each.name]) for each in dataclasses.fields(settings)]
+
+
+def _fill(settings: type[Settings], prefix: str, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Settings:
+    values = {
+        each.name: _fill(kind, f"{prefix}{each.name}_", flags, environ)
+        if dataclasses.is_dataclass(kind)
+        else _value(each, kind, flags[prefix + each.name], environ, _flag(prefix + each.name))
+        for each, kind in _fields(settings)
+    }
+    try:
+        return settings(**values)
+    except ValueError as error:
+        # The settings of a group name their flags as if they were alone.
+        raise ValueError(str(error).replace("--", _flag(prefix))) from error
+
+
+def _add_flag(parser: argparse._ActionsContainer, each: Field[Any], kind: type, flag: str) -> None:
     doc: _Doc = each.metadata["doc"]
     default = "required" if each.default is MISSING else f"default: {each.default!r}"
     text = f"{doc.text} ({default}; or {_variable(each.name)})".replace("%", "%%")
     if kind is bool:
-        parser.add_argument(_flag(each.name), action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     else:
-        parser.add_argument(_flag(each.name), default=None, help=text, metavar="|".join(doc.choices) or None)
+        parser.add_argument(flag, default=None, help=text, metavar="|".join(doc.choices) or None)
 
 
-def _value(each: Field[Any], kind: type, flags: Mapping[str, Any], environ: Mapping[str, str]) -> Any:
-    raw = flags[each.name]
+def _value(each: Field[Any], kind: type, raw: Any, environ: Mapping[str, str], flag: str) -> Any:
     if raw is None:
         raw = environ.get(_variable(each.name))
-    where = f"{_flag(each.name)} ({_variable(each.name)})"
+    where = f"{flag} ({_variable(each.name)})"
     if raw is None:
         if each.default is MISSING:
             fail(f"{where} is required: {each.metadata['doc'].text}")

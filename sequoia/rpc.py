@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn, Protocol
 
@@ -89,14 +89,15 @@ class Server:
 
 
 @asynccontextmanager
-async def running(server: Server, services: tuple[str, ...]) -> AsyncIterator[None]:
-    """Start the server, announce its address on stdout, stop it in the end."""
-    address = await server.start(services)
-    print(json.dumps({"event": "serving", "address": address}), flush=True)
+async def running(servers: Mapping[Server, Sequence[str]]) -> AsyncIterator[None]:
+    """Start the servers with their services, announce the addresses on stdout when all serve, stop them in the end."""
     try:
+        addresses = [await server.start(services) for server, services in servers.items()]
+        for address, (service, *_) in zip(addresses, servers.values(), strict=True):
+            print(json.dumps({"event": "serving", "address": address, "service": service}), flush=True)
         yield
     finally:
-        await server.stop(_GRACE_SECONDS)
+        await asyncio.gather(*(server.stop(_GRACE_SECONDS) for server in servers))
 
 
 async def stop_signal() -> None:

@@ -7,8 +7,9 @@ import hashlib
 import os
 import platform
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sequoia.config import ENGINES, QUANTIZATIONS, num_cores, setting
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine, Executor, Job
+from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve
@@ -73,10 +74,20 @@ class Worker:
     executor: Executor
     description: worker_pb2.WorkerDescription
     prefill_chunk: int
+    cache_dir: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind:
+    """What tells a draft worker from a verify worker."""
+
+    role: worker_pb2.WorkerRole
+    service: str
+    add_servicer: Callable[[Worker, grpc.aio.Server], None]
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
-    """Load the model, allocate the KV pool, measure the latency profile. Runs on the engine's thread."""
+    """Load the model and allocate the KV pool. Runs on the engine's thread."""
     num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
@@ -98,11 +109,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_layers = model.module.config.get_text_config().num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
     cache = KVCache(num_layers, config.num_slots, slot_rows)
-    executor.engine = engine = Engine(decoder, cache, model.device, model.dtype)
-    # Workers of one machine take turns, or each would measure the other.
-    files.cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(files.cache_dir / "measuring.lock"):
-        profile = measure_profile(engine, config.max_tree_size, context_length)
+    executor.engine = Engine(decoder, cache, model.device, model.dtype)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
         role=role,
@@ -118,10 +125,19 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         rules=[rule_to_wire(rule) for rule in RULES.values()],
         hardware_key=_hardware_key(model, config.quantization, num_threads, decoder),
         num_slots=config.num_slots,
-        latencies=profile_to_wire(profile),
         device_id=_device_id(model),
     )
-    return Worker(model, executor, description, config.prefill_chunk)
+    return Worker(model, executor, description, config.prefill_chunk, files.cache_dir)
+
+
+def measure(worker: Worker) -> None:
+    """Put the latency profile into the description. Runs on the engine's thread, with all its models loaded."""
+    description = worker.description
+    # Processes of one machine take turns, or each would measure the other.
+    worker.cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(worker.cache_dir / "measuring.lock"):
+        profile = measure_profile(worker.executor.engine, description.max_tree_size, description.context_length)
+    description.latencies.extend(profile_to_wire(profile))
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
@@ -132,25 +148,31 @@ def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
         slot.keep(range(len(part)))
 
 
-def serve(
-    config: WorkerConfig,
-    role: worker_pb2.WorkerRole,
-    service: str,
-    add_servicer: Callable[[Worker, grpc.aio.Server], None],
-) -> None:
-    """Run a worker until SIGTERM or SIGINT. Prints one JSON line with its address when it serves."""
-    with Executor(config.prefill_chunk + config.max_tree_size) as executor:
-        worker = executor.call(lambda: start_worker(config, role, executor))
-        asyncio.run(_serve(config, worker, service, add_servicer))
+def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
+    """Run workers, whose models share one thread, until SIGTERM or SIGINT.
+
+    Prints one JSON line with the address of each when all serve.
+    """
+    with EngineThread() as thread:
+        workers = [_load(kind, config, thread) for kind, config in hosted]
+        for worker in workers:
+            worker.executor.call(partial(measure, worker))
+        asyncio.run(_serve(hosted, workers))
 
 
-async def _serve(
-    config: WorkerConfig, worker: Worker, service: str, add_servicer: Callable[[Worker, grpc.aio.Server], None]
-) -> None:
-    server = Server(config.listen)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
-    add_servicer(worker, server.grpc_server)
-    async with running(server, (service, "sequoia.v1.WorkerService")):
+def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worker:
+    executor = Executor(thread, config.prefill_chunk + config.max_tree_size)
+    return executor.call(lambda: start_worker(config, kind.role, executor))
+
+
+async def _serve(hosted: Sequence[tuple[WorkerKind, WorkerConfig]], workers: Sequence[Worker]) -> None:
+    servers: dict[Server, Sequence[str]] = {}
+    for (kind, config), worker in zip(hosted, workers, strict=True):
+        server = Server(config.listen)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
+        kind.add_servicer(worker, server.grpc_server)
+        servers[server] = (kind.service, "sequoia.v1.WorkerService")
+    async with running(servers):
         await stop_signal()
 
 

@@ -28,7 +28,7 @@ class System:
 
     def num_slots_used(self, name: str) -> int:
         """KV slots in use on one of the workers."""
-        with open_sync_channel(self.deployment.processes[name].address) as channel:
+        with open_sync_channel(self.deployment.addresses[name]) as channel:
             stub = worker_pb2_grpc.WorkerServiceStub(channel)
             return stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5).num_slots_used
 
@@ -42,14 +42,14 @@ class System:
 
 
 def start_tiny_system(
-    folder: Path, architecture: str, *, noise: float = 0.02, dtype: str = "float32"
+    folder: Path, architecture: str, *, noise: float = 0.02, dtype: str = "float32", placement: str = "split"
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
     target, draft = folder / "target", folder / "draft"
     write_tiny_model(target, architecture)
     write_perturbed_model(target, draft, noise=noise)
     settings = DeploymentSettings(
-        target=str(target), draft=str(draft), dtype=dtype, listen="127.0.0.1:0", num_threads=1
+        target=str(target), draft=str(draft), dtype=dtype, listen="127.0.0.1:0", num_threads=1, placement=placement
     )
     with (
         Deployment(settings, Steps(Console(quiet=True))) as deployment,

@@ -22,7 +22,7 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         if self.num_slots < 1:
-            raise ValueError(f"num_slots is {self.num_slots}; it must be at least 1")
+            raise ValueError(f"--num-slots is {self.num_slots}; it must be at least 1")
 
 
 def load(argv: Sequence[str] = (), environ: Mapping[str, str] | None = None) -> ServerSettings:
@@ -79,7 +79,7 @@ def test_a_word_that_is_neither_true_nor_false_is_refused(capsys: pytest.Capture
 
 
 def test_what_the_dataclass_refuses_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert message_of_the_exit(capsys, ["--num-slots", "0"]) == "error: num_slots is 0; it must be at least 1\n"
+    assert message_of_the_exit(capsys, ["--num-slots", "0"]) == "error: --num-slots is 0; it must be at least 1\n"
 
 
 def test_an_unknown_flag_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
@@ -93,3 +93,36 @@ def test_help_shows_default_and_variable_of_every_flag(capsys: pytest.CaptureFix
     assert raised.value.code == 0
     assert "sessions at a time, at 100% (default: 4; or SEQUOIA_NUM_SLOTS)" in shown
     assert "what to serve (required; or SEQUOIA_MODEL)" in shown
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Two servers in one process."""
+
+    left: ServerSettings
+    right: ServerSettings
+
+
+PAIR_FLAGS = ("--left-model", "a", "--right-model", "b")
+
+
+def test_the_flags_of_a_group_have_its_name_and_its_variables_count_for_all_groups() -> None:
+    environ = {"SEQUOIA_NUM_SLOTS": "8"}
+    loaded = config.load(PairSettings, "pair", [*PAIR_FLAGS, "--right-num-slots", "2"], environ)
+    assert loaded == PairSettings(ServerSettings("a", 8), ServerSettings("b", 2))
+
+
+@pytest.mark.parametrize(
+    ("argv", "error"),
+    [
+        (PAIR_FLAGS[:2], "error: --right-model (SEQUOIA_MODEL) is required"),
+        ((*PAIR_FLAGS, "--left-device", "tpu"), "error: --left-device (SEQUOIA_DEVICE) is 'tpu'"),
+        ((*PAIR_FLAGS, "--right-num-slots", "0"), "error: --right-num-slots is 0; it must be at least 1"),
+    ],
+)
+def test_an_error_in_a_group_names_the_group_s_flag(
+    capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], error: str
+) -> None:
+    with pytest.raises(SystemExit):
+        config.load(PairSettings, "pair", argv, {})
+    assert capsys.readouterr().err.startswith(error)

@@ -1,6 +1,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -41,4 +42,17 @@ async def test_leaving_ends_what_is_still_connected(echo: str) -> None:
             writer.write(b"b")
             await reader.readexactly(1)
         assert await reader.read() == b""
+        writer.close()
+
+
+async def test_the_far_end_may_be_a_unix_socket(tmp_path: Path) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"hello")
+        writer.close()
+
+    server = await asyncio.start_unix_server(greet, tmp_path / "far")
+    async with asyncio.timeout(20), server, DelayedLink(f"unix:{tmp_path}/far", 0.0) as link:
+        host, port = link.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        assert await reader.read() == b"hello"
         writer.close()

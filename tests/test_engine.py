@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sequoia.engine.attention import Segment, chunk_segment, tree_segment
-from sequoia.engine.executor import Engine, Executor, Job
+from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import ResourceExhausted
 from sequoia.topology import TokenTree, Topology
@@ -124,7 +124,8 @@ def test_packed_batch_of_four_ragged_sessions_equals_four_single_ones(pair: tupl
 
 @contextmanager
 def running(engine: Engine) -> Iterator[Executor]:
-    with Executor(max_forward_tokens=64) as executor:
+    with EngineThread() as thread:
+        executor = Executor(thread, max_forward_tokens=64)
         executor.engine = engine
         yield executor
 

@@ -8,10 +8,10 @@ import sys
 import grpc
 
 from sequoia.config import fail, load
-from sequoia.errors import SequoiaError
+from sequoia.errors import InvalidArgument, SequoiaError
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import verify_pb2_grpc, worker_pb2
-from sequoia.worker import Worker, WorkerConfig, serve
+from sequoia.worker import Worker, WorkerConfig, WorkerKind, serve
 from verify_worker.servicer import VerifyServicer
 
 
@@ -20,13 +20,24 @@ def main() -> None:
     config = load(WorkerConfig, "verify_worker", sys.argv[1:], os.environ)
     configure_logging("verify_worker", config.log_level)
     try:
-        serve(config, worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", _add_servicer)
+        check_target(config, "--quantization")
+        serve((VERIFY, config))
     except SequoiaError as error:
         fail(str(error))
 
 
+def check_target(config: WorkerConfig, flag: str) -> None:
+    """Raises InvalidArgument, naming `flag`, for a target that is quantised."""
+    if config.quantization != "none":
+        # Its arithmetic would let a row of the target depend on the tree around it.
+        raise InvalidArgument(f"{flag} {config.quantization} is for drafts only; serve the target without it")
+
+
 def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
     verify_pb2_grpc.add_VerifyServiceServicer_to_server(VerifyServicer(worker), server)
+
+
+VERIFY = WorkerKind(worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", _add_servicer)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A TCP link that takes its time: what a worker on another machine is like, for benchmarks and tests on one."""
+"""A link that takes its time: what a worker on another machine is like, for benchmarks and tests on one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ class DelayedLink:
     """
 
     def __init__(self, target: str, round_trip_seconds: float) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port, self._seconds = int(port), round_trip_seconds / 2
+        self._target, self._seconds = target, round_trip_seconds / 2
         self._server: asyncio.Server | None = None
         self._writers: list[asyncio.StreamWriter] = []
         self._ends: list[asyncio.Event] = []
@@ -46,7 +45,7 @@ class DelayedLink:
         end = asyncio.Event()
         self._ends.append(end)
         try:
-            there_reader, there_writer = await asyncio.open_connection(self._host, self._port)
+            there_reader, there_writer = await _connect(self._target)
             self._writers += (writer, there_writer)
             await asyncio.gather(self._pass(reader, there_writer), self._pass(there_reader, writer))
         finally:
@@ -71,3 +70,8 @@ class DelayedLink:
                 writer.write(data)
                 await writer.drain()
         writer.close()
+
+
+async def _connect(address: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = address.rpartition(":")
+    return await (asyncio.open_unix_connection(port) if host == "unix" else asyncio.open_connection(host, int(port)))

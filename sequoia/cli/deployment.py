@@ -1,4 +1,4 @@
-"""The whole system on this machine: Redis, two workers and the coordinator, as processes that talk over loopback."""
+"""The whole system on this machine: Redis, two workers and the coordinator, as processes that talk to each other."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe, divide_cores
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
 from sequoia.config import num_cores
 from sequoia.engine.sources import resolve
+from sequoia.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class DeploymentSettings:
     redis_url: str | None = None
     num_threads: int = 0
     context_length: int | None = None
+    placement: str = "auto"  # auto, colocated or split
+    target_cores: int | None = None  # cores that the split workers are pinned to; None: all, or what the other leaves
+    draft_cores: int | None = None
     log_dir: Path | None = None
 
     @property
@@ -38,13 +44,27 @@ class DeploymentSettings:
         draft = {"draft": self.draft or self.target} if self.has_draft else {}
         return {"verify": self.target, **draft}
 
+    @cached_property
+    def cores(self) -> dict[str, tuple[int, ...]]:
+        """The cores each worker is pinned to; empty: none is. Raises InvalidArgument when they are too many."""
+        if self.target_cores is None and self.draft_cores is None:
+            return {}
+        if self.draft_cores is not None and not self.has_draft:
+            raise InvalidArgument("there is no draft", "draft-cores")
+        asked = {"verify": self.target_cores, "draft": self.draft_cores}
+        return divide_cores({name: asked[name] for name in self.models}, available_cores())
+
+    def num_threads_of(self, name: str) -> int:
+        """CPU threads of one worker: by default one for each of its cores."""
+        return self.num_threads or len(self.cores.get(name, ())) or num_cores()
+
     def worker_flags(self, name: str) -> dict[str, object]:
         """The flags of one worker."""
         flags: dict[str, object] = {
             "model": self.models[name],
             "listen": "127.0.0.1:0",
             "dtype": self.dtype,
-            "num-threads": self.num_threads or num_cores(),
+            "num-threads": self.num_threads_of(name),
         }
         if self.context_length is not None:
             flags["context-length"] = self.context_length
@@ -58,11 +78,23 @@ class DeploymentSettings:
         return self.draft_quantization or ("none" if self.draft else "int8")
 
 
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """A server to start."""
+
+    module: str
+    flags: Mapping[str, object]
+    num_threads: int
+    cores: tuple[int, ...] = ()  # that it is pinned to; empty: none
+
+
 class Deployment:
     """A running system, from `with` to its end: the coordinator stops first, then the workers, then Redis.
 
-    `address` is the coordinator's, `redis_url` that of its Redis, `processes` are "verify", "draft" (unless left out)
-    and "coordinator". Raises Unavailable, with the end of its log, when a process ends before it serves.
+    `address` is the coordinator's, `redis_url` that of its Redis, `addresses` are those of "verify" and "draft" (unless
+    left out). `processes` are these two, or "workers" when `placement` is colocated, and "coordinator". Raises
+    InvalidArgument for a placement that cannot be, and Unavailable, with the end of its log, when a process ends before
+    it serves.
 
     >>> with Deployment(DeploymentSettings(listen="127.0.0.1:0"), Steps(Console())) as system:
     ...     print(Client(system.address).generate("Hello").text)
@@ -70,6 +102,8 @@ class Deployment:
 
     def __init__(self, settings: DeploymentSettings, steps: Steps) -> None:
         self.processes: dict[str, ServerProcess] = {}
+        self.addresses: dict[str, str] = {}
+        self.placement = ""
         self.redis_url = settings.redis_url or ""
         self._settings = settings
         self._steps = steps
@@ -78,6 +112,7 @@ class Deployment:
 
     def __enter__(self) -> Deployment:
         try:
+            self._place_workers()
             self._make_log_dir()
             self._fetch_weights()
             self._start_redis()
@@ -103,6 +138,13 @@ class Deployment:
         """Kill one process, as a crash would."""
         self.processes[name].kill()
 
+    def _place_workers(self) -> None:
+        flags = (self._settings.worker_flags(name) for name in self._settings.models)
+        ours = os.environ.get("SEQUOIA_DEVICE", "auto")
+        devices = [str(each.get("device", ours)) for each in flags]
+        self.placement = decide(self._settings.placement, devices, self._settings.cores)
+        self._steps.say(f"placement: {describe(self.placement, self._settings.cores)}")
+
     def _make_log_dir(self) -> None:
         if self._settings.log_dir is None:
             self._log_dir = Path(tempfile.mkdtemp(prefix="sequoia-"))
@@ -125,23 +167,54 @@ class Deployment:
     def _start_workers(self) -> None:
         models = self._settings.models
         with self._steps.step("loading " + " and ".join(f"{model} to {name}" for name, model in models.items())):
-            self._start({name: (f"{name}_worker.server", self._settings.worker_flags(name)) for name in models})
+            if self.placement == "colocated":
+                self._start_colocated()
+            else:
+                self._start_split()
+        for name, address in self.addresses.items():
+            self._steps.say(f"  {name} serves on {address}")
+
+    def _start_colocated(self) -> None:
+        """Both workers in one process, each on a socket in a folder that nobody else may enter."""
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sequoia-"))
+        self.addresses = {name: f"unix:{folder}/{name}" for name in self._settings.models}
+        flags: dict[str, object] = {}
+        for name, address in self.addresses.items():
+            own = {**self._settings.worker_flags(name), "listen": address}
+            flags |= {f"{FLAG_PREFIX[name]}-{flag}": value for flag, value in own.items()}
+        num_threads = self._settings.num_threads_of("verify")
+        self._start({"workers": _Program("sequoia.cli.colocated", flags, num_threads)})
+
+    def _start_split(self) -> None:
+        settings = self._settings
+        self._start(
+            {
+                name: _Program(
+                    f"{name}_worker.server",
+                    settings.worker_flags(name),
+                    settings.num_threads_of(name),
+                    settings.cores.get(name, ()),
+                )
+                for name in settings.models
+            }
+        )
+        self.addresses = {name: self.processes[name].address for name in settings.models}
 
     def _start_coordinator(self) -> None:
-        addresses = {name: process.address for name, process in self.processes.items()}
-        flags = {"listen": self._settings.listen, "redis": self.redis_url, "draft": "", **addresses}
+        flags = {"listen": self._settings.listen, "redis": self.redis_url, "draft": "", **self.addresses}
+        program = _Program("coordinator.server", flags, self._settings.num_threads or num_cores())
         with self._steps.step("starting the coordinator"):
-            self._start({"coordinator": ("coordinator.server", flags)})
+            self._start({"coordinator": program})
 
-    def _start(self, servers: Mapping[str, tuple[str, Mapping[str, object]]]) -> None:
-        """Start the servers, each a module and its flags, all at a time, and wait until they serve."""
+    def _start(self, programs: Mapping[str, _Program]) -> None:
+        """Start servers, all at a time, and wait until they serve."""
         started: list[ServerProcess] = []
         self._stack.callback(stop, started)
-        environment = _environment(self._settings.num_threads or num_cores())
-        for name, (module, flags) in servers.items():
-            started.append(ServerProcess(name, module, flags, environment, self._log_dir))
+        for name, each in programs.items():
+            environment = _environment(each.num_threads)
+            started.append(ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores))
         for process in wait_until_serving(started):
-            self._steps.say(f"  {process.name} serves on {process.address}, process {process.pid}")
+            self._steps.say(f"  process {process.pid} is {process.name}")
         self.processes.update((process.name, process) for process in started)
 
 

@@ -9,7 +9,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sequoia
@@ -26,11 +26,18 @@ class ServerProcess:
     """`python -m MODULE FLAGS`, from its start to its end. It dies with this process, even when that one is killed.
 
     It is in a process group of its own, so that Ctrl-C reaches only us and we choose the order of the stops. Its
-    stderr goes to LOG_DIR/NAME.log. Start it from the main thread: the parent's death is that of the starting thread.
+    stderr goes to LOG_DIR/NAME.log. `cores` pin it, before it has threads; none: it may run anywhere. Start it from the
+    main thread: the parent's death is that of the starting thread.
     """
 
     def __init__(
-        self, name: str, module: str, flags: Mapping[str, object], environment: Mapping[str, str], log_dir: Path
+        self,
+        name: str,
+        module: str,
+        flags: Mapping[str, object],
+        environment: Mapping[str, str],
+        log_dir: Path,
+        cores: Collection[int] = (),
     ) -> None:
         self.name = name
         self.address = ""
@@ -44,7 +51,7 @@ class ServerProcess:
                 stderr=log,
                 bufsize=0,  # so that a line read ahead never hides from select()
                 env={**environment, "PYTHONPATH": _import_path(environment)},
-                preexec_fn=_die_with_parent(os.getpid()),
+                preexec_fn=_before_exec(os.getpid(), cores),
                 process_group=0,
             )
         assert self._popen.stdout is not None
@@ -134,15 +141,17 @@ def _import_path(environment: Mapping[str, str]) -> str:
     return os.pathsep.join(filter(None, [ours, environment.get("PYTHONPATH")]))
 
 
-def _die_with_parent(parent_pid: int) -> Callable[[], None] | None:
-    """What the child does between fork and exec (Linux): ask for SIGKILL when its parent dies."""
+def _before_exec(parent_pid: int, cores: Collection[int]) -> Callable[[], None] | None:
+    """What the child does between fork and exec (Linux): keep to its cores, ask for SIGKILL when its parent dies."""
     if _libc is None:
         return None
     prctl = _libc.prctl
 
-    def ask() -> None:
+    def prepare() -> None:
+        if cores:
+            os.sched_setaffinity(0, cores)
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent_pid:
             os._exit(1)
 
-    return ask
+    return prepare

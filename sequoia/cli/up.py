@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 from pathlib import Path
 
 from rich.console import Console
 
 from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.placement import PLACEMENTS
 from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
 from sequoia.errors import Unavailable
@@ -25,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the coordinator (default %(default)s)",
     )
     parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object when it serves; what is done is told on stderr"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +49,22 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="per worker (default 0: one a core)")
     parser.add_argument("--context-length", type=int, metavar="N", help="longest session in tokens")
+    add_placement(parser)
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="keep the logs here (default: a temporary folder)")
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    """Declare --placement and the flags of its cores."""
+    parser.add_argument(
+        "--placement",
+        default=DeploymentSettings.placement,
+        choices=PLACEMENTS,
+        help="colocated: both workers in one process, taking turns; split: a process each; auto (default): colocated "
+        "where both are on one device",
+    )
+    for role in ("target", "draft"):
+        cores = f"pin the {role}'s process to N cores, apart from the other's; makes auto split"
+        parser.add_argument(f"--{role}-cores", type=int, metavar="N", help=cores)
 
 
 def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: str | None) -> DeploymentSettings:
@@ -59,6 +79,9 @@ def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: s
         redis_url=redis_url,
         num_threads=arguments.num_threads,
         context_length=arguments.context_length,
+        placement=arguments.placement,
+        target_cores=arguments.target_cores,
+        draft_cores=arguments.draft_cores,
         log_dir=arguments.log_dir,
     )
 
@@ -71,8 +94,10 @@ def stop_on_sigterm() -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Start, say where, and stay until interrupted or until the target is lost."""
     stop_on_sigterm()
-    steps = Steps(Console())
+    steps = Steps(Console(stderr=arguments.json))
     with Deployment(deployment_settings(arguments, arguments.listen, arguments.redis), steps) as system:
+        if arguments.json:
+            print(json.dumps(_to_dict(system)), flush=True)
         steps.say(f"serving on {system.address}; Ctrl-C stops it")
         steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
         steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
@@ -81,3 +106,14 @@ def run(arguments: argparse.Namespace) -> int:
                 raise Unavailable(process.obituary())
             steps.say(f"{process.obituary()}\nit goes on without a draft: the same text, decoded plainly")
     return 0
+
+
+def _to_dict(system: Deployment) -> dict[str, object]:
+    """Ready for JSON: where everything is."""
+    return {
+        "address": system.address,
+        "redis": system.redis_url,
+        "placement": system.placement,
+        "workers": system.addresses,
+        "processes": {name: process.pid for name, process in system.processes.items()},
+    }

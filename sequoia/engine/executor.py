@@ -1,13 +1,13 @@
-"""The one thread that owns a model: it packs what the sessions want next into one forward after another."""
+"""The one thread that owns the models: it packs what a model's sessions want next into one forward after another."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
@@ -46,12 +46,13 @@ class Engine:
 
 
 class _Task(Generic[Result]):
-    """A job on its way: what it wants forwarded next, and who waits for its result."""
+    """A job on its way: whose engine it needs, what it wants forwarded next, and who waits for its result."""
 
-    def __init__(self, job: Job[Result]) -> None:
-        self.job = job
+    wanted: Segment
+
+    def __init__(self, executor: Executor, job: Job[Result]) -> None:
+        self.executor, self.job = executor, job
         self.future: Future[Result] = Future()
-        self.wanted: Segment | None = None
 
     @property
     def abandoned(self) -> bool:
@@ -80,24 +81,26 @@ class _Task(Generic[Result]):
             settle(value)
 
 
-class Executor:
-    """Runs jobs on the engine's thread. A context manager: entering starts the thread, leaving ends it.
+class EngineThread:
+    """The thread that all models of a process share. A context manager: entering starts it, leaving ends it.
 
-    Every turn takes the jobs in order of arrival up to `max_forward_tokens` tokens; those left over come first in
-    the next turn, so a long prompt, fed in chunks, never stalls the others for more than a forward.
+    Every turn is one forward of one engine, that of the job which waits longest, so engines take turns. The jobs of
+    that engine share the forward in order of arrival as far as they fit; those left over are the longest waiting then,
+    so a long prompt, fed in chunks, never stalls the others for more than a forward.
+
+    A model that is loaded, measured or run on another thread leaves a second OpenMP pool behind. With more threads than
+    cores the pools stop spinning at their barriers, and every later forward takes longer (a draft level: 90 ms instead
+    of 60).
     """
 
-    engine: Engine
-
-    def __init__(self, max_forward_tokens: int) -> None:
-        self._max_forward_tokens = max_forward_tokens
-        self._tasks: deque[_Task[Any]] = deque()
-        self._new: deque[_Task[Any]] = deque()
+    def __init__(self) -> None:
+        self._tasks: list[_Task[Any]] = []
+        self._new: list[_Task[Any]] = []
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
-    def __enter__(self) -> Executor:
+    def __enter__(self) -> EngineThread:
         self._thread.start()
         return self
 
@@ -109,13 +112,63 @@ class Executor:
             self._wake.notify()
         self._thread.join()
 
-    def call(self, function: Callable[[], Result]) -> Result:
-        """Run a function on the engine's thread and wait for it: all of a model's life is spent there.
+    def submit(self, task: _Task[Any]) -> None:
+        """Put a task behind those that wait."""
+        with self._wake:
+            self._new.append(task)
+            self._wake.notify()
 
-        A model that is loaded or measured on another thread leaves a second OpenMP pool behind. With more threads than
-        cores the pools stop spinning at their barriers, and every later forward takes longer (a draft level: 90 ms
-        instead of 60).
-        """
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._admit():
+                self._drop_abandoned()
+                if self._tasks:
+                    self._forward(self._take_turn())
+
+    def _admit(self) -> bool:
+        """Wait for work and let new jobs run to their first forward. False when it is time to stop."""
+        with self._wake:
+            self._wake.wait_for(lambda: self._new or self._tasks or self._stopping)
+            if self._stopping:
+                return False
+            arrived, self._new = self._new, []
+        self._tasks.extend(task for task in arrived if not task.abandoned and task.advance(None))
+        return True
+
+    def _drop_abandoned(self) -> None:
+        waiting, self._tasks = self._tasks, []
+        for task in waiting:
+            if task.abandoned:
+                task.job.close()
+            else:
+                self._tasks.append(task)
+
+    def _take_turn(self) -> list[_Task[Any]]:
+        executor = self._tasks[0].executor
+        turn = executor.fitting([task for task in self._tasks if task.executor is executor])
+        self._tasks = [task for task in self._tasks if task not in turn]
+        return turn
+
+    def _forward(self, turn: list[_Task[Any]]) -> None:
+        try:
+            logits = turn[0].executor.engine.forward([task.wanted for task in turn])
+        except Exception as error:  # noqa: BLE001 - it belongs to those who await the jobs of this turn
+            for task in turn:
+                task.fail(error)
+            return
+        self._tasks.extend(task for task, rows in zip(turn, logits, strict=True) if task.advance(rows))
+
+
+class Executor:
+    """Runs the jobs of one engine on the thread, at most `max_forward_tokens` tokens in a forward of several jobs."""
+
+    engine: Engine
+
+    def __init__(self, thread: EngineThread, max_forward_tokens: int) -> None:
+        self._thread, self._max_forward_tokens = thread, max_forward_tokens
+
+    def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function on the engine's thread and wait for it: all of a model's life is spent there."""
 
         def job() -> Job[Result]:
             return function()
@@ -127,50 +180,13 @@ class Executor:
         """The job's result. Cancelling the caller drops the job before its next forward."""
         return await asyncio.wrap_future(self._submit(job))
 
+    def fitting(self, tasks: Sequence[_Task[Any]]) -> list[_Task[Any]]:
+        """The first of the tasks, and as many behind it as share its forward."""
+        totals = accumulate(task.wanted.num_tokens for task in tasks)
+        num_fitting = sum(total <= self._max_forward_tokens for total in totals)
+        return list(tasks[: max(num_fitting, 1)])
+
     def _submit(self, job: Job[Result]) -> Future[Result]:
-        task = _Task(job)
-        with self._wake:
-            self._new.append(task)
-            self._wake.notify()
+        task = _Task(self, job)
+        self._thread.submit(task)
         return task.future
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while self._admit():
-                turn = self._take_turn()
-                if turn:
-                    self._forward(turn)
-
-    def _admit(self) -> bool:
-        """Wait for work and let new jobs run to their first forward. False when it is time to stop."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._new or self._tasks or self._stopping)
-            if self._stopping:
-                return False
-            arrived, self._new = self._new, deque()
-        self._tasks.extend(task for task in arrived if not task.abandoned and task.advance(None))
-        return True
-
-    def _take_turn(self) -> list[_Task[Any]]:
-        turn: list[_Task[Any]] = []
-        num_tokens = 0
-        while self._tasks:
-            task = self._tasks[0]
-            assert task.wanted is not None
-            if task.abandoned:
-                self._tasks.popleft().job.close()
-                continue
-            if turn and num_tokens + task.wanted.num_tokens > self._max_forward_tokens:
-                break
-            num_tokens += task.wanted.num_tokens
-            turn.append(self._tasks.popleft())
-        return turn
-
-    def _forward(self, turn: list[_Task[Any]]) -> None:
-        try:
-            logits = self.engine.forward([task.wanted for task in turn if task.wanted])
-        except Exception as error:  # noqa: BLE001 - it belongs to those who await the jobs of this turn
-            for task in turn:
-                task.fail(error)
-            return
-        self._tasks.extend(task for task, rows in zip(turn, logits, strict=True) if task.advance(rows))
