@@ -32,6 +32,8 @@ from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire, rule_to_wire
 
 _DEFAULT_CONTEXT_LENGTH = 8192
+# Verdicts that a draft session guesses at once, at most, with a tree ahead for each.
+MOST_GUESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,11 @@ class WorkerConfig:
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
+    draft_ahead: str = setting(
+        "auto",
+        "draft worker: grow the next tree while the last is verified; auto: while it pays, on a device of its own",
+        choices=("auto", "on", "off"),
+    )
     deterministic: bool = setting(
         False, "rows that do not depend on what shares their forward: slower, same bits always"
     )
@@ -72,6 +79,7 @@ class Worker:
     executor: Executor
     description: worker_pb2.WorkerDescription
     prefill_chunk: int
+    draft_ahead: str
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
@@ -93,7 +101,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         make_deterministic(model.module)
     context_length = _context_length(config, model)
     num_layers = model.module.config.get_text_config().num_hidden_layers
-    cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size)
+    cache = KVCache(num_layers, config.num_slots, context_length + config.max_tree_size * _num_trees(config, role))
     executor.engine = engine = Engine(model.module, cache, model.device, model.dtype)
     # Workers of one machine take turns, or each would measure the other.
     files.cache_dir.mkdir(parents=True, exist_ok=True)
@@ -117,7 +125,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         latencies=profile_to_wire(profile),
         device_id=_device_id(model),
     )
-    return Worker(model, executor, description, config.prefill_chunk)
+    return Worker(model, executor, description, config.prefill_chunk, config.draft_ahead)
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
@@ -177,6 +185,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_forwards=engine.num_forwards,
             num_forward_tokens=engine.num_forward_tokens,
         )
+
+
+def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
+    """Trees that a session has rows for at a time: the last one, and those ahead, each with a leaf it hangs from."""
+    is_ahead = role == worker_pb2.WORKER_ROLE_DRAFT and config.draft_ahead != "off"
+    return 1 + MOST_GUESSES if is_ahead else 1
 
 
 def _context_length(config: WorkerConfig, model: LoadedModel) -> int:

@@ -54,8 +54,8 @@ class Engine:
 class _Task(Generic[Result]):
     """A job on its way: what it wants forwarded next, and who waits for its result."""
 
-    def __init__(self, job: Job[Result]) -> None:
-        self.job = job
+    def __init__(self, job: Job[Result], *, is_idle: bool) -> None:
+        self.job, self.is_idle = job, is_idle
         self.future: Future[Result] = Future()
         self.wanted: Segment | None = None
 
@@ -90,7 +90,8 @@ class Executor:
     """Runs jobs on the engine's thread. A context manager: entering starts the thread, leaving ends it.
 
     Every turn takes the jobs in order of arrival up to `max_forward_tokens` tokens; those left over come first in
-    the next turn, so a long prompt, fed in chunks, never stalls the others for more than a forward.
+    the next turn, so a long prompt, fed in chunks, never stalls the others for more than a forward. Idle jobs have the
+    turns that no other job wants.
     """
 
     engine: Engine
@@ -98,6 +99,7 @@ class Executor:
     def __init__(self, max_forward_tokens: int) -> None:
         self._max_forward_tokens = max_forward_tokens
         self._tasks: deque[_Task[Any]] = deque()
+        self._idle_tasks: deque[_Task[Any]] = deque()
         self._new: deque[_Task[Any]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
@@ -133,8 +135,15 @@ class Executor:
         """The job's result. Cancelling the caller drops the job before its next forward."""
         return await asyncio.wrap_future(self._submit(job))
 
-    def _submit(self, job: Job[Result]) -> Future[Result]:
-        task = _Task(job)
+    def run_idle(self, job: Job[Result]) -> Future[Result]:
+        """Run a job while no other wants a forward. Cancelling the future drops it before its next forward.
+
+        A job that is submitted after that finds it as the last forward left it, with that forward's logits used.
+        """
+        return self._submit(job, is_idle=True)
+
+    def _submit(self, job: Job[Result], *, is_idle: bool = False) -> Future[Result]:
+        task = _Task(job, is_idle=is_idle)
         with self._wake:
             self._new.append(task)
             self._wake.notify()
@@ -150,26 +159,34 @@ class Executor:
     def _admit(self) -> bool:
         """Wait for work and let new jobs run to their first forward. False when it is time to stop."""
         with self._wake:
-            self._wake.wait_for(lambda: self._new or self._tasks or self._stopping)
+            self._wake.wait_for(lambda: self._new or self._tasks or self._idle_tasks or self._stopping)
             if self._stopping:
                 return False
             arrived, self._new = self._new, deque()
-        self._tasks.extend(task for task in arrived if not task.abandoned and task.advance(None))
+        for task in arrived:
+            if not task.abandoned and task.advance(None):
+                self._queue(task).append(task)
         return True
 
+    def _queue(self, task: _Task[Any]) -> deque[_Task[Any]]:
+        return self._idle_tasks if task.is_idle else self._tasks
+
     def _take_turn(self) -> list[_Task[Any]]:
+        # On a busy engine they would wait for ever to be found abandoned.
+        self._idle_tasks = deque(task for task in self._idle_tasks if not task.abandoned)
         turn: list[_Task[Any]] = []
         num_tokens = 0
-        while self._tasks:
-            task = self._tasks[0]
+        queue = self._tasks or self._idle_tasks
+        while queue:
+            task = queue[0]
             assert task.wanted is not None
             if task.abandoned:
-                self._tasks.popleft().job.close()
+                queue.popleft().job.close()
                 continue
             if turn and num_tokens + task.wanted.num_tokens > self._max_forward_tokens:
                 break
             num_tokens += task.wanted.num_tokens
-            turn.append(self._tasks.popleft())
+            turn.append(queue.popleft())
         return turn
 
     def _forward(self, turn: list[_Task[Any]]) -> None:
@@ -179,4 +196,6 @@ class Executor:
             for task in turn:
                 task.fail(error)
             return
-        self._tasks.extend(task for task, rows in zip(turn, logits, strict=True) if task.advance(rows))
+        for task, rows in zip(turn, logits, strict=True):
+            if task.advance(rows):
+                self._queue(task).append(task)
