@@ -43,11 +43,11 @@ class Bench:
         self._oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @contextmanager
-    def session(self, sampling: Sampling, vocab_size: int = 400) -> Iterator[DraftSession]:
+    def session(self, sampling: Sampling, vocab_size: int = 400, seed: int = 0) -> Iterator[DraftSession]:
         limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size, context_length=200)
         with self.engine.cache.slot() as slot:
             decoding = Decoding(GREEDY if sampling.greedy else SEQUOIA, sampling, 1)
-            yield DraftSession(slot, decoding, np.random.default_rng(0), limits)
+            yield DraftSession(slot, decoding, np.random.default_rng(seed), limits)
 
     def run(self, job: Job[Result]) -> Result:
         logits = None
