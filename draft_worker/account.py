@@ -21,11 +21,12 @@ class Account:
     `on` is always as many as there can be, `off` none. `auto`: none where the verifier works on the same device.
     Elsewhere every guess, by its number in the order of likelihood, has an account in forwards. A hit is worth the
     levels that its tree had by then: as many forwards that nobody has to wait for any more. A step that arrives while a
-    guess's forward is running waits for it, at most for the whole of it, whichever guess comes true: that costs one. So
-    the threshold is hits x levels saved = steps that found it at work, and a tree that was finished in time costs
-    nothing. A guess is drafted for while neither its account nor one before it is overdrawn; one step in 64 tries one
-    guess more, so that a better time is noticed. Every account starts with a credit, and entries fade, gains as well as
-    losses. Drafting ahead can therefore lose no more than it has won lately, the credit, and a forward in 64 steps.
+    guess's forward is running waits for it, on average for half of it; that costs a whole one, as steps of other
+    sessions may have to wait as well, which nobody counts. So the threshold is hits x levels saved = steps that found
+    it at work, and a tree that was finished in time costs nothing. A guess is drafted for while neither its account nor
+    one before it is overdrawn; one step in 64 tries one guess more, so that a better time is noticed. Every account
+    starts with a credit, and entries fade, gains as well as losses. Drafting ahead can therefore lose no more than it
+    has won lately, the credit, and a forward in 64 steps.
     """
 
     def __init__(self, mode: str) -> None:

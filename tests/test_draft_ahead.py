@@ -18,10 +18,12 @@ from test_seeds import SETTINGS, WAYS
 from transformers import AutoModelForCausalLM
 
 from sequoia.client import Generation
-from sequoia.rpc import open_sync_channel
+from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.sampling import Sampling
 from sequoia.topology import Topology
-from sequoia.v1 import worker_pb2, worker_pb2_grpc
+from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, worker_pb2, worker_pb2_grpc
+from sequoia.v1.sampling_pb2 import RULE_GREEDY
+from sequoia.wire import sampling_to_wire
 
 SHAPES = (TREE, Topology.chain(4), Topology((-1, *[0] * 5)))
 
@@ -133,6 +135,39 @@ def test_on_one_device_auto_is_off_and_costs_no_forward(tiny_system: System) -> 
     grown = sum(each.num_steps * (each.topology.levels - 1) for each in figures.trees if each.topology.size > 1)
     assert num_forwards(tiny_system) - before == 1 + grown
     assert figures.num_ahead_attempts == 0
+
+
+@pytest.mark.parametrize(
+    ("has_own_device", "ahead"),
+    [(True, draft_pb2.DRAFT_AHEAD_MISS), (False, draft_pb2.DRAFT_AHEAD_NOT_ATTEMPTED)],
+)
+async def test_auto_drafts_ahead_on_a_device_of_its_own_only(
+    tiny_system: System, has_own_device: bool, ahead: draft_pb2.DraftAhead
+) -> None:
+    """The step comes when a forward was done, if one is to be done at all, with tokens that nobody guessed."""
+    opening = draft_pb2.DraftOpen(
+        token_ids=PROMPT,
+        num_prompt_tokens=len(PROMPT),
+        sampling=sampling_to_wire(Sampling(temperature=0.0)),
+        rule=RULE_GREEDY,
+        has_own_device=has_own_device,
+    )
+    topology = tree_pb2.Topology(parents=TREE.parents)
+    first = draft_pb2.DraftStep(step=1, base_len=len(PROMPT) - 1, token_ids=PROMPT[-1:], topology=topology)
+    second = draft_pb2.DraftStep(step=2, base_len=len(PROMPT), token_ids=[300, 301, 302, 303, 304], topology=topology)
+    async with open_channel(tiny_system.deployment.processes["draft"].address) as channel:
+        call = draft_pb2_grpc.DraftServiceStub(channel).Draft(timeout=30)
+        await call.write(draft_pb2.DraftRequest(open=opening))
+        await call.read()
+        before = num_forwards(tiny_system)
+        answers = []
+        for step in (first, second):
+            await call.write(draft_pb2.DraftRequest(step=step))
+            answers.append((await call.read()).ahead)
+            while has_own_device and num_forwards(tiny_system) - before < TREE.levels:
+                pass
+        call.cancel()
+    assert answers == [draft_pb2.DRAFT_AHEAD_NOT_ATTEMPTED, ahead]
 
 
 def test_cancelled_request_frees_the_slot_that_trees_ahead_grow_in(ahead_system: System) -> None:
