@@ -23,6 +23,8 @@ def explain(
         planned_situation=str(found.situation) if found else "",
         state=STATES[governor.gait],
         state_reason=governor.reason,
+        num_ahead_hits=speculator.num_ahead_hits,
+        num_ahead_misses=speculator.num_ahead_misses,
     )
     for topology, pace in governor.paces.items():
         realised = response.realised.add(num_steps=pace.num_steps, num_tokens=pace.num_tokens, seconds=pace.seconds)

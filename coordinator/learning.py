@@ -94,4 +94,6 @@ def learnt_from(message: SpeculationReport, acceptance: Acceptance) -> LiveAccep
         num_steps=sum(each.num_steps for each in drafted),
         num_tokens=sum(each.num_tokens for each in drafted),
         expected_tokens=sum(expected),
+        num_ahead_hits=sum(each.num_ahead_hits for each in drafted),
+        num_ahead_misses=sum(each.num_ahead_misses for each in drafted),
     )

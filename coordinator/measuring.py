@@ -37,6 +37,8 @@ MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3
 _OTHERS = (PLAIN, Topology.chain(3), Topology((-1, 0, 0, 1, 1, 2, 3, 5)))
 # Fewer steps with one tree in an answer are those at its end.
 _LEAST_STEPS = 3
+# Attempts at drafting ahead of which the share of hits is taken for known, to about 0.06.
+_LEAST_ATTEMPTS = 64.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,16 @@ def expected_in(
     return sum(usage.num_tokens for usage in drafted), expected, sum(usage.num_steps for usage in drafted)
 
 
+def ahead_hit_rate(num_hits: float, num_attempts: float, num_steps: float) -> float | None:
+    """The share of hits among attempts at drafting ahead; None, as if it never were done, while that is not known.
+
+    Neither is it known where most of the steps saw no attempt: then the drafter has found that it does not pay.
+    """
+    if num_attempts < max(_LEAST_ATTEMPTS, num_steps / 2.0):
+        return None
+    return num_hits / num_attempts
+
+
 def profiles(pair: DescribePairResponse) -> tuple[LatencyProfile, LatencyProfile]:
     """The verify worker's and the draft worker's. Raises FailedPrecondition when they are of no use."""
     try:
@@ -115,7 +127,7 @@ def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures])
     tree_factor = median(ratios) if ratios else 1.0
     plain_factor = _per_step(plain, "verify", "network", "host") / verify.at(1) if plain else tree_factor
     draft_factor, per_step = _line(
-        [(draft_seconds(tree, draft), _per_step(usages, "draft")) for tree, usages in drafted.items()]
+        [(draft_seconds(tree, draft), each) for tree, usages in drafted.items() if (each := _draft_per_step(usages))]
     )
     round_trips = pair.verify_rtt_seconds + pair.draft_rtt_seconds
     beside = [_per_step(usages, "host", "network") - round_trips for usages in drafted.values()]
@@ -131,6 +143,7 @@ def inputs_for(
     acceptance: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float]],
     tokens_factor: float,
+    draft_ahead_hit_rate: float | None,
 ) -> PlanInputs:
     """What a plan for so many sessions behind such a context follows from.
 
@@ -146,6 +159,7 @@ def inputs_for(
         verify_rtt_seconds=pair.verify_rtt_seconds,
         host_seconds=calibration.host_seconds,
         tokens_factor=tokens_factor,
+        draft_ahead_hit_rate=draft_ahead_hit_rate,
         shares_device=pair.verify.device_id == pair.draft.device_id,
     )
 
@@ -157,6 +171,13 @@ def _usages(figures: Iterable[SpeculationFigures]) -> Iterable[TreeUsage]:
 
 def _per_step(usages: Sequence[TreeUsage], *stages: str) -> float:
     return median(sum(getattr(each.stage_seconds, stage) for stage in stages) / each.num_steps for each in usages)
+
+
+def _draft_per_step(usages: Sequence[TreeUsage]) -> float:
+    """Of steps whose tree was grown from its root; 0 when there was none."""
+    grown = [(each, each.num_steps - each.num_ahead_hits) for each in usages]
+    seconds = [(each.stage_seconds.draft - each.hit_draft_seconds) / count for each, count in grown if count]
+    return median(seconds) if seconds else 0.0
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, start_http_server
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from coordinator.governor import Gait
@@ -34,8 +34,8 @@ class SpeculationCollector(Collector):
     def __init__(self, speculator: Speculator) -> None:
         self._speculator = speculator
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
-        """For each kind of request that was served: its state, and the pace of every tree it used lately."""
+    def collect(self) -> Iterator[Metric]:
+        """Drafting ahead; for each kind of request that was served its state, and the pace of every tree it used."""
         state = GaugeMetricFamily("sequoia_speculation_state", "1 for the state it is in", labels=[*_KIND, "state"])
         labels = [*_KIND, "size", "levels"]
         seconds = GaugeMetricFamily(
@@ -50,4 +50,11 @@ class SpeculationCollector(Collector):
                 values = [*kind, str(tree.size), str(tree.levels)]
                 seconds.add_metric(values, pace.seconds_per_token)
                 tokens.add_metric(values, pace.num_tokens / pace.num_steps)
-        yield from (state, seconds, tokens)
+        yield from (state, seconds, tokens, *self._ahead())
+
+    def _ahead(self) -> Iterator[Metric]:
+        hits, misses = self._speculator.num_ahead_hits, self._speculator.num_ahead_misses
+        text = "steps before which the drafter had begun trees"
+        yield CounterMetricFamily("sequoia_draft_ahead_attempts", text, value=hits + misses)
+        text = "steps whose tree the drafter had begun while the step before was verified"
+        yield CounterMetricFamily("sequoia_draft_ahead_hits", text, value=hits)

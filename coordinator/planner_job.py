@@ -9,7 +9,16 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import NamedTuple
 
-from coordinator.measuring import PROMPTS, Calibration, calibrate, counts_of, expected_in, inputs_for, measure
+from coordinator.measuring import (
+    PROMPTS,
+    Calibration,
+    ahead_hit_rate,
+    calibrate,
+    counts_of,
+    expected_in,
+    inputs_for,
+    measure,
+)
 from coordinator.trees import max_tree_size, pair_name, plan_key
 from sequoia.acceptance import AcceptanceCounts, tokens_factor
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
@@ -70,12 +79,16 @@ async def plan_pair(
 
 
 class Measured(NamedTuple):
-    """What a pair was seen to do at one temperature: all counts, older ones too, and the answers it was seen in."""
+    """What a pair was seen to do at one temperature: all counts, older ones too, and the answers it was seen in.
+
+    `ahead_hit_rate` is of all steps, older ones too.
+    """
 
     temperature: float
     rule: Rule
     counts: AcceptanceCounts
     figures: tuple[SpeculationFigures, ...]
+    ahead_hit_rate: float | None
 
 
 class PlannerJob:
@@ -116,7 +129,11 @@ class PlannerJob:
         """Let the pair write. What coordinators counted is read first: what is counted now, they will count too."""
         before = await self.counted(pair, temperature, rule)
         figures = await measure(self.client, pair, temperature, rule, prompts, max_tokens, on_prompt)
-        return Measured(temperature, rule, before.counts + counts_of(figures), tuple(figures))
+        num_hits = before.num_ahead_hits + sum(each.num_ahead_hits for each in figures)
+        num_attempts = before.num_ahead_attempts + sum(each.num_ahead_attempts for each in figures)
+        num_steps = before.num_steps + sum(each.num_drafted_steps for each in figures)
+        hit_rate = ahead_hit_rate(num_hits, num_attempts, num_steps)
+        return Measured(temperature, rule, before.counts + counts_of(figures), tuple(figures), hit_rate)
 
     async def plan(self, pair: DescribePairResponse, measured: Measured, calibration: Calibration) -> TreePlan:
         """Plan for all situations, and store. Returns the plan of one session with a short context."""
@@ -125,7 +142,16 @@ class PlannerJob:
         plans: dict[Situation, TreePlan] = {}
         for sessions, context in _loads(pair):
             try:
-                inputs = inputs_for(pair, calibration, sessions, context, estimate.rows, estimate.errors, factor)
+                inputs = inputs_for(
+                    pair,
+                    calibration,
+                    sessions,
+                    context,
+                    estimate.rows,
+                    estimate.errors,
+                    factor,
+                    measured.ahead_hit_rate,
+                )
             except ValueError as error:
                 if not plans:
                     raise FailedPrecondition(f"the workers' measurements are of no use: {error}") from error

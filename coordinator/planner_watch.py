@@ -8,10 +8,10 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from coordinator.measuring import PROMPTS, calibrate
+from coordinator.measuring import PROMPTS, ahead_hit_rate, calibrate
 from coordinator.planner_job import TTL_SECONDS, PlannerJob, check_buckets, round_trip_seconds, rule_for
 from coordinator.trees import plan_key
-from sequoia.acceptance import AcceptanceCounts
+from sequoia.acceptance_counts import LiveAcceptance
 from sequoia.errors import SequoiaError
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, price
 from sequoia.rules import Rule
@@ -119,7 +119,7 @@ class _Watch:
     async def _replan(self, at: _Situated, stored: dict[Situation, StoredPlan]) -> WatchEvent:
         """For today's acceptance and distance, from what was measured then."""
         base = {load: _nearest(at.situation, load, stored) for load in {(s.sessions, s.context) for s in stored}}
-        live = (await self._job.counted(at.pair, at.temperature, at.rule)).counts
+        live = await self._job.counted(at.pair, at.temperature, at.rule)
         inputs = {load: _today(at.pair, live, each.plan.inputs) for load, each in base.items()}
         plans = {
             replace(at.situation, sessions=sessions, context=context): self._job.choose(at.pair, each)
@@ -144,10 +144,11 @@ class _Watch:
         return {key.situation: plan for key, plan in found.plans.items()}
 
 
-def _today(pair: DescribePairResponse, live: AcceptanceCounts, inputs: PlanInputs) -> PlanInputs:
-    if live.num_steps >= _LEAST_STEPS:
-        estimate = live.estimate()
-        inputs = replace(inputs, acceptance=estimate.rows, errors=estimate.errors)
+def _today(pair: DescribePairResponse, live: LiveAcceptance, inputs: PlanInputs) -> PlanInputs:
+    if live.counts.num_steps >= _LEAST_STEPS:
+        estimate = live.counts.estimate()
+        hit_rate = ahead_hit_rate(live.num_ahead_hits, live.num_ahead_attempts, live.num_steps)
+        inputs = replace(inputs, acceptance=estimate.rows, errors=estimate.errors, draft_ahead_hit_rate=hit_rate)
     return replace(inputs, draft_rtt_seconds=pair.draft_rtt_seconds, verify_rtt_seconds=pair.verify_rtt_seconds)
 
 

@@ -62,12 +62,12 @@ class Report:
         _add(self.message.stages, self._step)
         self.message.num_steps += 1
         if draft is not None or asked.size == 1:
-            self._use(asked, response.verdict)
+            self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
             self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
-    def _use(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
+    def _use(self, topology: Topology, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
         usage = self._usages.get(topology)
         if usage is None:
             usage = self._usages[topology] = self.message.trees.add()
@@ -75,6 +75,10 @@ class Report:
         usage.num_steps += 1
         usage.num_tokens += len(verdict.accepted_nodes) + 1
         _add(usage.stages, self._step)
+        usage.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
+        if ahead == draft_pb2.DRAFT_AHEAD_HIT:
+            usage.num_ahead_hits += 1
+            usage.hit_draft_seconds += self._step.draft
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message

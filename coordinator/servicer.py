@@ -89,7 +89,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         # With speculation off the draft never hears of the request; otherwise when there is a tree to grow.
         is_off = request.mode == coordinator_pb2.SPECULATION_MODE_OFF
         if not is_off and workers.draft is not None and workers.draft_description is not None:
-            draft = DraftStream(workers.draft, opening, self._draft_timeout_seconds)
+            draft = DraftStream(
+                workers.draft,
+                opening,
+                self._draft_timeout_seconds,
+                has_own_device=workers.draft_has_own_device,
+            )
         verify = VerifyStream(workers.verify, opening)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)

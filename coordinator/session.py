@@ -73,6 +73,7 @@ class Session:
             self.report.fell_back(self._draft.reason)
             return None, await self._verify.step(prefix_len, None, min(most, _FALLBACK_STEPS))
         self.report.drafted(draft)
+        self._speculation.drafted(draft.ahead)
         return draft, await self._verify.step(prefix_len, draft.tree, 0)
 
     def _choose(self, max_levels: int) -> None:

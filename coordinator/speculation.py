@@ -13,7 +13,7 @@ from sequoia.acceptance import PRIOR
 from sequoia.optimal_tree import Acceptance
 from sequoia.situation import Situation
 from sequoia.topology import Topology
-from sequoia.v1 import coordinator_pb2
+from sequoia.v1 import coordinator_pb2, draft_pb2
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,11 @@ class Distances(Pair, Protocol):
 
 
 class Speculator:
-    """What all requests of a coordinator share: plans, what was realised, how many run."""
+    """What all requests of a coordinator share: plans, what was realised, how many run.
+
+    `num_ahead_hits` steps had a tree that was begun while the step before was verified; `num_ahead_misses` had one that
+    was grown from its root, though others had been begun.
+    """
 
     def __init__(self, plans: TreePlans, workers: Distances) -> None:
         self.plans = plans
@@ -52,6 +56,7 @@ class Speculator:
         self._governors: dict[Situation, Governor] = {}
         self._num_sessions = 0
         self._num_drafted = 0
+        self.num_ahead_hits = self.num_ahead_misses = 0
 
     def __enter__(self) -> Speculator:
         """Around each request, so that they are counted."""
@@ -143,6 +148,11 @@ class RequestSpeculation:
         self._governor = self._speculator.governor(situation)
         self._tell(self._governor)
         return self._governed(self._governor)
+
+    def drafted(self, ahead: draft_pb2.DraftAhead) -> None:
+        """A tree came for the step."""
+        self._speculator.num_ahead_hits += ahead == draft_pb2.DRAFT_AHEAD_HIT
+        self._speculator.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
 
     def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
         """What the step took. `usual`: it went as chosen, right after one that did."""

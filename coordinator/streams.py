@@ -97,7 +97,10 @@ class DraftStream:
     committed tokens. `reason` tells what happened last.
     """
 
-    def __init__(self, link: WorkerLink, opening: Opening, reply_timeout_seconds: float) -> None:
+    def __init__(
+        self, link: WorkerLink, opening: Opening, reply_timeout_seconds: float, *, has_own_device: bool
+    ) -> None:
+        self._has_own_device = has_own_device
         self._stub = draft_pb2_grpc.DraftServiceStub(link.channel)
         self._opening = opening
         self._reply_timeout_seconds = reply_timeout_seconds
@@ -111,7 +114,7 @@ class DraftStream:
 
     def open(self, token_ids: Sequence[int]) -> None:
         """Start opening the session; nothing waits for it."""
-        message = draft_pb2.DraftOpen(**self._opening.fields(token_ids))
+        message = draft_pb2.DraftOpen(**self._opening.fields(token_ids), has_own_device=self._has_own_device)
         self._call = self._stub.Draft(timeout=self._opening.timeout_seconds)
         self._step = 0
         self._ask(draft_pb2.DraftRequest(open=message))

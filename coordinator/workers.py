@@ -101,6 +101,12 @@ class Workers:
         """To the one and then to the other, as a drafted step goes."""
         return sum(link.usual_round_trip_seconds for link in (self.verify, self.draft) if link is not None)
 
+    @property
+    def draft_has_own_device(self) -> bool:
+        """Whether there is a draft worker that does not take turns with the verify worker."""
+        draft = self.draft_description
+        return draft is not None and draft.device_id != self.verify_description.device_id
+
     async def _measure_distances(self) -> None:
         while True:
             for link in (self.verify, self.draft):

@@ -6,7 +6,9 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from draft_worker.drafter import Drafter, DraftLimits, DraftSession
+from draft_worker.account import Account
+from draft_worker.drafter import Drafted, Drafter, DraftLimits, DraftSession
+from draft_worker.idle import IdleTime
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.v1 import draft_pb2, draft_pb2_grpc
@@ -19,8 +21,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
-        limits = DraftLimits(worker.prefill_chunk, worker.description.vocab_size)
+        limits = DraftLimits(worker.prefill_chunk, worker.description.vocab_size, worker.description.context_length)
         self._drafter = Drafter(worker.executor, limits)
+        self._account = Account(worker.draft_ahead)
 
     async def Draft(self, request_iterator: AsyncIterator[draft_pb2.DraftRequest], context: Any) -> None:
         """Opens the session with the first message, then answers every step with a tree."""
@@ -29,12 +32,17 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
             decoding = decoding_from_wire(opening.open, self._limits.vocab_size)
-            with self._drafter.session(decoding) as session:
+            with self._drafter.session(decoding) as session, self._idle_time(session, opening.open) as idle_time:
                 await context.write(await self._open(session, opening.open))
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
-                    await context.write(await self._step(session, request.step))
+                    idle_time.end()
+                    await context.write(await self._step(session, request.step, idle_time))
+                    idle_time.begin()
+
+    def _idle_time(self, session: DraftSession, request: draft_pb2.DraftOpen) -> IdleTime:
+        return IdleTime(self._drafter.executor, self._account, session, has_own_device=request.has_own_device)
 
     async def _open(self, session: DraftSession, request: draft_pb2.DraftOpen) -> draft_pb2.DraftResponse:
         started = time.monotonic()
@@ -42,16 +50,20 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         await self._drafter.executor.run(session.prefill())
         return draft_pb2.DraftResponse(num_committed=session.num_committed, worker_seconds=time.monotonic() - started)
 
-    async def _step(self, session: DraftSession, request: draft_pb2.DraftStep) -> draft_pb2.DraftResponse:
+    async def _step(
+        self, session: DraftSession, request: draft_pb2.DraftStep, idle_time: IdleTime
+    ) -> draft_pb2.DraftResponse:
         started = time.monotonic()
         topology = topology_from_wire(request.topology, self._limits.max_tree_size)
         self._commit(session, request.base_len, request.token_ids)
-        tree = await self._drafter.executor.run(session.grow(topology))
+        drafted = await self._drafter.executor.run(session.grow(topology))
+        idle_time.settle(drafted)
         return draft_pb2.DraftResponse(
             step=request.step,
             num_committed=session.num_committed,
-            tree=tree_to_wire(tree),
+            tree=tree_to_wire(drafted.tree),
             worker_seconds=time.monotonic() - started,
+            ahead=_ahead_to_wire(drafted),
         )
 
     def _commit(self, session: DraftSession, base_len: int, token_ids: Sequence[int]) -> None:
@@ -59,3 +71,9 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         if base_len + len(token_ids) > limit:
             raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
         session.commit(base_len, tokens_from_wire(token_ids, self._limits.vocab_size, "token_ids"))
+
+
+def _ahead_to_wire(drafted: Drafted) -> draft_pb2.DraftAhead:
+    if not drafted.num_begun:
+        return draft_pb2.DRAFT_AHEAD_NOT_ATTEMPTED
+    return draft_pb2.DRAFT_AHEAD_MISS if drafted.hit is None else draft_pb2.DRAFT_AHEAD_HIT

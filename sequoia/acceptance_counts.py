@@ -46,6 +46,9 @@ class CountsKey:
 class LiveAcceptance:
     """Counts, and `num_steps` steps with trees that committed `num_tokens` where `expected_tokens` were predicted.
 
+    The trees of `num_ahead_hits` of these steps were begun while the step before was verified; before
+    `num_ahead_misses` trees were begun in vain.
+
     All may be fractions. `rejected` says what is wrong with entries that were skipped. Raises ValueError for a figure
     that is negative or not finite.
     """
@@ -54,6 +57,8 @@ class LiveAcceptance:
     num_steps: float = 0.0
     num_tokens: float = 0.0
     expected_tokens: float = 0.0
+    num_ahead_hits: float = 0.0
+    num_ahead_misses: float = 0.0
     rejected: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -62,9 +67,20 @@ class LiveAcceptance:
                 raise ValueError(f"{name} must be 0 or more and finite, not {total}")
 
     @property
+    def num_ahead_attempts(self) -> float:
+        """Steps before which trees were begun, of use or not."""
+        return self.num_ahead_hits + self.num_ahead_misses
+
+    @property
     def totals(self) -> dict[str, float]:
         """The figures besides the counts, by the name of their field in Redis."""
-        return {"steps": self.num_steps, "tokens": self.num_tokens, "expected": self.expected_tokens}
+        return {
+            "steps": self.num_steps,
+            "tokens": self.num_tokens,
+            "expected": self.expected_tokens,
+            "ahead_hits": self.num_ahead_hits,
+            "ahead_misses": self.num_ahead_misses,
+        }
 
     def __add__(self, other: LiveAcceptance) -> LiveAcceptance:
         """Both together."""
@@ -73,6 +89,8 @@ class LiveAcceptance:
             self.num_steps + other.num_steps,
             self.num_tokens + other.num_tokens,
             self.expected_tokens + other.expected_tokens,
+            self.num_ahead_hits + other.num_ahead_hits,
+            self.num_ahead_misses + other.num_ahead_misses,
             self.rejected + other.rejected,
         )
 
@@ -83,6 +101,8 @@ class LiveAcceptance:
             self.num_steps * factor,
             self.num_tokens * factor,
             self.expected_tokens * factor,
+            self.num_ahead_hits * factor,
+            self.num_ahead_misses * factor,
             self.rejected,
         )
 
@@ -181,7 +201,8 @@ def _live(fields: Mapping[bytes, bytes]) -> LiveAcceptance:
             kind, depth, rank = _cell(name)
             cells[kind][depth, rank] = _number(value)
     counts = AcceptanceCounts(_rows(cells["o"]), _rows(cells["a"]))
-    return LiveAcceptance(counts, totals[b"steps"], totals[b"tokens"], totals[b"expected"])
+    steps, tokens, expected, ahead_hits, ahead_misses = totals.values()
+    return LiveAcceptance(counts, steps, tokens, expected, ahead_hits, ahead_misses)
 
 
 def _number(value: bytes) -> float:

@@ -48,12 +48,19 @@ class StageSeconds:
 
 @dataclass(frozen=True, slots=True)
 class TreeUsage:
-    """The steps of a request for which a tree of that shape was asked for, and came; root-only: plain decoding."""
+    """The steps of a request for which a tree of that shape was asked for, and came; root-only: plain decoding.
+
+    `num_ahead_hits` of them had a tree that was begun while the step before was verified, and spent `hit_draft_seconds`
+    of the draft's time; before `num_ahead_misses` trees had been begun that were of no use.
+    """
 
     topology: Topology
     num_steps: int
     num_tokens: int
     stage_seconds: StageSeconds
+    num_ahead_hits: int = 0
+    num_ahead_misses: int = 0
+    hit_draft_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,16 @@ class SpeculationFigures:
     def tree(self) -> Topology:
         """The largest that was used (they are cut towards the end of an answer); root-only for plain decoding."""
         return max((each.topology for each in self.trees), key=lambda tree: tree.size, default=Topology.root_only())
+
+    @property
+    def num_ahead_hits(self) -> int:
+        """Steps whose tree had been begun while the step before was verified."""
+        return sum(each.num_ahead_hits for each in self.trees)
+
+    @property
+    def num_ahead_attempts(self) -> int:
+        """Steps before which trees had been begun, of use or not."""
+        return self.num_ahead_hits + sum(each.num_ahead_misses for each in self.trees)
 
     @property
     def offered_by_rank(self) -> tuple[int, ...]:
@@ -141,6 +158,10 @@ class Generation:
                 "seconds": speculation.pop("stage_seconds"),
                 "offered_by_rank": self.speculation.offered_by_rank,
                 "accepted_by_rank": self.speculation.accepted_by_rank,
+                "draft_ahead": {
+                    "attempts": self.speculation.num_ahead_attempts,
+                    "hits": self.speculation.num_ahead_hits,
+                },
                 **speculation,
                 "trees": [_usage_to_dict(each) for each in self.speculation.trees],
             },
@@ -220,7 +241,13 @@ def _figures(report: pb.SpeculationReport) -> SpeculationFigures:
         stage_seconds=_stage_seconds(report.stages),
         trees=tuple(
             TreeUsage(
-                Topology(tuple(each.topology.parents)), each.num_steps, each.num_tokens, _stage_seconds(each.stages)
+                Topology(tuple(each.topology.parents)),
+                each.num_steps,
+                each.num_tokens,
+                _stage_seconds(each.stages),
+                each.num_ahead_hits,
+                each.num_ahead_misses,
+                each.hit_draft_seconds,
             )
             for each in report.trees
         ),
@@ -252,8 +279,15 @@ def _stage_seconds(stages: pb.StageSeconds) -> StageSeconds:
 
 
 def _usage_to_dict(usage: TreeUsage) -> dict[str, Any]:
-    steps = {"steps": usage.num_steps, "tokens": usage.num_tokens, "seconds": asdict(usage.stage_seconds)}
-    return {"parents": usage.topology.parents, **steps}
+    return {
+        "parents": usage.topology.parents,
+        "steps": usage.num_steps,
+        "tokens": usage.num_tokens,
+        "seconds": asdict(usage.stage_seconds),
+        "ahead_hits": usage.num_ahead_hits,
+        "ahead_misses": usage.num_ahead_misses,
+        "hit_draft_seconds": usage.hit_draft_seconds,
+    }
 
 
 def _padded(values: Sequence[int], length: int) -> tuple[int, ...]:

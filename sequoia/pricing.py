@@ -87,15 +87,15 @@ class PlanInputs:
     def step_seconds(self, verify_seconds: Float, draft_seconds: Float) -> Float:
         """A drafted step from its forwards, of any shape: those, round trips and host, less what drafting ahead hides.
 
-        The shorter of drafting and verifying is hidden when the guess was right; when it was wrong, the forward that
-        runs cannot be interrupted: half of one, on average, is lost.
+        When the guess was right, the draft's forwards are hidden as far as they fit between its answer and the next
+        message to it, round trips included; when it was wrong, the forward that runs cannot be interrupted: half of
+        one, on average, is lost.
         """
-        verifying = verify_seconds + self.verify_rtt_seconds
-        drafting = draft_seconds + self.draft_rtt_seconds
-        whole = verifying + drafting + self.host_seconds
+        between = verify_seconds + self.verify_rtt_seconds + self.draft_rtt_seconds
+        whole = between + draft_seconds + self.host_seconds
         if self.draft_ahead_hit_rate is None or self.shares_device:
             return whole
-        hidden = self.draft_ahead_hit_rate * np.minimum(verifying, drafting)
+        hidden = self.draft_ahead_hit_rate * np.minimum(between, draft_seconds)
         return whole - hidden + (1.0 - self.draft_ahead_hit_rate) * self.draft_curve.at(1) / 2.0
 
     def tokens_per_step(self, expected: Float) -> Float:

@@ -33,6 +33,8 @@ from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire, rule_to_wire
 
 _DEFAULT_CONTEXT_LENGTH = 8192
+# Verdicts that a draft session guesses at once, at most, with a tree ahead for each.
+MOST_GUESSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,11 @@ class WorkerConfig:
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
+    draft_ahead: str = setting(
+        "auto",
+        "draft worker: grow the next tree while the last is verified; auto: while it pays, on a device of its own",
+        choices=("auto", "on", "off"),
+    )
     deterministic: bool = setting(
         False, "rows that do not depend on what shares their forward, also where that is slower; native ones never do"
     )
@@ -75,6 +82,7 @@ class Worker:
     description: worker_pb2.WorkerDescription
     prefill_chunk: int
     cache_dir: Path
+    draft_ahead: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +113,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         deterministic=config.deterministic,
         num_threads=num_threads,
     )
-    slot_rows = context_length + config.max_tree_size
+    slot_rows = context_length + config.max_tree_size * _num_trees(config, role)
     num_layers = model.module.config.get_text_config().num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
     cache = KVCache(num_layers, config.num_slots, slot_rows)
@@ -127,7 +135,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         num_slots=config.num_slots,
         device_id=_device_id(model),
     )
-    return Worker(model, executor, description, config.prefill_chunk, files.cache_dir)
+    return Worker(model, executor, description, config.prefill_chunk, files.cache_dir, config.draft_ahead)
 
 
 def measure(worker: Worker) -> None:
@@ -203,6 +211,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_forwards=engine.num_forwards,
             num_forward_tokens=engine.num_forward_tokens,
         )
+
+
+def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
+    """Trees that a session has rows for at a time: the last one, and those ahead, each with a leaf it hangs from."""
+    is_ahead = role == worker_pb2.WORKER_ROLE_DRAFT and config.draft_ahead != "off"
+    return 1 + MOST_GUESSES if is_ahead else 1
 
 
 def _context_length(config: WorkerConfig, model: LoadedModel) -> int:

@@ -22,7 +22,7 @@ from sequoia.errors import InvalidArgument, Unavailable
 KEY = CountsKey("draft -> target", "coupled", "(0,0.4]")
 NOW = 1_900_000_000.0
 COUNTS = AcceptanceCounts(((5.0, 4.0), (), (2.0,)), ((3.0, 1.0), (), (0.5,)))
-LEARNT = LiveAcceptance(COUNTS, num_steps=2, num_tokens=7, expected_tokens=6.5)
+LEARNT = LiveAcceptance(COUNTS, 2, 7, 6.5, num_ahead_hits=1, num_ahead_misses=0.5)
 SLICE = f"{KEY}:{int(NOW // SLICE_SECONDS)}"
 NOTHING = LiveAcceptance()
 
@@ -67,7 +67,7 @@ async def test_nothing_added_is_nothing_read(server: EmbeddedRedis, redis: Redis
 
 async def test_writers_at_the_same_time_add_up_exactly(server: EmbeddedRedis, redis: Redis) -> None:
     await asyncio.gather(*(add(server.url, times=25) for _ in range(8)))
-    assert await read(server.url) == LiveAcceptance(COUNTS.scaled(200), 400, 1400, 1300)
+    assert await read(server.url) == LiveAcceptance(COUNTS.scaled(200), 400, 1400, 1300, 200, 100)
 
 
 async def test_another_pair_rule_or_temperature_counts_apart(server: EmbeddedRedis, redis: Redis) -> None:
@@ -83,7 +83,7 @@ async def test_what_is_a_half_life_old_counts_half(server: EmbeddedRedis, redis:
     await add(server.url, LEARNT, NOW - 2 * SLICE_SECONDS)
     await add(server.url)
     live = await read(server.url, half_life_seconds=2 * SLICE_SECONDS)
-    assert live == LEARNT.scaled(1.5) == LiveAcceptance(COUNTS.scaled(1.5), 3, 10.5, 9.75)
+    assert live == LEARNT.scaled(1.5) == LiveAcceptance(COUNTS.scaled(1.5), 3, 10.5, 9.75, 1.5, 0.75)
 
 
 async def test_what_is_older_than_the_retention_is_not_read(server: EmbeddedRedis, redis: Redis) -> None:

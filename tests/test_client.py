@@ -20,6 +20,7 @@ from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
+NEVER_AHEAD = {"ahead_hits": 0, "ahead_misses": 0, "hit_draft_seconds": 0.0}
 STAGES = ("draft", "verify", "network", "host", "prefill")
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
@@ -50,6 +51,9 @@ PIECES = [
                         num_steps=2,
                         num_tokens=5,
                         stages=pb.StageSeconds(draft=0.2),
+                        num_ahead_hits=1,
+                        num_ahead_misses=2,
+                        hit_draft_seconds=0.01,
                     ),
                 ],
                 num_draft_bytes=100,
@@ -171,6 +175,7 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             "num_accepted_tokens": 3,
             "offered_by_rank": (4, 2),
             "accepted_by_rank": (3, 0),
+            "draft_ahead": {"attempts": 3, "hits": 1},
             "offered": ((2, 2), (2,)),
             "accepted": ((2, 0), (1,)),
             "num_draft_bytes": 100,
@@ -178,12 +183,15 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             "state": "reduced",
             "state_reason": "the tree was too slow",
             "trees": [
-                {"parents": (-1,), "steps": 1, "tokens": 1, "seconds": dict.fromkeys(STAGES, 0.0)},
+                {"parents": (-1,), "steps": 1, "tokens": 1, "seconds": dict.fromkeys(STAGES, 0.0), **NEVER_AHEAD},
                 {
                     "parents": (-1, 0, 0, 1),
                     "steps": 2,
                     "tokens": 5,
                     "seconds": dict.fromkeys(STAGES, 0.0) | {"draft": 0.2},
+                    "ahead_hits": 1,
+                    "ahead_misses": 2,
+                    "hit_draft_seconds": 0.01,
                 },
             ],
             "num_fallback_steps": 1,

@@ -36,11 +36,11 @@ class Bench:
         self._oracle = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     @contextmanager
-    def session(self, sampling: Sampling, vocab_size: int = 400) -> Iterator[DraftSession]:
-        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size)
+    def session(self, sampling: Sampling, vocab_size: int = 400, seed: int = 0) -> Iterator[DraftSession]:
+        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size, context_length=200)
         with self.engine.cache.slot() as slot:
             decoding = Decoding(GREEDY if sampling.greedy else SEQUOIA, sampling, 1)
-            yield DraftSession(slot, decoding, np.random.default_rng(0), limits)
+            yield DraftSession(slot, decoding, np.random.default_rng(seed), limits)
 
     def run(self, job: Job[Result]) -> Result:
         logits = None
@@ -81,7 +81,7 @@ def assert_top_children(bench: Bench, committed: tuple[int, ...], tree: TokenTre
 def test_greedy_tree_has_the_models_top_children_at_every_node(bench: Bench) -> None:
     with bench.session(COOL) as session:
         session.commit(0, PROMPT)
-        tree = bench.run(session.grow(TREE))
+        tree = bench.run(session.grow(TREE)).tree
     assert tree.topology == TREE
     assert tree.token_ids[0] == PROMPT[-1]
     assert_top_children(bench, PROMPT, tree)
@@ -93,18 +93,18 @@ def test_rows_of_a_tree_that_came_true_serve_the_next_one(bench: Bench) -> None:
         committed = PROMPT
         session.commit(0, committed)
         for node, others in ((9, (77,)), (5, (78, 79, 80)), (0, (5,)), (4, (91,))):
-            tree = bench.run(session.grow(TREE))
+            tree = bench.run(session.grow(TREE)).tree
             assert_top_children(bench, committed, tree)
             news = (*path_tokens(tree, node), *others)
             session.commit(len(committed), news)
             committed += news
-        assert_top_children(bench, committed, bench.run(session.grow(TREE)))
+        assert_top_children(bench, committed, bench.run(session.grow(TREE)).tree)
 
 
 def test_only_the_tokens_without_rows_are_forwarded(bench: Bench) -> None:
     with bench.session(COOL) as session:
         session.commit(0, PROMPT)
-        tree = bench.run(session.grow(TREE))
+        tree = bench.run(session.grow(TREE)).tree
         session.commit(len(PROMPT), (*path_tokens(tree, 4), 77))
         before = bench.engine.num_forward_tokens
         bench.run(session.grow(Topology.chain(2)))
@@ -115,7 +115,7 @@ def test_a_tree_of_d_levels_costs_d_minus_one_forwards(bench: Bench) -> None:
     """Also where an accepted leaf and plain tokens have no rows yet: they ride along with the root."""
     with bench.session(COOL) as session:
         session.commit(0, PROMPT)
-        tree = bench.run(session.grow(TREE))
+        tree = bench.run(session.grow(TREE)).tree
         session.commit(len(PROMPT), (*path_tokens(tree, 9), 77, 78))
         before = bench.engine.num_forwards
         bench.run(session.grow(TREE))
@@ -125,7 +125,7 @@ def test_a_tree_of_d_levels_costs_d_minus_one_forwards(bench: Bench) -> None:
 def test_sampled_children_are_distinct_and_drawn_from_the_q_that_travels(bench: Bench) -> None:
     with bench.session(Sampling(temperature=0.9, top_p=0.9)) as session:
         session.commit(0, PROMPT)
-        tree = bench.run(session.grow(TREE))
+        tree = bench.run(session.grow(TREE)).tree
     assert tree.q is not None
     assert len(tree.q.weights) == len(tree.topology.internal_nodes)
     for row, node in enumerate(tree.topology.internal_nodes):
@@ -142,14 +142,14 @@ def test_sampled_children_are_distinct_and_drawn_from_the_q_that_travels(bench: 
 def test_a_tree_shrinks_where_q_has_fewer_tokens_than_children(bench: Bench) -> None:
     with bench.session(Sampling(temperature=0.9, top_k=2)) as session:
         session.commit(0, PROMPT)
-        tree = bench.run(session.grow(Topology((-1, 0, 0, 0, 3))))
+        tree = bench.run(session.grow(Topology((-1, 0, 0, 0, 3)))).tree
     assert tree.topology == Topology((-1, 0, 0))
 
 
 def test_padding_of_the_vocabulary_is_never_proposed(bench: Bench) -> None:
     with bench.session(COOL, vocab_size=50) as session:
         session.commit(0, PROMPT[:10])
-        tree = bench.run(session.grow(TREE))
+        tree = bench.run(session.grow(TREE)).tree
     assert max(tree.token_ids) < 50
 
 

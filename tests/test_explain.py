@@ -42,6 +42,8 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             planned_situation="coupled, temperature (0.4,0.8], 1 sessions",
             state=pb.SPECULATION_STATE_ON,
             state_reason="measured, in ms a token: on 16.0, off 32.0",
+            num_ahead_hits=30,
+            num_ahead_misses=20,
             realised=[
                 pace(PLAN.chosen.topology, num_steps=50, num_tokens=150, seconds=2.4),
                 pace(Topology.root_only(), num_steps=40, num_tokens=40, seconds=1.28),
@@ -156,6 +158,7 @@ async def test_what_was_realised_stands_beside_what_was_promised(
     assert trees["other, 1"]["realised"]["speedup"] == pytest.approx(0.8)
     assert trees["SpecInfer 8x8"]["realised"] is None
     assert json.loads(document)["state"] == "on"
+    assert json.loads(document)["draft_ahead"] == {"attempts": 50, "hits": 30}
     [request] = coordinator.requests
     assert request.temperature == 0.6
 
@@ -168,6 +171,7 @@ async def test_the_table_of_a_running_pair_tells_situation_and_state(
     assert "coupled, temperature (0.4,0.8], 2 sessions" in shown
     assert "coupled, temperature (0.4,0.8], 1 sessions" in shown
     assert "on: measured, in ms a token: on 16.0, off 32.0" in shown
+    assert "30 hits in 50 attempts" in shown
 
 
 async def test_a_pair_without_a_plan_shows_what_was_realised(

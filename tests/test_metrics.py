@@ -14,6 +14,7 @@ class Served(Speculator):
     """A speculator that has served one kind of request."""
 
     def __init__(self) -> None:
+        self.num_ahead_hits, self.num_ahead_misses = 3, 4
         self._governors = {Situation.of(GREEDY, 0.0): Governor(Gaits.unplanned(BUILT_IN_TREE, BUILT_IN_CHAIN))}
 
 
@@ -38,3 +39,4 @@ def test_prometheus_reads_state_and_paces() -> None:
     assert values["sequoia_seconds_per_token", "8"] == 0.05
     assert values["sequoia_seconds_per_token", "1"] == 0.1
     assert values["sequoia_tokens_per_step", "8"] == 4.0
+    assert (values["sequoia_draft_ahead_attempts",], values["sequoia_draft_ahead_hits",]) == (7.0, 3.0)

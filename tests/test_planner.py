@@ -201,12 +201,12 @@ def test_the_reduced_tree_has_at_most_half_the_drafted_nodes() -> None:
     assert plan.reduced.topology.size - 1 <= (plan.best_tree.topology.size - 1) / 2
 
 
-def test_drafting_ahead_hides_the_shorter_part_of_a_step_on_devices_of_their_own() -> None:
+def test_drafting_ahead_hides_the_drafts_forwards_on_devices_of_their_own_and_no_round_trip() -> None:
     tree = Topology((-1, 0, 0, 1))
     inputs = PlanInputs((0.5, 0.25), LatencyCurve((1, 9), (1.0, 1.0)), LatencyCurve((1, 2), (0.2, 0.2)), 0.1, 0.05)
     plain = price(tree, inputs)
     ahead = price(tree, replace(inputs, draft_ahead_hit_rate=0.75))
-    saved = 0.75 * (0.4 + 0.1) - 0.25 * 0.2 / 2
+    saved = 0.75 * 0.4 - 0.25 * 0.2 / 2
     step_seconds = plain.seconds_per_token * plain.tokens_per_step
     assert ahead.seconds_per_token == pytest.approx((step_seconds - saved) / plain.tokens_per_step)
     assert price(tree, replace(inputs, draft_ahead_hit_rate=0.75, shares_device=True)) == plain

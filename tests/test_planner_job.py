@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 from redis import Redis
 
-from coordinator.measuring import MEASURING_TREE, Calibration, calibrate
+from coordinator.measuring import MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
 from coordinator.planner_job import plan_pair
 from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
@@ -62,6 +62,7 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self.requests: list[pb.GenerateRequest] = []
         self.fails = False
         self.tokens_per_step = 2.5
+        self.num_ahead_hits = self.num_ahead_misses = 0
 
     async def DescribePair(self, request: pb.DescribePairRequest, context: Context) -> pb.DescribePairResponse:
         return self.pair
@@ -81,16 +82,25 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             stages = pb.StageSeconds(verify=STEPS * VERIFY_SECONDS * 1.5)
             return pb.SpeculationReport(trees=[pb.TreeUsage(topology=wire, num_steps=STEPS, stages=stages)])
         seconds = VERIFY_SECONDS + 0.001 * (tree.size - 1)
+        num_grown = STEPS - self.num_ahead_hits
         stages = pb.StageSeconds(
             verify=STEPS * 2 * seconds,
-            draft=STEPS * 3 * DRAFT_SECONDS * (tree.levels - 1),
+            draft=num_grown * 3 * DRAFT_SECONDS * (tree.levels - 1) + self.num_ahead_hits * 0.0001,
             host=STEPS * 0.001,
             network=STEPS * 0.004,
         )
         num_tokens = int(STEPS * self.tokens_per_step)
-        usage = pb.TreeUsage(topology=wire, num_steps=STEPS, num_tokens=num_tokens, stages=stages)
+        usage = pb.TreeUsage(
+            topology=wire,
+            num_steps=STEPS,
+            num_tokens=num_tokens,
+            stages=stages,
+            num_ahead_hits=self.num_ahead_hits,
+            num_ahead_misses=self.num_ahead_misses,
+            hit_draft_seconds=self.num_ahead_hits * 0.0001,
+        )
         counts = pb.RankCounts(num_offered=[20_000, 20_000], num_accepted=[12_000, 4_000])
-        return pb.SpeculationReport(num_steps=STEPS, trees=[usage], counts_by_depth=[counts])
+        return pb.SpeculationReport(num_steps=STEPS, num_drafted_steps=STEPS, trees=[usage], counts_by_depth=[counts])
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +231,24 @@ async def test_what_coordinators_counted_lately_counts_too(
     assert plan.inputs.acceptance[-1][0] == pytest.approx(0.9, abs=0.01)
 
 
+async def test_the_plan_knows_how_often_drafting_ahead_is_right_and_what_it_does_not_hide(
+    coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis
+) -> None:
+    """Steps with a hit say nothing about what growing a tree takes."""
+    coordinator.num_ahead_hits, coordinator.num_ahead_misses = 600, 400
+    [plan] = await plan_pair(address, redis.url, prompts=["a", "b", "c"])
+    assert plan.inputs.draft_ahead_hit_rate == pytest.approx(0.6)
+    assert plan.inputs.draft_curve.at(1) == pytest.approx(0.003)
+
+
+@pytest.mark.parametrize(("num_hits", "num_misses", "num_steps"), [(0, 0, 0), (40, 23, 63), (200, 100, 601)])
+def test_drafting_ahead_is_not_planned_with_while_little_is_known_of_it_or_it_is_mostly_off(
+    num_hits: int, num_misses: int, num_steps: int
+) -> None:
+    assert ahead_hit_rate(num_hits, num_hits + num_misses, num_steps) is None
+    assert ahead_hit_rate(num_hits + 1, num_hits + num_misses + 64, num_steps) is not None
+
+
 async def count_live(coordinator: KnownCoordinator, redis: EmbeddedRedis, accepted: int) -> None:
     from time import time
 
@@ -229,7 +257,8 @@ async def count_live(coordinator: KnownCoordinator, redis: EmbeddedRedis, accept
     counts = AcceptanceCounts(((10_000.0,),) * 4, ((float(accepted),),) * 4)
     pair = pair_name(coordinator.pair.verify, coordinator.pair.draft)
     async with LiveCounts(redis.url) as live:
-        await live.add(CountsKey(pair, "greedy", "0"), LiveAcceptance(counts, num_steps=10_000), now=time())
+        learnt = LiveAcceptance(counts, num_steps=10_000, num_ahead_hits=6_000, num_ahead_misses=2_000)
+        await live.add(CountsKey(pair, "greedy", "0"), learnt, now=time())
 
 
 async def test_only_one_planner_measures_a_pair_at_a_time(
@@ -291,6 +320,7 @@ async def test_a_watch_plans_again_without_measuring_when_acceptance_or_distance
     assert first is not None
     assert event.plan is not None
     assert event.plan.chosen.topology.levels > first.chosen.topology.levels
+    assert (first.inputs.draft_ahead_hit_rate, event.plan.inputs.draft_ahead_hit_rate) == (None, 0.75)
     coordinator.pair.draft_rtt_seconds = 0.03
     event = await watched.next()
     assert (event.kind, event.reason) == ("replanned", "another distance")

@@ -11,7 +11,12 @@ from coordinator.transcript import Step, Transcript
 from sequoia import topology
 from sequoia.sampling import Sampling
 from sequoia.v1.coordinator_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP
-from sequoia.v1.draft_pb2 import DraftResponse
+from sequoia.v1.draft_pb2 import (
+    DRAFT_AHEAD_HIT,
+    DRAFT_AHEAD_MISS,
+    DRAFT_AHEAD_NOT_ATTEMPTED,
+    DraftResponse,
+)
 from sequoia.v1.sampling_pb2 import TokenLogprobs
 from sequoia.v1.tree_pb2 import TokenTree, Topology
 from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
@@ -111,3 +116,16 @@ def test_a_step_that_fell_back_is_no_plain_decoding() -> None:
     [usage] = report.message.trees
     assert (list(usage.topology.parents), usage.num_steps) == ([-1], 1)
     assert report.message.num_steps == 2
+
+
+def test_hits_and_misses_of_drafting_ahead_are_told_by_tree() -> None:
+    report, chain = Report(), topology.Topology.chain(2)
+    tree = TokenTree(topology=Topology(parents=chain.parents), token_ids=[0, 0])
+    for ahead, seconds in ((DRAFT_AHEAD_HIT, 0.25), (DRAFT_AHEAD_MISS, 1.0), (DRAFT_AHEAD_NOT_ATTEMPTED, 1.0)):
+        response = DraftResponse(tree=tree, ahead=ahead, worker_seconds=seconds)
+        report.host()
+        report.drafted(response)
+        report.verified(VerifyResponse(verdict=Verdict(bonus_token_id=9)), response, chain)
+    [usage] = report.message.trees
+    assert (usage.num_steps, usage.num_ahead_hits, usage.num_ahead_misses) == (3, 1, 1)
+    assert (usage.stages.draft, usage.hit_draft_seconds) == (2.25, 0.25)

@@ -8,7 +8,7 @@ import sys
 import grpc
 
 from sequoia.config import fail, load
-from sequoia.errors import InvalidArgument, SequoiaError
+from sequoia.errors import SequoiaError
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import verify_pb2_grpc, worker_pb2
 from sequoia.worker import Worker, WorkerConfig, WorkerKind, serve
@@ -20,17 +20,9 @@ def main() -> None:
     config = load(WorkerConfig, "verify_worker", sys.argv[1:], os.environ)
     configure_logging("verify_worker", config.log_level)
     try:
-        check_target(config, "--quantization")
         serve((VERIFY, config))
     except SequoiaError as error:
         fail(str(error))
-
-
-def check_target(config: WorkerConfig, flag: str) -> None:
-    """Raises InvalidArgument, naming `flag`, for a target that is quantised."""
-    if config.quantization != "none":
-        # Its arithmetic would let a row of the target depend on the tree around it.
-        raise InvalidArgument(f"{flag} {config.quantization} is for drafts only; serve the target without it")
 
 
 def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:

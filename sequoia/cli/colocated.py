@@ -11,7 +11,7 @@ from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.telemetry import configure_logging
 from sequoia.worker import WorkerConfig, serve
-from verify_worker.server import VERIFY, check_target
+from verify_worker.server import VERIFY
 
 _OF_THE_PROCESS = ("num_threads", "log_level")
 
@@ -35,7 +35,6 @@ def main() -> None:
     config = load(ColocatedConfig, "colocated", sys.argv[1:], os.environ)
     configure_logging("workers", config.target.log_level)
     try:
-        check_target(config.target, "--target-quantization")
         serve((VERIFY, config.target), (DRAFT, config.draft))
     except SequoiaError as error:
         fail(str(error))

@@ -87,6 +87,8 @@ def _of_running_pair(arguments: argparse.Namespace, built_in: Topology) -> Expla
         planned_situation=response.planned_situation,
         state=state_name(response.state),
         state_reason=response.state_reason,
+        num_ahead_hits=response.num_ahead_hits,
+        num_ahead_misses=response.num_ahead_misses,
     )
 
 

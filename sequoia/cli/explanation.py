@@ -72,6 +72,8 @@ class Explanation:
     planned_situation: str = ""
     state: str = ""
     state_reason: str = ""
+    num_ahead_hits: int = 0
+    num_ahead_misses: int = 0
 
     def rows(self) -> list[Row]:
         """The plan's tree and its alternatives, then what else was used lately."""
@@ -86,6 +88,7 @@ class Explanation:
             "planned_situation": self.planned_situation,
             "state": self.state,
             "state_reason": self.state_reason,
+            "draft_ahead": {"attempts": self.num_ahead_hits + self.num_ahead_misses, "hits": self.num_ahead_hits},
             "trees": [row.to_dict() for row in self.rows()],
             "inputs": self.plan and self.plan.inputs.to_dict(),
         }
@@ -160,7 +163,13 @@ def _realised(row: Row) -> tuple[str, ...]:
 def _facts_table(explanation: Explanation) -> Table:
     table = new_table("", "")
     state = f"{explanation.state}: {explanation.state_reason}" if explanation.state else ""
-    situations = {"situation": explanation.situation, "planned for": explanation.planned_situation, "state": state}
+    hits, num_attempts = explanation.num_ahead_hits, explanation.num_ahead_hits + explanation.num_ahead_misses
+    situations = {
+        "situation": explanation.situation,
+        "planned for": explanation.planned_situation,
+        "state": state,
+        "drafted ahead": f"{hits} hits in {num_attempts} attempts, all requests" if num_attempts else "",
+    }
     inputs = (
         _inputs_facts(explanation.plan.inputs) if explanation.plan else {"plan": "none yet; `sequoia plan` makes one"}
     )

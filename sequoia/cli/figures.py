@@ -29,6 +29,8 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("tree", f"{figures.tree.size} nodes x {figures.tree.levels} levels")
     table.add_row("rule", generation.rule if generation.seed is None else f"{generation.rule}, seed {generation.seed}")
     table.add_row("share of a step", shares(figures.stage_seconds))
+    if figures.num_ahead_attempts:
+        table.add_row("drafted ahead", f"{figures.num_ahead_hits} hits in {figures.num_ahead_attempts} attempts")
     if figures.fallback_reason:
         table.add_row("plain steps", f"{figures.num_fallback_steps}: {figures.fallback_reason}")
     return table

@@ -50,8 +50,8 @@ class _Task(Generic[Result]):
 
     wanted: Segment
 
-    def __init__(self, executor: Executor, job: Job[Result]) -> None:
-        self.executor, self.job = executor, job
+    def __init__(self, executor: Executor, job: Job[Result], *, is_idle: bool) -> None:
+        self.executor, self.job, self.is_idle = executor, job, is_idle
         self.future: Future[Result] = Future()
 
     @property
@@ -86,7 +86,8 @@ class EngineThread:
 
     Every turn is one forward of one engine, that of the job which waits longest, so engines take turns. The jobs of
     that engine share the forward in order of arrival as far as they fit; those left over are the longest waiting then,
-    so a long prompt, fed in chunks, never stalls the others for more than a forward.
+    so a long prompt, fed in chunks, never stalls the others for more than a forward. Idle jobs have the turns that no
+    other job wants.
 
     A model that is loaded, measured or run on another thread leaves a second OpenMP pool behind. With more threads than
     cores the pools stop spinning at their barriers, and every later forward takes longer (a draft level: 90 ms instead
@@ -144,8 +145,9 @@ class EngineThread:
                 self._tasks.append(task)
 
     def _take_turn(self) -> list[_Task[Any]]:
-        executor = self._tasks[0].executor
-        turn = executor.fitting([task for task in self._tasks if task.executor is executor])
+        waiting = [task for task in self._tasks if not task.is_idle] or self._tasks
+        executor = waiting[0].executor
+        turn = executor.fitting([task for task in waiting if task.executor is executor])
         self._tasks = [task for task in self._tasks if task not in turn]
         return turn
 
@@ -180,13 +182,20 @@ class Executor:
         """The job's result. Cancelling the caller drops the job before its next forward."""
         return await asyncio.wrap_future(self._submit(job))
 
+    def run_idle(self, job: Job[Result]) -> Future[Result]:
+        """Run a job while no other wants a forward. Cancelling the future drops it before its next forward.
+
+        A job that is submitted after that finds it as the last forward left it, with that forward's logits used.
+        """
+        return self._submit(job, is_idle=True)
+
     def fitting(self, tasks: Sequence[_Task[Any]]) -> list[_Task[Any]]:
         """The first of the tasks, and as many behind it as share its forward."""
         totals = accumulate(task.wanted.num_tokens for task in tasks)
         num_fitting = sum(total <= self._max_forward_tokens for total in totals)
         return list(tasks[: max(num_fitting, 1)])
 
-    def _submit(self, job: Job[Result]) -> Future[Result]:
-        task = _Task(self, job)
+    def _submit(self, job: Job[Result], *, is_idle: bool = False) -> Future[Result]:
+        task = _Task(self, job, is_idle=is_idle)
         self._thread.submit(task)
         return task.future

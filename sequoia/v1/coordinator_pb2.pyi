@@ -154,16 +154,22 @@ class SpeculationReport(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ...) -> None: ...
 
 class TreeUsage(_message.Message):
-    __slots__ = ("topology", "num_steps", "num_tokens", "stages")
+    __slots__ = ("topology", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds")
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
+    NUM_AHEAD_HITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_AHEAD_MISSES_FIELD_NUMBER: _ClassVar[int]
+    HIT_DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     topology: _tree_pb2.Topology
     num_steps: int
     num_tokens: int
     stages: StageSeconds
-    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ...) -> None: ...
+    num_ahead_hits: int
+    num_ahead_misses: int
+    hit_draft_seconds: float
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ..., hit_draft_seconds: _Optional[float] = ...) -> None: ...
 
 class RankCounts(_message.Message):
     __slots__ = ("num_offered", "num_accepted")
@@ -220,20 +226,24 @@ class ExplainRequest(_message.Message):
     def __init__(self, temperature: _Optional[float] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., num_sessions: _Optional[int] = ..., num_context_tokens: _Optional[int] = ...) -> None: ...
 
 class ExplainResponse(_message.Message):
-    __slots__ = ("plan_json", "situation", "planned_situation", "state", "state_reason", "realised")
+    __slots__ = ("plan_json", "situation", "planned_situation", "state", "state_reason", "realised", "num_ahead_hits", "num_ahead_misses")
     PLAN_JSON_FIELD_NUMBER: _ClassVar[int]
     SITUATION_FIELD_NUMBER: _ClassVar[int]
     PLANNED_SITUATION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_REASON_FIELD_NUMBER: _ClassVar[int]
     REALISED_FIELD_NUMBER: _ClassVar[int]
+    NUM_AHEAD_HITS_FIELD_NUMBER: _ClassVar[int]
+    NUM_AHEAD_MISSES_FIELD_NUMBER: _ClassVar[int]
     plan_json: str
     situation: str
     planned_situation: str
     state: SpeculationState
     state_reason: str
     realised: _containers.RepeatedCompositeFieldContainer[RealisedPace]
-    def __init__(self, plan_json: _Optional[str] = ..., situation: _Optional[str] = ..., planned_situation: _Optional[str] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., realised: _Optional[_Iterable[_Union[RealisedPace, _Mapping]]] = ...) -> None: ...
+    num_ahead_hits: int
+    num_ahead_misses: int
+    def __init__(self, plan_json: _Optional[str] = ..., situation: _Optional[str] = ..., planned_situation: _Optional[str] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., realised: _Optional[_Iterable[_Union[RealisedPace, _Mapping]]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ...) -> None: ...
 
 class RealisedPace(_message.Message):
     __slots__ = ("topology", "num_steps", "num_tokens", "seconds")

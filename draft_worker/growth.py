@@ -1,0 +1,187 @@
+"""A tree being grown: children chosen by the rule, nodes forwarded level by level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor, stack
+
+from sequoia.engine.attention import Segment
+from sequoia.engine.executor import Job
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.sampling import (
+    Path,
+    adjusted_logits,
+    coupled_children,
+    draft_distributions,
+    draw_children,
+    top_children,
+)
+from sequoia.sampling import Decoding
+from sequoia.topology import DraftDistributions, TokenTree, Topology
+
+# The likeliest tokens besides a node's children that are remembered: what may follow when none of those is accepted.
+NUM_SPARES = 2
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """The children chosen under some nodes of one depth, and the q they were drawn from, if the rule needs it."""
+
+    children: tuple[Tokens, ...]  # one tuple a node
+    spares: tuple[Tokens, ...]  # the likeliest tokens besides, best first, at most NUM_SPARES a node
+    q: DraftDistributions | None = None  # one row a node
+
+
+def choose_level(
+    logits: Tensor, decoding: Decoding, paths: Sequence[Path], counts: Sequence[int], generator: np.random.Generator
+) -> Level:
+    """The children of nodes of one depth by the rule: `counts[i]` of them, or fewer where q has fewer.
+
+    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens.
+    """
+    sampling = decoding.sampling
+    if sampling.adjusts(paths[0].num_generated):
+        rows = zip(logits, paths, strict=True)
+        logits = stack([adjusted_logits(row, sampling, path) for row, path in rows])
+    if decoding.rule.children == "drawn":
+        q = draft_distributions(logits, sampling)
+        drawn = tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts))
+        return Level(drawn, tuple(_undrawn(q, row, tokens) for row, tokens in enumerate(drawn)), q)
+    wanted = [count + NUM_SPARES for count in counts]
+    if decoding.rule.children == "coupled":
+        ranked = coupled_children(logits, sampling, paths[0].position, wanted)
+    else:
+        ranked = tuple(top_children(row, count) for row, count in zip(logits, wanted, strict=True))
+    both = list(zip(ranked, counts, strict=True))
+    return Level(tuple(row[:count] for row, count in both), tuple(row[count:] for row, count in both))
+
+
+def _undrawn(q: DraftDistributions, row: int, drawn: Tokens) -> Tokens:
+    """The likeliest tokens of q's row that were not drawn; its candidates stand in descending order."""
+    support = q.token_ids[row][q.weights[row] > 0].tolist()
+    return tuple(token for token in support if token not in drawn)[:NUM_SPARES]
+
+
+@dataclass(frozen=True, slots=True)
+class Stem:
+    """Where a tree is whose root is not committed: rows counted behind the slot's valid ones."""
+
+    path_rows: tuple[int, ...]  # of the tokens between the last committed one and the root, in this order
+    first_row: int  # of the tree's own rows, the root's
+
+
+class Growth:
+    """A tree being grown over a planned topology. Nodes are numbered as they get their tokens, in level order.
+
+    Its root is the last of `committed`, whose row is the slot's last valid one; with a `stem` the end of `committed` is
+    a guess, and the root is a node like the others.
+    """
+
+    def __init__(self, topology: Topology, committed: Tokens, stem: Stem | None = None) -> None:
+        self.topology, self.committed = topology, committed
+        self._stem = stem
+        self._parents, self._tokens = [-1], [committed[-1]]
+        self._planned_nodes = [0]  # the planned node behind each grown one
+        self._q_rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.forwarded: list[int] = []  # in the order of their rows
+        self.spares: dict[int, Tokens] = {}
+        self.num_levels_grown = 0
+        self.frontier = [0] if topology.size > 1 else []
+
+    def tree(self) -> TokenTree:
+        """What is grown so far, with the q rows of the nodes that have children."""
+        q = None
+        if self._q_rows:
+            token_ids, weights = zip(*self._q_rows, strict=True)
+            q = DraftDistributions(np.stack(token_ids), np.stack(weights))
+        return TokenTree(Topology(tuple(self._parents)), tuple(self._tokens), q)
+
+    def rows_for(self, tokens: Tokens) -> list[int]:
+        """KV rows, counted behind the committed ones, that hold a beginning of `tokens`."""
+        return [self.forwarded.index(node) for node in self.tree().follow(tokens) if node in self.forwarded]
+
+    def paths(self, nodes: Sequence[int], num_prompt_tokens: int) -> list[Path]:
+        """What comes before the children of each node."""
+        tree = self.tree()
+        return [Path(self.committed, num_prompt_tokens, tree.path_tokens(node)) for node in nodes]
+
+    def child_counts(self, nodes: Sequence[int]) -> list[int]:
+        """Children wanted under each node."""
+        return [len(self._planned_children(node)) for node in nodes]
+
+    def add(self, level: Level) -> None:
+        """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some."""
+        grown: list[int] = []
+        for index, (node, tokens) in enumerate(zip(self.frontier, level.children, strict=True)):
+            self.spares[node] = level.spares[index]
+            for planned, token in zip(self._planned_children(node), tokens, strict=False):
+                grown.append(len(self._tokens))
+                self._parents.append(node)
+                self._tokens.append(token)
+                self._planned_nodes.append(planned)
+            if tokens and level.q is not None:
+                self._q_rows.append((level.q.token_ids[index], level.q.weights[index]))
+        self.forwarded += [node for node in self.frontier if node or self._stem]
+        self.num_levels_grown += 1
+        self.frontier = [node for node in grown if self._planned_children(node)]
+
+    def segment(self, slot: KVSlot, nodes: Sequence[int]) -> Segment:
+        """The forward of some nodes, behind the rows of those forwarded before."""
+        stem = self._stem or Stem((), 0)
+        shape, behind = Topology(tuple(self._parents)), [*self.forwarded, *nodes]
+        positions = len(self.committed) - 1 + np.array(shape.depths)
+        visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
+        visible[:, list(stem.path_rows)] = True
+        visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(nodes, behind)]
+        row_positions = np.zeros(visible.shape[1], np.int64)
+        row_positions[list(stem.path_rows)] = slot.length + np.arange(len(stem.path_rows))
+        row_positions[stem.first_row :] = positions[behind]
+        return Segment(
+            slot,
+            tuple(self._tokens[node] for node in nodes),
+            positions[nodes],
+            slot.length,
+            slot.length + stem.first_row + len(self.forwarded),
+            visible,
+            row_positions,
+            tuple(range(len(nodes))),
+        )
+
+    def take_root(self, slot: KVSlot) -> None:
+        """The guess came true: the rows of its path and of its root become the slot's next valid ones."""
+        assert self._stem is not None
+        own = range(self._stem.first_row, self._stem.first_row + len(self.forwarded))
+        slot.keep([*self._stem.path_rows, *own])
+        slot.truncate(len(self.committed))
+        self.forwarded.remove(0)
+        self._stem = None
+
+    def _planned_children(self, node: int) -> tuple[int, ...]:
+        return self.topology.children[self._planned_nodes[node]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chooser:
+    """Chooses children for the sessions' rule. `vocab_size`: the draft's padding may lie outside the target's."""
+
+    decoding: Decoding
+    vocab_size: int
+    generator: np.random.Generator
+
+    def level(self, growth: Growth, nodes: Sequence[int], logits: Tensor) -> Level:
+        """The children of some nodes of one depth, whose logits these are."""
+        paths = growth.paths(nodes, self.decoding.num_prompt_tokens)
+        rows = logits[:, : self.vocab_size]
+        return choose_level(rows, self.decoding, paths, growth.child_counts(nodes), self.generator)
+
+
+def grow_levels(slot: KVSlot, growth: Growth, chooser: Chooser) -> Job[None]:
+    """Grow what is missing of the tree, one forward a level."""
+    while growth.frontier:
+        logits = yield growth.segment(slot, growth.frontier)
+        growth.add(chooser.level(growth, growth.frontier, logits))
