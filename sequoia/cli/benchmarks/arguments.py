@@ -8,10 +8,15 @@ from pathlib import Path
 from sequoia.errors import InvalidArgument
 
 
-def add_target(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """--target."""
+def add_target(parser: argparse.ArgumentParser, *other_names: str, required: bool = True) -> None:
+    """--target, and other names that the flag has."""
     parser.add_argument(
-        "--target", required=required, metavar="MODEL", help="packaged name, hub id, folder or GGUF file"
+        "--target",
+        *other_names,
+        dest="target",
+        required=required,
+        metavar="MODEL",
+        help="packaged name, hub id, folder or GGUF file",
     )
 
 
