@@ -134,10 +134,8 @@ def roofline_table(found: ModelRoofline) -> Table:
     """A row a width."""
     table = new_table("n", "floor ms", "bound by", "ms, median (quartiles)", "times the floor")
     for each in found.roofline.forwards:
-        floor, milliseconds = each.floor, Quartiles(*(seconds * 1e3 for seconds in each.seconds))
-        table.add_row(
-            str(each.num_tokens), f"{floor.seconds * 1e3:.3g}", floor.bound, _text(milliseconds), _text(each.ratio)
-        )
+        floor, milliseconds = _number(each.floor.seconds * 1e3), Quartiles(*(seconds * 1e3 for seconds in each.seconds))
+        table.add_row(str(each.num_tokens), floor, each.floor.bound, _text(milliseconds), _text(each.ratio))
     table.title = found.title
     table.caption = (
         f"{_speeds(found.roofline)}; compute takes over at n = {found.roofline.compute_bound_from}. "
@@ -147,7 +145,12 @@ def roofline_table(found: ModelRoofline) -> Table:
 
 
 def _text(quartiles: Quartiles) -> str:
-    return f"{quartiles.median:.3g} ({quartiles.low:.3g} to {quartiles.high:.3g})"
+    low, middle, high = map(_number, quartiles)
+    return f"{middle} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def _speeds(roofline: Roofline) -> str:
