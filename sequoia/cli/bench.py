@@ -32,6 +32,10 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.shapes",
         "tokens per step by shape of the tree, predicted and replayed; loads the pair itself, or reads its traces",
     ),
+    "roofline": Benchmark(
+        "sequoia.cli.benchmarks.roofline",
+        "how far forwards are from what memory and matrix products allow at that moment; loads the models itself",
+    ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),

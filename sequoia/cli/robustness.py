@@ -32,7 +32,7 @@ from sequoia.engine.sampling import (
 )
 from sequoia.engine.sources import resolve
 from sequoia.engine.verification import reject_recursively, walk
-from sequoia.errors import FailedPrecondition
+from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.planner import MAX_LEVELS, expected_tokens, optimal_tree
 from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions, TokenTree, Topology, Verdict
@@ -142,6 +142,8 @@ def to_dict(pair: Pair, found: Sequence[Acceptance], num_positions: int) -> dict
 
 def load_pair(target: str, draft: str, *, draft_quantization: str, dtype: str) -> Pair:
     """Both models by reference. Raises FailedPrecondition naming `draft` when their tokenizers differ."""
+    if draft_quantization == "int4":
+        raise InvalidArgument("is int4; this measures with the modules of transformers, in int8 or none", "draft-quantization")
     load = partial(load_model, dtype=dtype)
     pair = Pair(
         load(resolve(target), device="auto"),

@@ -5,21 +5,26 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sequoia.config import ENGINES
+from sequoia.config import ENGINES, QUANTIZATIONS
 from sequoia.errors import InvalidArgument
 
 
-def add_target(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """--target."""
+def add_target(parser: argparse.ArgumentParser, *other_names: str, required: bool = True) -> None:
+    """--target, and other names that the flag has."""
     parser.add_argument(
-        "--target", required=required, metavar="MODEL", help="packaged name, hub id, folder or GGUF file"
+        "--target",
+        *other_names,
+        dest="target",
+        required=required,
+        metavar="MODEL",
+        help="packaged name, hub id, folder or GGUF file",
     )
 
 
 def add_draft(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """--draft and --draft-quantization."""
     parser.add_argument("--draft", required=required, metavar="MODEL", help="the same; may be the target itself")
-    parser.add_argument("--draft-quantization", choices=("none", "int8"), default="none")
+    parser.add_argument("--draft-quantization", choices=QUANTIZATIONS, default="none")
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:
