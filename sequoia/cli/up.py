@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `up` and `demo` share: the models and how they run."""
+def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare what `up`, `demo` and `bench` share: the models and how they run."""
     parser.add_argument(
         "--target",
         default=DeploymentSettings.target,
