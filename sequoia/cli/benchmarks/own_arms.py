@@ -62,19 +62,25 @@ def ways(plan: TreePlan | None, names: Sequence[str], shape_names: Sequence[str]
 
 
 def named_shape(name: str, acceptance: Rows = (PRIOR,)) -> Topology:
-    """Nodes x levels, as in 6x3, is the best such tree for that acceptance; other names are those of `bench shapes`.
+    """As in 6x3: the best tree of 6 nodes and at most 3 levels for that acceptance; or a name of `bench shapes`.
 
     Raises InvalidArgument naming `shape`.
     """
     if sizes := _SIZES.fullmatch(name):
-        try:
-            return optimal_tree(acceptance, *map(int, sizes.groups()))
-        except ValueError as error:
-            raise InvalidArgument(f"there is no tree {name}: {error}", "shape") from error
+        return _best_of(acceptance, *map(int, sizes.groups()))
     known = {each: tree for each, tree in shapes(acceptance).items() if each != OFF}
     if name not in known:
         raise InvalidArgument(f"{name!r} is neither NODESxLEVELS, as in 6x3, nor one of {', '.join(known)}", "shape")
     return known[name]
+
+
+def _best_of(acceptance: Rows, size: int, levels: int) -> Topology:
+    if not 2 <= levels <= size:
+        raise InvalidArgument(f"{size}x{levels} is no tree: give 2 levels or more, and at least as many nodes", "shape")
+    try:
+        return optimal_tree(acceptance, size, levels)
+    except ValueError as error:
+        raise InvalidArgument(str(error), "shape") from error
 
 
 def _answer(generation: Generation) -> ArmAnswer:
