@@ -76,7 +76,7 @@ class PeerProcess:
         except ValueError as error:
             raise PeerFailed(f"answered {line[:80]!r}, which is not JSON") from error
         if "error" in answer:
-            raise PeerFailed(answer["error"])
+            raise PeerFailed(" ".join(answer["error"].split()))
         return answer
 
     def _line(self, deadline: float) -> bytes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,16 +45,25 @@ def _converted(files: dict[str, Any]) -> str:
     """The GGUF file in OpenVINO's own format, of the same weights: only that serves as a draft."""
     if files["gguf"] is None:
         raise ValueError("openvino-genai needs a GGUF file, or a model that was converted for it")
-    folder = Path(files["cache"]) / "openvino"
-    if not (folder / "openvino_model.bin").exists():
-        scratch = folder.with_name(f"openvino-{os.getpid()}")
-        scratch.mkdir(parents=True)
-        # What it makes lies beside the file.
-        link = scratch / "model.gguf"
-        link.symlink_to(files["gguf"])
+    cache = Path(files["cache"])
+    if not (cache / "openvino").exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            folder = Path(scratch) / "openvino"
+            _convert(files["gguf"], folder)
+            folder.rename(cache / "openvino")
+    return str(cache / "openvino")
+
+
+def _convert(gguf: str, folder: Path) -> None:
+    """What the pipeline makes lies beside the file that it reads."""
+    folder.mkdir()
+    link = folder / "model.gguf"
+    link.symlink_to(gguf)
+    try:
         openvino_genai.LLMPipeline(str(link), "CPU", enable_save_ov_model=True)
-        scratch.rename(folder)
-    return str(folder)
+    except RuntimeError as error:
+        raise ValueError(f"openvino-genai cannot read {gguf}: {str(error).strip().splitlines()[-1]}") from error
 
 
 def _numerics() -> str:
