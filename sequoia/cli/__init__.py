@@ -21,7 +21,7 @@ _COMMANDS = {
     "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
     "explain": "show why a pair is decoded the way it is, and what other trees would bring",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
-    "bench": "measure what each rule accepts over temperature, or what it costs on a running system",
+    "bench": "measure how fast a pair is, beside plain decoding and other engines; or what a named benchmark tells",
 }
 _EPILOG = "exit status: 0 done, 1 failed, 2 wrong argument, 130 interrupted · sequoia COMMAND --help says more"
 
@@ -29,6 +29,10 @@ _EPILOG = "exit status: 0 done, 1 failed, 2 wrong argument, 130 interrupted · s
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. Wrong usage raises SystemExit(2), as argparse does."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    if arguments[:1] == ["bench"]:
+        from sequoia.cli.bench import with_name
+
+        arguments = ["bench", *with_name(arguments[1:])]
     try:
         parsed = _parser(arguments).parse_args(arguments)
         return _run(parsed.run, parsed)

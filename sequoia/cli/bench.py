@@ -1,4 +1,4 @@
-"""`sequoia bench`: one module a benchmark, loaded only when it is the one asked for."""
+"""`sequoia bench`: one module a benchmark, loaded only when it is the one asked for. Without a name it is `arms`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ class Benchmark(NamedTuple):
 
 
 BENCHMARKS = {
+    "arms": Benchmark(
+        "sequoia.cli.benchmarks.arms",
+        "speed by category of prompts: plain decoding, the plan, chains, shapes and other engines in turn",
+    ),
     "robustness": Benchmark(
         "sequoia.cli.benchmarks.robustness",
         "acceptance and tokens per step by rule over temperature; loads the pair itself",
@@ -38,12 +42,30 @@ BENCHMARKS = {
     ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
+    "roofline": Benchmark(
+        "sequoia.cli.benchmarks.roofline", "how near forwards come to what the machine's memory and arithmetic allow"
+    ),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),
 }
 
 
+# What `sequoia bench` does without a name, and benchmarks that are asked for by a flag too.
+DEFAULT = "arms"
+_BY_FLAG = {"--roofline": "roofline"}
+_HELP = ("-h", "--help")
+
+
+def with_name(arguments: Sequence[str]) -> list[str]:
+    """What follows `sequoia bench`, the name of a benchmark first: `arms` unless a name or --roofline says another."""
+    if arguments and (arguments[0] in _HELP or not arguments[0].startswith("-")):
+        return list(arguments)
+    flag = next((each for each in arguments if each in _BY_FLAG), None)
+    return [_BY_FLAG[flag] if flag else DEFAULT, *(each for each in arguments if each != flag)]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the benchmarks; the flags of the one that is asked for follow when it is."""
+    parser.epilog = f"without a name: {DEFAULT}, whose flags `sequoia bench {DEFAULT} --help` tells"
     benchmarks = parser.add_subparsers(metavar="BENCHMARK", required=True, action=_LoadBenchmark)
     for name, benchmark in BENCHMARKS.items():
         benchmarks.add_parser(name, help=benchmark.summary, description=benchmark.summary.capitalize() + ".")

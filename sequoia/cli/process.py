@@ -51,7 +51,7 @@ class ServerProcess:
                 stderr=log,
                 bufsize=0,  # so that a line read ahead never hides from select()
                 env={**environment, "PYTHONPATH": _import_path(environment)},
-                preexec_fn=_before_exec(os.getpid(), cores),
+                preexec_fn=die_with_parent(os.getpid(), cores),
                 process_group=0,
             )
         assert self._popen.stdout is not None
@@ -141,7 +141,7 @@ def _import_path(environment: Mapping[str, str]) -> str:
     return os.pathsep.join(filter(None, [ours, environment.get("PYTHONPATH")]))
 
 
-def _before_exec(parent_pid: int, cores: Collection[int]) -> Callable[[], None] | None:
+def die_with_parent(parent_pid: int, cores: Collection[int] = ()) -> Callable[[], None] | None:
     """What the child does between fork and exec (Linux): keep to its cores, ask for SIGKILL when its parent dies."""
     if _libc is None:
         return None

@@ -143,7 +143,7 @@ def to_dict(pair: Pair, found: Sequence[Acceptance], num_positions: int) -> dict
 def load_pair(target: str, draft: str, *, draft_quantization: str, dtype: str) -> Pair:
     """Both models by reference. Raises FailedPrecondition naming `draft` when their tokenizers differ."""
     if draft_quantization == "int4":
-        raise InvalidArgument("is int4; this measures with the modules of transformers, in int8 or none", "draft-quantization")
+        raise InvalidArgument("is int4, which this benchmark does not know; use int8 or none", "draft-quantization")
     load = partial(load_model, dtype=dtype)
     pair = Pair(
         load(resolve(target), device="auto"),

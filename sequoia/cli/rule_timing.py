@@ -124,8 +124,8 @@ def measure(
 def to_dict(pair: DescribePairResponse, workload: Workload, found: Sequence[RuleTiming]) -> dict[str, Any]:
     """Ready for JSON: the figures, and all that they depend on."""
     return {
-        "target": _worker_to_dict(pair.verify),
-        "draft": _worker_to_dict(pair.draft),
+        "target": worker_to_dict(pair.verify),
+        "draft": worker_to_dict(pair.draft),
         "tree": list(workload.tree.parents),
         "num_prompts": len(workload.prompts),
         "num_rounds": workload.num_rounds,
@@ -134,7 +134,8 @@ def to_dict(pair: DescribePairResponse, workload: Workload, found: Sequence[Rule
     }
 
 
-def _worker_to_dict(worker: WorkerDescription) -> dict[str, str]:
+def worker_to_dict(worker: WorkerDescription) -> dict[str, str]:
+    """What a worker runs, ready for JSON."""
     return {
         "model": worker.model,
         "revision": worker.model_revision,

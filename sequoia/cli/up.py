@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare what `up` and `demo` share: the models and how they run."""
+def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Declare what `up`, `demo` and `bench` share: the models and how they run."""
     parser.add_argument(
         "--target",
         default=DeploymentSettings.target,

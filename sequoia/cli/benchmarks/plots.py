@@ -16,14 +16,14 @@ BLUE, GREEN, PURPLE, ORANGE = ("#0072B2", "o"), ("#009E73", "s"), ("#CC79A7", "^
 
 
 @contextmanager
-def panels(count: int, title: str, file: Path) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure with that many panels side by side, written into an SVG or PNG file at the end."""
+def panels(count: int, title: str, file: Path, *, width: float = 5.5) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure with that many panels side by side, `width` inches each, written into an SVG or PNG file at the end."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, grid = plt.subplots(1, count, figsize=(5.5 * count, 5), layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(1, count, figsize=(width * count, 5), layout="constrained", squeeze=False)
     figure.suptitle(title)
     yield figure, list(grid[0])
     figure.savefig(file, dpi=150)

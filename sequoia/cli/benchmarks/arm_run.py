@@ -1,0 +1,118 @@
+"""One benchmark of arms from start to report: who takes part, on which prompts, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+from sequoia.cli.benchmarks.arm_figures import figures_of
+from sequoia.cli.benchmarks.arm_measuring import OFF, Arm, Measured, measure
+from sequoia.cli.benchmarks.arm_report import ArmDescription, Report
+from sequoia.cli.benchmarks.bench_system import BenchSystem
+from sequoia.cli.benchmarks.own_arms import OwnArm, plan_in_force, ways
+from sequoia.cli.benchmarks.peer_arms import PeerArm, Peers, Workplace, started_peers
+from sequoia.cli.benchmarks.peer_catalog import PEERS
+from sequoia.cli.benchmarks.peer_models import PeerWork, encode, find_models
+from sequoia.cli.benchmarks.peer_process import PeerFailed
+from sequoia.cli.benchmarks.process_memory import peak_bytes
+from sequoia.cli.benchmarks.prompt_set import BenchPrompt
+from sequoia.cli.rule_timing import worker_to_dict
+from sequoia.client import Client, Message, Prompt
+from sequoia.v1.coordinator_pb2 import DescribePairResponse
+
+_NO_PLAN = "there is no plan for temperature 0; run `sequoia plan` first"
+
+
+@dataclass(frozen=True, slots=True)
+class ArmWorkload:
+    """What is measured, and on what."""
+
+    arms: tuple[str, ...]  # ours, beside plain decoding
+    shapes: tuple[str, ...]
+    peers: tuple[str, ...]
+    prompts: tuple[BenchPrompt, ...]
+    is_raw: bool  # prompts are text to continue, no chat template
+    num_rounds: int
+    max_tokens: int
+
+
+def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -> Report:
+    """All arms in turn, greedily. Raises SequoiaError when the system fails; a peer that fails is reported as such."""
+    with Client(system.address) as client:
+        pair = client.describe_pair()
+        with _peers(pair, workload, workplace) as (peers, work):
+            own, missing = _own_arms(client, workload, work)
+            arms: list[Arm] = [*own, *peers.arms]
+            doing = f"{len(arms)} arms, {len(workload.prompts) * workload.num_rounds} prompts"
+            with workplace.steps.step(doing) as on_progress:
+                measured = measure(arms, workload.prompts, workload.num_rounds, workload.max_tokens, on_progress)
+            descriptions = {each.name: _own_description(each, pair, system) for each in own}
+            descriptions |= {each.name: _peer_description(each, work) for each in peers.arms if work}
+    unavailable = {**missing, **peers.unavailable, **measured.unavailable}
+    return _report(pair, workload, work, measured, descriptions, unavailable)
+
+
+@contextmanager
+def _peers(
+    pair: DescribePairResponse, workload: ArmWorkload, workplace: Workplace
+) -> Iterator[tuple[Peers, PeerWork | None]]:
+    """Those that could be had, and what they work on; None when there are none."""
+    if not workload.peers:
+        yield Peers(), None
+        return
+    try:
+        models = find_models(pair)
+    except PeerFailed as error:
+        yield Peers(unavailable=dict.fromkeys(workload.peers, str(error))), None
+        return
+    work = PeerWork(models, encode(models, workload.prompts, workload.is_raw), workload.max_tokens)
+    with started_peers(workload.peers, work, workplace) as peers:
+        yield peers, work
+
+
+def _own_arms(client: Client, workload: ArmWorkload, work: PeerWork | None) -> tuple[list[OwnArm], dict[str, str]]:
+    """Ours, and why others are none. Beside peers, everybody gets the same token ids."""
+    prompts: Mapping[BenchPrompt, Prompt] = work.prompts if work else _as_asked(workload)
+    found = ways(plan_in_force(client), workload.arms, workload.shapes)
+    arms = [OwnArm(name, how, client, prompts) for name, how in found.items() if how is not None]
+    return arms, {name: _NO_PLAN for name, how in found.items() if how is None}
+
+
+def _as_asked(workload: ArmWorkload) -> dict[BenchPrompt, Prompt]:
+    return {each: each.text if workload.is_raw else [Message("user", each.text)] for each in workload.prompts}
+
+
+def _own_description(arm: OwnArm, pair: DescribePairResponse, system: BenchSystem) -> ArmDescription:
+    precision = pair.verify.dtype
+    has_draft = arm.name != OFF and pair.HasField("draft")
+    if has_draft:
+        precision += f", draft {pair.draft.dtype if pair.draft.quantization == 'none' else pair.draft.quantization}"
+    return ArmDescription("sequoia", arm.settings, precision, system.peak_bytes(with_draft=has_draft))
+
+
+def _peer_description(arm: PeerArm, work: PeerWork) -> ArmDescription:
+    precision = work.models.gguf_type if PEERS[arm.name].reads_gguf else work.models.dtype
+    return ArmDescription(arm.engine, arm.settings, precision, peak_bytes([arm.process.pid]))
+
+
+def _report(
+    pair: DescribePairResponse,
+    workload: ArmWorkload,
+    work: PeerWork | None,
+    measured: Measured,
+    descriptions: dict[str, ArmDescription],
+    unavailable: dict[str, str],
+) -> Report:
+    eos_token_ids = work.models.codec.eos_token_ids if work else frozenset()
+    return Report(
+        pair={
+            "target": worker_to_dict(pair.verify),
+            "draft": worker_to_dict(pair.draft) if pair.HasField("draft") else None,
+        },
+        workload=asdict(workload),
+        figures=tuple(figures_of(measured.samples, eos_token_ids)),
+        descriptions=descriptions,
+        unavailable=unavailable,
+        samples=measured.samples,
+    )

@@ -1,0 +1,55 @@
+"""The system that `sequoia bench` asks: one that runs already, or one that it starts and plans for."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from coordinator.measuring import PROMPTS
+from coordinator.planner_job import plan_pair
+from sequoia.cli.benchmarks.process_memory import peak_bytes
+from sequoia.cli.deployment import Deployment
+from sequoia.cli.steps import Steps
+from sequoia.cli.up import deployment_settings
+
+_QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
+
+
+@dataclass(frozen=True, slots=True)
+class BenchSystem:
+    """Where its coordinator is, and its processes by name: none of a system that ran already."""
+
+    address: str
+    process_ids: Mapping[str, int] = field(default_factory=dict)
+
+    def peak_bytes(self, *, with_draft: bool) -> int | None:
+        """Of its processes; the draft worker's is left out where no draft is needed."""
+        return peak_bytes(pid for name, pid in self.process_ids.items() if with_draft or name != "draft")
+
+
+@contextmanager
+def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The one at --address, or one that serves the models of the other flags, from start to stop."""
+    if arguments.address is not None:
+        yield BenchSystem(arguments.address)
+        return
+    settings = deployment_settings(arguments, "127.0.0.1:0", None)
+    with Deployment(settings, steps) as deployment:
+        if settings.has_draft:
+            _plan(deployment, steps, is_quick=arguments.quick)
+        yield BenchSystem(deployment.address, {name: each.pid for name, each in deployment.processes.items()})
+
+
+def _plan(deployment: Deployment, steps: Steps, *, is_quick: bool) -> None:
+    with steps.step("measuring the pair, planning its trees") as on_progress:
+        planning = plan_pair(
+            deployment.address,
+            deployment.redis_url,
+            prompts=PROMPTS[:_QUICK_PLAN_PROMPTS] if is_quick else PROMPTS,
+            max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,
+            on_progress=on_progress,
+        )
+        asyncio.run(planning)

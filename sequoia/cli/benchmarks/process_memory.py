@@ -1,0 +1,40 @@
+"""What processes hold in memory, as Linux tells it; files that they map, such as weights, count once they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+_KIB = 1024
+
+
+def peak_bytes(process_ids: Iterable[int]) -> int | None:
+    """The sum of each one's peak; None when one cannot be read, or there is none."""
+    return _sum([_field(each, "VmHWM") for each in process_ids])
+
+
+def resident_bytes(process_ids: Iterable[int]) -> int | None:
+    """The sum at this moment; None as above."""
+    return _sum([_field(each, "VmRSS") for each in process_ids])
+
+
+def available_bytes() -> int | None:
+    """What the machine could give to new processes; None where it does not tell."""
+    return _read(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _field(process_id: int, name: str) -> int | None:
+    return _read(Path(f"/proc/{process_id}/status"), name)
+
+
+def _read(file: Path, name: str) -> int | None:
+    try:
+        lines = file.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * _KIB for line in lines if line.startswith(f"{name}:")), None)
+
+
+def _sum(values: list[int | None]) -> int | None:
+    known = [each for each in values if each is not None]
+    return sum(known) if known and len(known) == len(values) else None
