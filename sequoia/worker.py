@@ -46,7 +46,11 @@ class WorkerConfig:
     revision: str = setting("", "revision of a hub model: branch, tag or commit")
     dtype: str = setting("auto", "element type", choices=("auto", "float32", "bfloat16", "float16"))
     engine: str = setting("auto", "what runs the layers; auto: the first that can", choices=ENGINES)
-    quantization: str = setting("none", "weights of the linear layers", choices=QUANTIZATIONS)
+    quantization: str = setting(
+        "auto",
+        "weights of the linear layers; auto: int8 for a draft in bfloat16 on the CPU, none for all others",
+        choices=("auto", *QUANTIZATIONS),
+    )
     device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
     num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
     context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
@@ -106,10 +110,12 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         trust_remote_code=config.trust_remote_code,
     )
     context_length = _context_length(config, model)
+    is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
+    quantization = _quantization(config.quantization, model, is_draft=is_draft)
     arithmetic = Arithmetic(
         engine=config.engine,
-        quantization=config.quantization,
-        is_draft=role == worker_pb2.WORKER_ROLE_DRAFT,
+        quantization=quantization,
+        is_draft=is_draft,
         deterministic=config.deterministic,
         num_threads=num_threads,
     )
@@ -124,14 +130,14 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         model=model.reference,
         model_revision=model.revision,
         dtype=model.dtype_name,
-        quantization=config.quantization,
+        quantization=quantization,
         tokenizer_hash=model.tokenizer.tokenizer_hash,
         vocab_size=min(model.tokenizer.vocab_size, model.padded_vocab_size),
         padded_vocab_size=model.padded_vocab_size,
         context_length=context_length,
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
-        hardware_key=_hardware_key(model, config.quantization, num_threads, decoder),
+        hardware_key=_hardware_key(model, quantization, num_threads, decoder),
         num_slots=config.num_slots,
         device_id=_device_id(model),
     )
@@ -217,6 +223,12 @@ def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
     """Trees that a session has rows for at a time: the last one, and those ahead, each with a leaf it hangs from."""
     is_ahead = role == worker_pb2.WORKER_ROLE_DRAFT and config.draft_ahead != "off"
     return 1 + MOST_GUESSES if is_ahead else 1
+
+
+def _quantization(asked: str, model: LoadedModel, *, is_draft: bool) -> str:
+    if asked != "auto":
+        return asked
+    return "int8" if is_draft and model.device.type == "cpu" and model.dtype == torch.bfloat16 else "none"
 
 
 def _context_length(config: WorkerConfig, model: LoadedModel) -> int:

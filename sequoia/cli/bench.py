@@ -42,9 +42,6 @@ BENCHMARKS = {
     ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
-    "roofline": Benchmark(
-        "sequoia.cli.benchmarks.roofline", "how near forwards come to what the machine's memory and arithmetic allow"
-    ),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),
 }
 

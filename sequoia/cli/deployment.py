@@ -26,7 +26,9 @@ class DeploymentSettings:
 
     target: str = "smollm2-135m"
     draft: str | None = None
+    target_quantization: str = "none"
     draft_quantization: str | None = None
+    engine: str = "auto"
     has_draft: bool = True
     dtype: str = "auto"
     listen: str = "127.0.0.1:50600"
@@ -64,18 +66,19 @@ class DeploymentSettings:
             "model": self.models[name],
             "listen": "127.0.0.1:0",
             "dtype": self.dtype,
+            "engine": self.engine,
             "num-threads": self.num_threads_of(name),
         }
         if self.context_length is not None:
             flags["context-length"] = self.context_length
-        flags["quantization"] = self._draft_quantization if name == "draft" else "none"
-        if flags["quantization"] == "int8":
+        flags["quantization"] = self._draft_quantization if name == "draft" else self.target_quantization
+        if flags["quantization"] in ("int8", "int4"):
             flags["device"] = "cpu"  # where there is a GPU, it is the target's
         return flags
 
     @property
     def _draft_quantization(self) -> str:
-        return self.draft_quantization or ("none" if self.draft else "int8")
+        return self.draft_quantization or ("auto" if self.draft else "int8")
 
 
 @dataclass(frozen=True, slots=True)

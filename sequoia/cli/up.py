@@ -13,6 +13,7 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.placement import PLACEMENTS
 from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
+from sequoia.config import ENGINES, QUANTIZATIONS
 from sequoia.errors import Unavailable
 
 
@@ -44,16 +45,27 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     draft.add_argument("--draft", metavar="MODEL", help="default: the target's own weights, quantised to int8")
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(
-        "--draft-quantization", choices=("none", "int8"), help="default: int8 without --draft, else none"
+        "--target-quantization",
+        default=DeploymentSettings.target_quantization,
+        choices=QUANTIZATIONS,
+        help="weights of the target; what it then says is the rounded model's (default %(default)s)",
+    )
+    parser.add_argument(
+        "--draft-quantization",
+        choices=QUANTIZATIONS,
+        help="default: int8 on a CPU that computes in bfloat16, and without --draft; else none",
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--engine", default="auto", choices=ENGINES, help="what runs the layers (default auto: the first that can)"
+    )
     parser.add_argument("--num-threads", type=int, default=0, metavar="N", help="per worker (default 0: one a core)")
     parser.add_argument("--context-length", type=int, metavar="N", help="longest session in tokens")
     add_placement(parser)
     parser.add_argument("--log-dir", type=Path, metavar="DIR", help="keep the logs here (default: a temporary folder)")
 
 
-def add_placement(parser: argparse.ArgumentParser) -> None:
+def add_placement(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Declare --placement and the flags of its cores."""
     parser.add_argument(
         "--placement",
@@ -72,7 +84,9 @@ def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: s
     return DeploymentSettings(
         target=arguments.target,
         draft=arguments.draft,
+        target_quantization=arguments.target_quantization,
         draft_quantization=arguments.draft_quantization,
+        engine=arguments.engine,
         has_draft=not arguments.no_draft,
         dtype=arguments.dtype,
         listen=listen,
