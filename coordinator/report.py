@@ -6,9 +6,10 @@ import time
 from collections.abc import MutableSequence
 
 from sequoia.topology import Topology
-from sequoia.v1 import coordinator_pb2, draft_pb2, verify_pb2
+from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
 
 _STAGES = ("draft", "verify", "network", "host")
+_PARTS = ("forwards", "work")  # of draft and verify
 
 
 class Report:
@@ -40,6 +41,7 @@ class Report:
         seconds = self._lap()
         self._step.draft += response.worker_seconds
         self._step.network += max(0.0, seconds - response.worker_seconds)
+        self._split(response.times)
 
     def fell_back(self, reason: str) -> None:
         """A tree was wanted and did not come: this step is decoded plainly."""
@@ -59,6 +61,7 @@ class Report:
         worker_seconds = min(seconds, response.worker_seconds)
         self._step.verify += worker_seconds
         self._step.network += seconds - worker_seconds
+        self._split(response.times)
         _add(self.message.stages, self._step)
         self.message.num_steps += 1
         if draft is not None or asked.size == 1:
@@ -66,6 +69,10 @@ class Report:
         if draft is not None:
             self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
+
+    def _split(self, times: tree_pb2.WorkerTimes) -> None:
+        self._step.forwards += times.forwards
+        self._step.work += times.work
 
     def _use(self, topology: Topology, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
         usage = self._usages.get(topology)
@@ -104,7 +111,7 @@ class Report:
 
 
 def _add(total: coordinator_pb2.StageSeconds, step: coordinator_pb2.StageSeconds) -> None:
-    for name in _STAGES:
+    for name in (*_STAGES, *_PARTS):
         setattr(total, name, getattr(total, name) + getattr(step, name))
 
 

@@ -9,9 +9,10 @@ from typing import Any
 from draft_worker.account import Account
 from draft_worker.drafter import Drafted, Drafter, DraftLimits, DraftSession
 from draft_worker.idle import IdleTime
+from sequoia.engine.executor import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
-from sequoia.v1 import draft_pb2, draft_pb2_grpc
+from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
 from sequoia.wire import decoding_from_wire, tokens_from_wire, topology_from_wire, tree_to_wire
 from sequoia.worker import Worker
 
@@ -56,7 +57,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         started = time.monotonic()
         topology = topology_from_wire(request.topology, self._limits.max_tree_size)
         self._commit(session, request.base_len, request.token_ids)
-        drafted = await self._drafter.executor.run(session.grow(topology))
+        spent = Spent()
+        drafted = await self._drafter.executor.run(timed(session.grow(topology), spent))
         idle_time.settle(drafted)
         return draft_pb2.DraftResponse(
             step=request.step,
@@ -64,6 +66,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             tree=tree_to_wire(drafted.tree),
             worker_seconds=time.monotonic() - started,
             ahead=_ahead_to_wire(drafted),
+            times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
 
     def _commit(self, session: DraftSession, base_len: int, token_ids: Sequence[int]) -> None:

@@ -37,13 +37,23 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class StageSeconds:
-    """Wall time of all steps of a request by where it went; prefill is the opening, apart from the steps."""
+    """Wall time of all steps of a request by where it went; prefill is the opening, apart from the steps.
+
+    Of draft and verify `forwards` are the models', and `work` what the workers do with logits, trees and KV rows.
+    """
 
     draft: float
     verify: float
     network: float
     host: float
     prefill: float
+    forwards: float = 0.0
+    work: float = 0.0
+
+    @property
+    def overhead(self) -> float:
+        """Of the steps, what is neither a forward nor work on logits: round trips, messages, scheduling, the loop."""
+        return self.draft + self.verify + self.network + self.host - self.forwards - self.work
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +285,9 @@ _STATES: dict[int, Literal["on", "reduced", "off"]] = {
 
 
 def _stage_seconds(stages: pb.StageSeconds) -> StageSeconds:
-    return StageSeconds(stages.draft, stages.verify, stages.network, stages.host, stages.prefill)
+    return StageSeconds(
+        stages.draft, stages.verify, stages.network, stages.host, stages.prefill, stages.forwards, stages.work
+    )
 
 
 def _usage_to_dict(usage: TreeUsage) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from sequoia.engine.executor import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, Verdict
-from sequoia.v1 import verify_pb2, verify_pb2_grpc
+from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, verdict_to_wire
 from sequoia.worker import Worker
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
@@ -71,7 +72,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     ) -> Verdict:
         started = time.monotonic()
         prefix_len = session.prefix_len
-        verdict = await self._verifier.executor.run(session.verify(tree))
+        spent = Spent()
+        verdict = await self._verifier.executor.run(timed(session.verify(tree), spent))
         if self._ended(session, verdict):
             num_plain_steps_left = 0
         response = verify_pb2.VerifyResponse(
@@ -80,6 +82,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             verdict=verdict_to_wire(verdict),
             worker_seconds=time.monotonic() - started,
             num_plain_steps_left=num_plain_steps_left,
+            times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
         await context.write(response)
         return verdict

@@ -29,6 +29,7 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("tree", f"{figures.tree.size} nodes x {figures.tree.levels} levels")
     table.add_row("rule", generation.rule if generation.seed is None else f"{generation.rule}, seed {generation.seed}")
     table.add_row("share of a step", shares(figures.stage_seconds))
+    table.add_row("ms of a step", parts(figures.stage_seconds, figures.num_steps))
     if figures.num_ahead_attempts:
         table.add_row("drafted ahead", f"{figures.num_ahead_hits} hits in {figures.num_ahead_attempts} attempts")
     if figures.fallback_reason:
@@ -41,6 +42,13 @@ def shares(stages: StageSeconds) -> str:
     total = stages.draft + stages.verify + stages.network + stages.host
     named = (("draft", stages.draft), ("verify", stages.verify), ("network", stages.network), ("host", stages.host))
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in named) if total else "no steps"
+
+
+def parts(stages: StageSeconds, num_steps: int) -> str:
+    """What a step consists of, on average: the models' forwards, work on their logits, and all else."""
+    named = (("forwards", stages.forwards), ("logits and trees", stages.work), ("all else", stages.overhead))
+    each = (f"{name} {seconds / num_steps * 1e3:.2f}" for name, seconds in named)
+    return ", ".join(each) if num_steps else "no steps"
 
 
 def new_table(*columns: str) -> Table:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -43,6 +45,32 @@ class Engine:
         self.num_forwards += 1
         self.num_forward_tokens += batch.token_ids.shape[1]
         return list(logits.split([len(s.logit_tokens) for s in segments]))
+
+
+@dataclass(slots=True)
+class Spent:
+    """Where a job's time on the engine's thread went, in seconds."""
+
+    forwards: float = 0.0  # waiting for them included
+    work: float = 0.0  # between them
+
+
+def timed(job: Job[Result], spent: Spent) -> Job[Result]:
+    """The same job, which adds its time to `spent`."""
+    logits: Tensor | None = None
+    while True:
+        started = time.perf_counter()
+        try:
+            segment = next(job) if logits is None else job.send(logits)
+        except StopIteration as end:
+            return end.value
+        finally:
+            waiting = time.perf_counter()
+            spent.work += waiting - started
+        try:
+            logits = yield segment
+        finally:
+            spent.forwards += time.perf_counter() - waiting
 
 
 class _Task(Generic[Result]):

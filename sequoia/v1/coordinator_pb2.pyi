@@ -180,18 +180,22 @@ class RankCounts(_message.Message):
     def __init__(self, num_offered: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StageSeconds(_message.Message):
-    __slots__ = ("draft", "verify", "network", "host", "prefill")
+    __slots__ = ("draft", "verify", "network", "host", "prefill", "forwards", "work")
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
     HOST_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FIELD_NUMBER: _ClassVar[int]
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
     draft: float
     verify: float
     network: float
     host: float
     prefill: float
-    def __init__(self, draft: _Optional[float] = ..., verify: _Optional[float] = ..., network: _Optional[float] = ..., host: _Optional[float] = ..., prefill: _Optional[float] = ...) -> None: ...
+    forwards: float
+    work: float
+    def __init__(self, draft: _Optional[float] = ..., verify: _Optional[float] = ..., network: _Optional[float] = ..., host: _Optional[float] = ..., prefill: _Optional[float] = ..., forwards: _Optional[float] = ..., work: _Optional[float] = ...) -> None: ...
 
 class DescribePairRequest(_message.Message):
     __slots__ = ()

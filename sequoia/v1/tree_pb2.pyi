@@ -31,3 +31,11 @@ class DraftDistributions(_message.Message):
     token_ids: bytes
     weights: bytes
     def __init__(self, width: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
+
+class WorkerTimes(_message.Message):
+    __slots__ = ("forwards", "work")
+    FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    WORK_FIELD_NUMBER: _ClassVar[int]
+    forwards: float
+    work: float
+    def __init__(self, forwards: _Optional[float] = ..., work: _Optional[float] = ...) -> None: ...

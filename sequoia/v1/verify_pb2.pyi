@@ -41,18 +41,20 @@ class VerifyStep(_message.Message):
     def __init__(self, step: _Optional[int] = ..., prefix_len: _Optional[int] = ..., tree: _Optional[_Union[_tree_pb2.TokenTree, _Mapping]] = ..., num_plain_steps: _Optional[int] = ...) -> None: ...
 
 class VerifyResponse(_message.Message):
-    __slots__ = ("step", "prefix_len", "verdict", "worker_seconds", "num_plain_steps_left")
+    __slots__ = ("step", "prefix_len", "verdict", "worker_seconds", "num_plain_steps_left", "times")
     STEP_FIELD_NUMBER: _ClassVar[int]
     PREFIX_LEN_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     WORKER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PLAIN_STEPS_LEFT_FIELD_NUMBER: _ClassVar[int]
+    TIMES_FIELD_NUMBER: _ClassVar[int]
     step: int
     prefix_len: int
     verdict: Verdict
     worker_seconds: float
     num_plain_steps_left: int
-    def __init__(self, step: _Optional[int] = ..., prefix_len: _Optional[int] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., worker_seconds: _Optional[float] = ..., num_plain_steps_left: _Optional[int] = ...) -> None: ...
+    times: _tree_pb2.WorkerTimes
+    def __init__(self, step: _Optional[int] = ..., prefix_len: _Optional[int] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., worker_seconds: _Optional[float] = ..., num_plain_steps_left: _Optional[int] = ..., times: _Optional[_Union[_tree_pb2.WorkerTimes, _Mapping]] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("accepted_nodes", "bonus_token_id", "logprobs")
