@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -285,9 +285,7 @@ _STATES: dict[int, Literal["on", "reduced", "off"]] = {
 
 
 def _stage_seconds(stages: pb.StageSeconds) -> StageSeconds:
-    return StageSeconds(
-        stages.draft, stages.verify, stages.network, stages.host, stages.prefill, stages.forwards, stages.work
-    )
+    return StageSeconds(**{each.name: getattr(stages, each.name) for each in fields(StageSeconds)})
 
 
 def _usage_to_dict(usage: TreeUsage) -> dict[str, Any]:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from sequoia.engine.executor import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.sampling import Decoding
-from sequoia.topology import TokenTree, Verdict
+from sequoia.topology import TokenTree
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, verdict_to_wire
 from sequoia.worker import Worker
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
+
+
+class _Wanted(NamedTuple):
+    """What a message asks for."""
+
+    step: int
+    tree: TokenTree
+    num_plain_steps: int  # to run after it
 
 
 class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
@@ -32,7 +41,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
             committed, decoding = self._opening(opening.open)
             with self._verifier.session(committed, decoding) as session:
-                await self._verify(session, context, step=0, tree=session.root_only)
+                await self._run_on(session, context, _Wanted(0, session.root_only, 0))
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
@@ -49,12 +58,23 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         if request.prefix_len != session.prefix_len:
             raise InvalidArgument(f"this session holds {session.prefix_len} rows before the root", "prefix_len")
         tree = self._tree(session, request)
-        verdict = await self._verify(session, context, request.step, tree, request.num_plain_steps)
-        for index in range(request.num_plain_steps):
-            if self._ended(session, verdict):
-                break
-            left = request.num_plain_steps - index - 1
-            verdict = await self._verify(session, context, request.step + 1 + index, session.root_only, left)
+        await self._run_on(session, context, _Wanted(request.step, tree, request.num_plain_steps))
+
+    async def _run_on(self, session: VerifySession, context: Any, wanted: _Wanted) -> None:
+        """A verdict on the tree, then on the plain steps after it; a forward does not wait for the answer before it."""
+        running = asyncio.ensure_future(self._verify(session, wanted.tree))
+        try:
+            for index in range(wanted.num_plain_steps + 1):
+                response = await running
+                left = 0 if self._ended(session, response.verdict) else wanted.num_plain_steps - index
+                if left:
+                    running = asyncio.ensure_future(self._verify(session, session.root_only))
+                response.step, response.num_plain_steps_left = wanted.step + index, left
+                await context.write(response)
+                if not left:
+                    break
+        finally:
+            running.cancel()
 
     def _tree(self, session: VerifySession, request: verify_pb2.VerifyStep) -> TokenTree:
         if not request.HasField("tree"):
@@ -64,25 +84,15 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             raise InvalidArgument(f"the tree reaches past the context of {self._limits.context_length}", "tree")
         return tree
 
-    def _ended(self, session: VerifySession, verdict: Verdict) -> bool:
-        return session.ended_by(verdict) or session.prefix_len + 1 >= self._limits.context_length
+    def _ended(self, session: VerifySession, verdict: verify_pb2.Verdict) -> bool:
+        return session.ended_by(verdict.bonus_token_id) or session.prefix_len + 1 >= self._limits.context_length
 
-    async def _verify(
-        self, session: VerifySession, context: Any, step: int, tree: TokenTree, num_plain_steps_left: int = 0
-    ) -> Verdict:
-        started = time.monotonic()
-        prefix_len = session.prefix_len
-        spent = Spent()
+    async def _verify(self, session: VerifySession, tree: TokenTree) -> verify_pb2.VerifyResponse:
+        started, prefix_len, spent = time.monotonic(), session.prefix_len, Spent()
         verdict = await self._verifier.executor.run(timed(session.verify(tree), spent))
-        if self._ended(session, verdict):
-            num_plain_steps_left = 0
-        response = verify_pb2.VerifyResponse(
-            step=step,
+        return verify_pb2.VerifyResponse(
             prefix_len=prefix_len,
             verdict=verdict_to_wire(verdict),
             worker_seconds=time.monotonic() - started,
-            num_plain_steps_left=num_plain_steps_left,
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
-        await context.write(response)
-        return verdict

@@ -46,9 +46,9 @@ class VerifySession:
         """The tree of a plain step."""
         return TokenTree.root_only(self._committed[-1])
 
-    def ended_by(self, verdict: Verdict) -> bool:
-        """Whether the verdict's last token ends the answer."""
-        return verdict.bonus_token_id in self._decoding.sampling.stop_token_ids
+    def ended_by(self, bonus_token_id: int) -> bool:
+        """Whether this token ends the answer."""
+        return bonus_token_id in self._decoding.sampling.stop_token_ids
 
     def verify(self, tree: TokenTree) -> Job[Verdict]:
         """One target forward over the tree (more only for a long prompt), the verdict, and the KV rows it keeps."""
