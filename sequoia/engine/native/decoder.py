@@ -17,6 +17,7 @@ from sequoia.engine.native.scratch import Scratch, ScratchAddresses
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
 
 _LANES = 16
+_HEADS_AT_ONCE = 4  # of the attention, as in decoder.c
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # as in decoder.c
 
 
@@ -148,12 +149,11 @@ class NativeDecoder:
         return logits
 
     def _room(self, num_tokens: int, most_rows: int) -> ScratchAddresses:
-        groups = self.shape.num_heads // self.shape.num_kv_heads
         return self._scratch.room(
             residual=num_tokens * self.shape.hidden,
             wide=num_tokens * self._widest,
             narrow=num_tokens * self._longest,
-            scores=self._num_threads * groups * (most_rows + _LANES),
+            scores=self._num_threads * _HEADS_AT_ONCE * (most_rows + _LANES),
             packed=num_tokens * self._longest,
             input_scales=num_tokens * self._longest // 32,
             input_sums=num_tokens * self._longest // 16,
