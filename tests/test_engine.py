@@ -167,8 +167,8 @@ async def test_an_error_in_one_job_reaches_its_caller_and_no_other(pair: tuple[E
     assert results[1] is None
 
 
-async def test_an_ordinary_job_overtakes_idle_ones(pair: tuple[Engine, Oracle]) -> None:
-    """Submitted in the midst of the idle jobs' forwards, so that nothing depends on time."""
+async def test_an_ordinary_job_overtakes_an_idle_one(pair: tuple[Engine, Oracle]) -> None:
+    """Submitted in the midst of the idle job's forwards, so that nothing depends on time."""
     engine, _ = pair
     order: list[str] = []
     submitted: list[Future[None]] = []
@@ -177,28 +177,27 @@ async def test_an_ordinary_job_overtakes_idle_ones(pair: tuple[Engine, Oracle]) 
         for _ in range(count):
             yield chunk_segment(slot, [5], logits=False)
             order.append(name)
-            if order == ["idle"] * 4:
-                submitted.append(executor._submit(job(c, "ordinary", 2)))
+            if order == ["idle"] * 3:
+                submitted.append(executor._submit(job(b, "ordinary", 2)))
 
-    with running(engine) as executor, engine.cache.slot() as a, engine.cache.slot() as b, engine.cache.slot() as c:
-        idle = [executor.run_idle(job(slot, "idle", 3)) for slot in (a, b)]
-        for future in idle:
-            await asyncio.wrap_future(future)
+    with running(engine) as executor, engine.cache.slot() as a, engine.cache.slot() as b:
+        await asyncio.wrap_future(executor.run_idle(job(a, "idle", 5)))
         await asyncio.wrap_future(submitted[0])
-    assert order == ["idle"] * 4 + ["ordinary"] * 2 + ["idle"] * 2
+    assert order == ["idle"] * 3 + ["ordinary"] * 2 + ["idle"] * 2
 
 
 async def test_an_idle_job_that_is_cancelled_has_no_further_forward(pair: tuple[Engine, Oracle]) -> None:
-    """It is cancelled while its second forward is under way; the job after it finds that forward's logits used."""
+    """It is cancelled when its second forward is done; the job after it finds that forward's logits used."""
     engine, _ = pair
     used: list[int] = []
+    submitted: Future[Future[None]] = Future()
 
     def job(slot: KVSlot) -> Job[None]:
         for number in range(5):
             yield chunk_segment(slot, [5], logits=False)
             used.append(number)
             if number == 1:
-                idle[0].cancel()
+                submitted.result().cancel()
 
     def nothing() -> Job[tuple[int, ...]]:
         return tuple(used)
@@ -206,9 +205,8 @@ async def test_an_idle_job_that_is_cancelled_has_no_further_forward(pair: tuple[
 
     before = engine.num_forwards
     with running(engine) as executor, engine.cache.slot() as slot:
-        idle: list[Future[None]] = []
-        idle.append(executor.run_idle(job(slot)))
-        await asyncio.gather(asyncio.wrap_future(idle[0]), return_exceptions=True)
+        submitted.set_result(executor.run_idle(job(slot)))
+        await asyncio.gather(asyncio.wrap_future(submitted.result()), return_exceptions=True)
         assert await executor.run(nothing()) == (0, 1)
     assert engine.num_forwards - before == 2
 
