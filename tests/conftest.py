@@ -42,14 +42,26 @@ class System:
 
 
 def start_tiny_system(
-    folder: Path, architecture: str, *, noise: float = 0.02, dtype: str = "float32", placement: str = "split"
+    folder: Path,
+    architecture: str,
+    *,
+    noise: float = 0.02,
+    dtype: str = "float32",
+    engine: str = "auto",
+    placement: str = "split",
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
     target, draft = folder / "target", folder / "draft"
     write_tiny_model(target, architecture)
     write_perturbed_model(target, draft, noise=noise)
     settings = DeploymentSettings(
-        target=str(target), draft=str(draft), dtype=dtype, listen="127.0.0.1:0", num_threads=1, placement=placement
+        target=str(target),
+        draft=str(draft),
+        dtype=dtype,
+        engine=engine,
+        listen="127.0.0.1:0",
+        num_threads=1,
+        placement=placement,
     )
     with (
         Deployment(settings, Steps(Console(quiet=True))) as deployment,

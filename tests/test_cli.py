@@ -82,7 +82,8 @@ async def test_generate_prints_one_json_object(address: str, capsys: pytest.Capt
     assert (printed["text"], printed["token_ids"], printed["finish_reason"]) == ("héllo", [5, 6], "length")
     assert set(printed) == {"text", "token_ids", "finish_reason", "rule", "seed", "usage", "speculation"}
     assert printed["speculation"]["tree"] == {"size": 1, "levels": 1}
-    assert set(printed["speculation"]["seconds"]) == {"draft", "verify", "network", "host", "prefill"}
+    stages = {"draft", "verify", "network", "host", "prefill", "forwards", "work"}
+    assert set(printed["speculation"]["seconds"]) == stages
 
 
 async def test_generate_prints_its_figures_on_stderr(address: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -267,6 +268,7 @@ def test_the_default_draft_is_the_target_in_int8() -> None:
         "model": "t",
         "listen": "",
         "dtype": "auto",
+        "engine": "auto",
         "num-threads": 1,
         "quantization": "int8",
         "device": "cpu",
@@ -275,8 +277,8 @@ def test_the_default_draft_is_the_target_in_int8() -> None:
     assert "device" not in settings.worker_flags("verify")
 
 
-def test_a_draft_of_its_own_is_not_quantised_unless_asked() -> None:
-    assert DeploymentSettings(draft="d").worker_flags("draft")["quantization"] == "none"
+def test_a_draft_of_its_own_decides_itself_about_int8_unless_asked() -> None:
+    assert DeploymentSettings(draft="d").worker_flags("draft")["quantization"] == "auto"
     assert DeploymentSettings(draft="d", draft_quantization="int8").worker_flags("draft")["quantization"] == "int8"
 
 

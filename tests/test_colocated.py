@@ -162,7 +162,7 @@ def describe(address: str) -> worker_pb2.WorkerDescription:
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (("--target-quantization", "int8"), "error: --target-quantization int8 is for drafts only"),
+        (("--target-quantization", "int3"), "error: --target-quantization (SEQUOIA_QUANTIZATION) is 'int3'"),
         (("--draft-num-threads", "2"), "error: --target-num-threads and --draft-num-threads must be the same"),
         (("--draft-prefill-chunk", "0"), "error: --draft-prefill-chunk (SEQUOIA_PREFILL_CHUNK) must be at least 1"),
         (("--draft-dtype", "float8"), "error: --draft-dtype (SEQUOIA_DTYPE) is 'float8'"),

@@ -14,6 +14,7 @@ from tiny_models import write_tiny_model
 from torch import Tensor
 
 from sequoia.engine.attention import TREE_ATTENTION, Segment, chunk_segment, register
+from sequoia.engine.decoder import TransformersDecoder
 from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
@@ -29,9 +30,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = tmp_path_factory.mktemp("llama")
     write_tiny_model(folder, "llama")
     register()
-    return load_model(
-        resolve(str(folder)), dtype="float32", quantization="none", device="cpu", attn_implementation=TREE_ATTENTION
-    )
+    return load_model(resolve(str(folder)), dtype="float32", device="cpu", attn_implementation=TREE_ATTENTION)
 
 
 @dataclass
@@ -46,7 +45,7 @@ class WatchedEngine(Engine):
 
     def __init__(self, name: str, model: LoadedModel, diary: Diary) -> None:
         cache = KVCache(model.module.config.num_hidden_layers, num_slots=3, slot_rows=64)
-        super().__init__(model.module, cache, model.device, model.dtype)
+        super().__init__(TransformersDecoder(model.module), cache, model.device, model.dtype)
         self._name, self._diary = name, diary
 
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:

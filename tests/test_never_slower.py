@@ -61,7 +61,7 @@ async def test_the_draft_catches_up_after_an_off_period(tiny_system: System, und
     text = [*PROMPT, *undisturbed.token_ids]
     link = WorkerLink(tiny_system.deployment.processes["draft"].address)
     opening = Opening(Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT)), 60.0)
-    off_for_a_while, fresh = (DraftStream(link, opening, 20.0) for _ in range(2))
+    off_for_a_while, fresh = (DraftStream(link, opening, 20.0, has_own_device=False) for _ in range(2))
     await tree(off_for_a_while, text[:40])
     late = await off_for_a_while.tree_or_none(text[:400], TREE)
     assert late is not None
