@@ -21,7 +21,7 @@ from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
 NEVER_AHEAD = {"ahead_hits": 0, "ahead_misses": 0, "hit_draft_seconds": 0.0}
-STAGES = ("draft", "verify", "network", "host", "prefill")
+STAGES = ("draft", "verify", "network", "host", "prefill", "forwards", "work")
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
     pb.GenerateResponse(request_id="r1", text="lo wor", token_ids=[11, 12, 13]),

@@ -6,17 +6,18 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from sequoia.cli.benchmarks.arguments import add_draft, add_dtype, add_engine, add_json, add_target, check_least
+from sequoia.cli.benchmarks.arguments import add_draft, add_dtype, add_json, add_target, check_least
 from sequoia.cli.benchmarks.plots import BLUE, ORANGE, label, legend_below, panels
 from sequoia.cli.figures import check_plot, new_table
 from sequoia.cli.steps import Steps
-from sequoia.config import QUANTIZATIONS, num_cores
+from sequoia.config import ENGINES, QUANTIZATIONS, num_cores
 from sequoia.roofline import Quartiles, Roofline, Sample, summarise
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the target")
     add_draft(parser, required=False)
     add_dtype(parser)
-    add_engine(parser)
+    parser.add_argument(
+        "--engines", type=_engines, default=("auto",), metavar="LIST", help=f"of {', '.join(ENGINES)}; each in its turn"
+    )
     parser.add_argument(
         "--threads", type=int, default=num_cores(), metavar="N", help="of the CPU (default: every core)"
     )
@@ -106,19 +109,23 @@ def _measured(arguments: argparse.Namespace) -> list[ModelRoofline]:
     from sequoia.engine.roofline import measure
 
     steps = Steps(Console(stderr=True))
-    subjects = [_load(arguments, steps, arguments.target, arguments.quantization, is_draft=False)]
+    load = partial(_load, arguments, steps)
+    subjects = [load(arguments.target, arguments.quantization, engine, is_draft=False) for engine in arguments.engines]
     if arguments.draft is not None:
-        subjects.append(_load(arguments, steps, arguments.draft, arguments.draft_quantization, is_draft=True))
+        engine = arguments.engines[0]
+        subjects.append(load(arguments.draft, arguments.draft_quantization, engine, is_draft=True))
     with steps.step(f"timing forwards of {len(WIDTHS)} widths in {arguments.rounds} rounds") as on_progress:
         samples = measure(subjects, WIDTHS, arguments.rounds, on_progress)
     return [_named(subject, found) for subject, found in zip(subjects, samples, strict=True)]
 
 
-def _load(arguments: argparse.Namespace, steps: Steps, reference: str, quantization: str, *, is_draft: bool) -> Subject:
+def _load(
+    arguments: argparse.Namespace, steps: Steps, reference: str, quantization: str, engine: str, *, is_draft: bool
+) -> Subject:
     from sequoia.engine.decoders import Arithmetic
     from sequoia.engine.roofline import load_subject
 
-    arithmetic = Arithmetic(arguments.engine, quantization, is_draft=is_draft, num_threads=arguments.threads)
+    arithmetic = Arithmetic(engine, quantization, is_draft=is_draft, num_threads=arguments.threads)
 
     with steps.step(f"loading {reference}"):
         return load_subject(
@@ -128,6 +135,13 @@ def _load(arguments: argparse.Namespace, steps: Steps, reference: str, quantizat
             num_context_tokens=arguments.context,
             max_tokens=max(WIDTHS),
         )
+
+
+def _engines(names: str) -> tuple[str, ...]:
+    asked = tuple(names.split(","))
+    if unknown := sorted(set(asked) - set(ENGINES)):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(ENGINES)}")
+    return asked
 
 
 def _named(subject: Subject, samples: Sequence[Sample]) -> ModelRoofline:
