@@ -117,9 +117,9 @@ def take_weights(module: PreTrainedModel, num_positions: int) -> DecoderWeights:
     head: Any = module.get_output_embeddings()
     return DecoderWeights(
         shape=read_shape(module),
-        embedding=body.embed_tokens.weight,
+        embedding=_take_weight(body.embed_tokens),
         output_norm=norm.weight(body.norm),
-        head=LinearWeights(head.weight, head.bias),
+        head=_take((head,)),
         rotations=rotations,
         layers=(_take_layer(layer, kind, norm, config) for layer, kind in zip(body.layers, kinds, strict=True)),
     )
@@ -161,16 +161,18 @@ def _layer_kinds(config: Any) -> list[str]:
 
 
 def _take(linears: Sequence[nn.Linear]) -> LinearWeights:
-    weights = [linear.weight.detach() for linear in linears]
+    weights = [_take_weight(linear) for linear in linears]
     biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
     if biases and len(biases) < len(linears):
         biases = [w.new_zeros(len(w)) if x.bias is None else x.bias for w, x in zip(weights, linears, strict=True)]
-    taken = LinearWeights(
-        weights[0] if len(weights) == 1 else torch.cat(weights), torch.cat(biases) if biases else None
-    )
-    for linear in linears:
-        linear.weight = nn.Parameter(linear.weight.new_empty(0), requires_grad=False)
-    return taken
+    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return LinearWeights(weight, torch.cat(biases) if biases else None)
+
+
+def _take_weight(layer: Any) -> Tensor:
+    weight: Tensor = layer.weight.detach()
+    layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+    return weight
 
 
 @torch.inference_mode()

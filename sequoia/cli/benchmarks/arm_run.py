@@ -20,6 +20,7 @@ from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.rule_timing import worker_to_dict
 from sequoia.client import Client, Message, Prompt
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
+from sequoia.v1.worker_pb2 import WorkerDescription
 
 _NO_PLAN = "there is no plan for temperature 0; run `sequoia plan` first"
 
@@ -84,11 +85,15 @@ def _as_asked(workload: ArmWorkload) -> dict[BenchPrompt, Prompt]:
 
 
 def _own_description(arm: OwnArm, pair: DescribePairResponse, system: BenchSystem) -> ArmDescription:
-    precision = pair.verify.dtype
+    precision = _precision(pair.verify)
     has_draft = arm.name != OFF and pair.HasField("draft")
     if has_draft:
-        precision += f", draft {pair.draft.dtype if pair.draft.quantization == 'none' else pair.draft.quantization}"
+        precision += f", draft {_precision(pair.draft)}"
     return ArmDescription("sequoia", arm.settings, precision, system.peak_bytes(with_draft=has_draft))
+
+
+def _precision(worker: WorkerDescription) -> str:
+    return worker.dtype if worker.quantization == "none" else worker.quantization
 
 
 def _peer_description(arm: PeerArm, work: PeerWork) -> ArmDescription:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -45,7 +44,7 @@ def library(cache_dir: Path) -> ctypes.CDLL:
 
 
 def _built(folder: Path) -> Path:
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
     recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode() + _SOURCE.read_bytes()
