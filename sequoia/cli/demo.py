@@ -27,8 +27,8 @@ _NUM_PROMPTS = 2
 _NUM_PLAN_TOKENS = 24
 _INTRODUCTION = """\
 A draft proposes a tree of tokens; the target checks it in one forward and keeps the path it agrees with.
-This demonstrates the machinery: the default draft is the target's own weights in int8, real and exact, but hardly
-faster than the target itself. So expect no gain: the answer is made with a tree whatever the planner says, and the
+This demonstrates the machinery: the default draft is the target's own weights in int8, real and exact, but not much
+faster than the target itself. So expect little: the answer is made with a tree whatever the planner says, and the
 planner's verdict stands beside the figures.
 """
 

@@ -183,6 +183,11 @@ def coupled_children(
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     """The `count` most likely tokens of one row (vocabulary,), by (logit descending, id ascending)."""
     count = min(count, len(logits))
+    values, ids = (each.tolist() for each in logits.topk(min(count + 1, len(logits))))
+    if len(ids) == count or values[count - 1] > values[count]:
+        # No tie at the cut: the candidates are these, in whatever order topk has equal ones.
+        ranked = sorted(zip(values[:count], ids[:count], strict=True), key=lambda each: (-each[0], each[1]))
+        return tuple(token for _, token in ranked)
     candidates = _largest(logits, logits.topk(count).values).nonzero()[:, 0]
     order = logits[candidates].sort(descending=True, stable=True).indices
     return tuple(int(token) for token in candidates[order])

@@ -45,7 +45,9 @@ class TargetRows:
 
     def argmax(self, node: int) -> int:
         """The likeliest token after `node`."""
-        return argmax(self._adjusted(node))
+        # Without a copy in float64 where nothing is adjusted: the same order, the same ties.
+        is_adjusted = self._decoding.sampling.adjusts(self._path(node).num_generated)
+        return argmax(self._adjusted(node) if is_adjusted else self._logits[node])
 
     def coupled_token(self, node: int) -> int:
         """The token after `node` that the seed's noise picks."""
