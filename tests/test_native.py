@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from engines import load_engine
+from safetensors.torch import load_file, save_file
 from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,7 +26,7 @@ from sequoia.engine.native.library import NativeUnavailable, library
 from sequoia.engine.native.linear import NativeLinear
 from sequoia.engine.native.panels import rounded
 from sequoia.engine.sources import resolve
-from sequoia.engine.weights import LinearWeights
+from sequoia.engine.weights import LinearWeights, is_readable
 from sequoia.errors import InvalidArgument
 from sequoia.sampling import Sampling
 from sequoia.topology import TokenTree, Topology
@@ -71,9 +74,12 @@ def tree_logits(engine: Engine) -> Tensor:
     return torch.cat([nodes, behind]).float()
 
 
-@torch.inference_mode()
 def expected_logits(folder: Path, dtype: torch.dtype) -> Tensor:
-    module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    return logits_of(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager"))
+
+
+@torch.inference_mode()
+def logits_of(module: torch.nn.Module) -> Tensor:
     texts = [[*PROMPT, TREE.token_ids[0], *TREE.path_tokens(node)] for node in range(SHAPE.size)]
     texts.append([*texts[7], 77])
     return torch.stack([module(torch.tensor([text])).logits[0, -1] for text in texts]).float()
@@ -87,6 +93,32 @@ def test_errs_no_more_than_the_same_model_in_transformers(folder: Path) -> None:
     )
     assert ours < 1.2 * theirs
     assert ours < 0.1 * truth.std()
+
+
+@pytest.mark.parametrize(("quantization", "bits"), [("int8", 8), ("int4", 4)])
+def test_quantised_target_is_the_model_of_the_rounded_weights(folder: Path, quantization: str, bits: int) -> None:
+    """The truth: `transformers` in float32, each linear layer with the weights that ours stand for."""
+    module = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    module.set_input_embeddings(copy.deepcopy(module.get_input_embeddings()))  # the head may share its weight
+    for layer in (each for each in module.modules() if isinstance(each, torch.nn.Linear)):
+        layer.weight = torch.nn.Parameter(rounded(layer.weight.detach().bfloat16(), bits))
+    truth = logits_of(module)
+    found = tree_logits(load_engine(folder, dtype="bfloat16", engine="native", quantization=quantization))
+    dense = tree_logits(load_engine(folder, dtype="bfloat16", engine="native"))
+    error = (found - truth).square().mean().sqrt()
+    assert error < 0.1 * truth.std()
+    assert error < 0.5 * (dense - truth).square().mean().sqrt(), "the rounding is not seen"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_broken_number_never_becomes_a_token(folder: Path, tmp_path: Path, layer: int, quantization: str) -> None:
+    shutil.copytree(folder, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights[f"model.layers.{layer}.input_layernorm.weight"][5] = torch.nan
+    save_file(weights, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    engine = load_engine(tmp_path / "broken", dtype="bfloat16", engine="native", quantization=quantization)
+    assert tree_logits(engine).isnan().all()
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
@@ -159,6 +191,21 @@ def test_what_it_cannot_run_is_refused_with_the_reason(folder: Path) -> None:
     with pytest.raises(InvalidArgument, match="computes in bfloat16, and the model is in float32") as caught:
         load_engine(folder, dtype="float32", engine="native")
     assert caught.value.field == "engine"
+
+
+def test_code_that_came_with_a_model_runs_on_its_own_modules_whatever_it_calls_itself(folder: Path) -> None:
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    assert is_readable(module)
+    foreign = type("LlamaForCausalLM", (type(module),), {"__module__": "transformers_modules.somebody"})
+    module.__class__ = foreign
+    assert not is_readable(module)
+
+
+def test_heads_that_are_rotated_in_part_are_left_to_transformers(folder: Path) -> None:
+    module = AutoModelForCausalLM.from_pretrained(folder)
+    parameters = module.config.rope_parameters
+    parameters.get("full_attention", parameters)["partial_rotary_factor"] = 0.5
+    assert not is_readable(module)
 
 
 def test_quantised_target_is_refused_where_only_other_engines_run(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from sequoia.engine.quantization import Int8Linear, check_int8, quantize_int8
 from sequoia.engine.weights import DecoderWeights, LinearWeights, is_readable, read_shape, take_weights
 from sequoia.errors import InvalidArgument
 
+_LOG = logging.getLogger(__name__)
 _BITS = {"none": 16, "int8": 8, "int4": 4}
 # Widths of the forwards that decide which product is quicker: a plain step, and a tree.
 _TRIAL_WIDTHS = (1, 16)
@@ -53,7 +55,7 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
     """
     if arithmetic.engine == "transformers":
         return _transformers(model, arithmetic)
-    if not is_readable(model.module.config):
+    if not is_readable(model.module):
         if arithmetic.engine != "auto":
             kind = model.module.config.model_type
             raise InvalidArgument(f"{arithmetic.engine} does not know {kind} models; use transformers", "engine")
@@ -69,7 +71,9 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
         )
     if arithmetic.engine == "native":
         raise InvalidArgument(f"native cannot run here: {reason}; use lean", "engine")
-    _check_quantization(arithmetic, "" if arithmetic.engine == "lean" else reason)
+    reason = "lean was asked for" if arithmetic.engine == "lean" else reason
+    _check_quantization(arithmetic, reason)
+    _LOG.info("the native engine does not run", extra={"reason": reason})
     return _lean(model, arithmetic, take_weights(model.module, num_positions))
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 # Decoders of one pattern: RMS norm, rotary positions, grouped queries, a gated MLP. `tests/test_decoders.py` compares
 # each of them with `transformers`; every other model runs on its own modules.
@@ -71,13 +71,15 @@ class DecoderWeights:
     layers: Iterator[LayerWeights]
 
 
-def is_readable(config: PreTrainedConfig) -> bool:
-    """Whether `take_weights` knows this kind of model."""
+def is_readable(module: PreTrainedModel) -> bool:
+    """Whether `take_weights` knows this kind of model. Code that came with a model may do anything under any name."""
+    config = module.config
     text = config.get_text_config()
     return (
         config.model_type in MODEL_TYPES
+        and type(module).__module__.startswith("transformers.models.")
         and _activation(text) in ACTIVATIONS
-        and set(_rotation_kinds(text)) <= _ROTATIONS
+        and all(map(_is_plain_rotation, _rotation_parameters(text)))
         and not getattr(text, "attn_logit_softcapping", None)
         and not getattr(text, "final_logit_softcapping", None)
         and not getattr(text, "use_bidirectional_attention", False)
@@ -193,7 +195,13 @@ def _activation(config: Any) -> str:
     return str(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", ""))
 
 
-def _rotation_kinds(config: Any) -> Iterator[str]:
+def _rotation_parameters(config: Any) -> list[dict[str, Any]]:
+    """One for all layers, or one for each kind of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    for each in parameters.values() if "full_attention" in parameters else [parameters]:
-        yield str(each.get("rope_type", "default"))
+    return list(parameters.values()) if "full_attention" in parameters else [parameters]
+
+
+def _is_plain_rotation(parameters: dict[str, Any]) -> bool:
+    """Whether whole heads are rotated, by frequencies that the length of the sequence does not change."""
+    is_whole = (parameters.get("partial_rotary_factor") or 1.0) == 1.0
+    return is_whole and parameters.get("rope_type", "default") in _ROTATIONS

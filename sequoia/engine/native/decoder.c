@@ -114,8 +114,13 @@ static inline __mmask16 first_lanes(int64_t count) {
 static void quantize_group(const float *x, int group, int bits, float *scale, int32_t *sums, int8_t *high,
                            int8_t *low) {
     __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < group; i += LANES) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-    float largest = _mm512_reduce_max_ps(most);
+    __mmask16 broken = 0; /* an integer cannot say NaN, so the scale does */
+    for (int i = 0; i < group; i += LANES) {
+        __m512 value = _mm512_loadu_ps(x + i);
+        broken |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, _mm512_abs_ps(value));
+    }
+    float largest = broken ? NAN : _mm512_reduce_max_ps(most);
     float range = bits == 8 ? 127.0f : 32512.0f;
     *scale = largest / range;
     __m512 inverse = _mm512_set1_ps(largest > 0 ? range / largest : 0.0f);
@@ -169,11 +174,22 @@ static void pack_row(const Linear *linear, const Scratch *scratch, const float *
 
 /* ---- products: one tile of rows by one panel of outputs ---- */
 
-static inline void finish(__m512 sum, float *y, const float *bias, int64_t left, int add) {
+static inline void finish_half(__m512 sum, float *y, const float *bias, int64_t left, int add) {
     __mmask16 lanes = first_lanes(left);
     if (bias) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias));
     if (add) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(lanes, y));
     _mm512_mask_storeu_ps(y, lanes, sum);
+}
+
+static inline __attribute__((always_inline)) void finish(const int height, const Linear *linear, __m512 sums[][2],
+                                                         int panel, float *y, int add) {
+    int64_t column = (int64_t)panel * PANEL;
+    const float *bias = linear->bias ? linear->bias + column : 0;
+#pragma GCC unroll 12
+    for (int i = 0; i < height; i++)
+        for (int half = 0; half < 2; half++)
+            finish_half(sums[i][half], y + (int64_t)i * linear->outputs + column + half * LANES,
+                        bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
 }
 
 static inline __attribute__((always_inline)) void multiply_bfloat16(const int height, const Linear *linear,
@@ -194,13 +210,7 @@ static inline __attribute__((always_inline)) void multiply_bfloat16(const int he
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], right, input);
         }
     }
-    int64_t column = (int64_t)panel * PANEL;
-    const float *bias = linear->bias ? linear->bias + column : 0;
-#pragma GCC unroll 12
-    for (int i = 0; i < height; i++)
-        for (int half = 0; half < 2; half++)
-            finish(sums[i][half], y + (int64_t)i * linear->outputs + column + half * LANES,
-                   bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
+    finish(height, linear, sums, panel, y, add);
 }
 
 /* Integer weights are the unsigned side of the product; what their offset adds is taken off by the inputs' sums. */
@@ -265,13 +275,7 @@ static inline __attribute__((always_inline)) void multiply_integers(const int he
             }
         }
     }
-    int64_t column = (int64_t)panel * PANEL;
-    const float *bias = linear->bias ? linear->bias + column : 0;
-#pragma GCC unroll 12
-    for (int i = 0; i < height; i++)
-        for (int half = 0; half < 2; half++)
-            finish(totals[i][half], y + (int64_t)i * linear->outputs + column + half * LANES,
-                   bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
+    finish(height, linear, totals, panel, y, add);
 }
 
 #define UP_TO_6(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
@@ -326,7 +330,8 @@ static void multiply(const Linear *linear, const Scratch *scratch, int *call, in
 /* ---- element by element ---- */
 
 static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-104.0f));
+    /* Of these two the second operand is the answer when one is NaN: broken numbers must not come out whole. */
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
@@ -529,6 +534,17 @@ static void attend(const Model *model, const Layer *layer, const Batch *batch, c
 
 /* ---- a forward ---- */
 
+static void pack_normalized(const Model *model, const Scratch *scratch, const Linear *linear, const float *norm,
+                            int rows) {
+    int hidden = model->hidden;
+#pragma omp for
+    for (int row = 0; row < rows; row++) {
+        float *x = scratch->narrow + (int64_t)row * hidden;
+        normalize(scratch->residual + (int64_t)row * hidden, norm, model->epsilon, hidden, x);
+        pack_row(linear, scratch, x, row, rows);
+    }
+}
+
 static void add_rows(const Model *model, const Scratch *scratch, const Linear *linear, const float *norm, int *call,
                      int rows) {
     int hidden = model->hidden;
@@ -547,16 +563,11 @@ static void add_rows(const Model *model, const Scratch *scratch, const Linear *l
 }
 
 static void run_layer(const Model *model, const Layer *layer, const Batch *batch, const Scratch *scratch, int *call) {
-    int rows = batch->num_tokens, hidden = model->hidden;
+    int rows = batch->num_tokens;
     int64_t qkv_width = layer->qkv.outputs, attended_width = layer->out.inputs;
     float *own_scores = scratch->scores +
         (int64_t)omp_get_thread_num() * 4 * (batch->most_rows + LANES);
-#pragma omp for
-    for (int row = 0; row < rows; row++) {
-        float *x = scratch->narrow + (int64_t)row * hidden;
-        normalize(scratch->residual + (int64_t)row * hidden, layer->attention_norm, model->epsilon, hidden, x);
-        pack_row(&layer->qkv, scratch, x, row, rows);
-    }
+    pack_normalized(model, scratch, &layer->qkv, layer->attention_norm, rows);
     multiply(&layer->qkv, scratch, call, rows, scratch->wide, 0);
 #pragma omp for
     for (int row = 0; row < rows; row++) place_token(model, layer, batch, scratch->wide + row * qkv_width, row);
@@ -570,12 +581,7 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     for (int row = 0; row < rows; row++)
         pack_row(&layer->out, scratch, scratch->narrow + row * attended_width, row, rows);
     add_rows(model, scratch, &layer->out, layer->attention_output_norm, call, rows);
-#pragma omp for
-    for (int row = 0; row < rows; row++) {
-        float *x = scratch->narrow + (int64_t)row * hidden;
-        normalize(scratch->residual + (int64_t)row * hidden, layer->mlp_norm, model->epsilon, hidden, x);
-        pack_row(&layer->gate_up, scratch, x, row, rows);
-    }
+    pack_normalized(model, scratch, &layer->gate_up, layer->mlp_norm, rows);
     multiply(&layer->gate_up, scratch, call, rows, scratch->wide, 0);
 #pragma omp for
     for (int row = 0; row < rows; row++) {
