@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 Settings = TypeVar("Settings")
 
 # How a worker can compute, in the order of preference; see sequoia/engine/decoders.py.
-ENGINES = ("auto", "native", "lean", "transformers")
+ENGINES = ("auto", "native", "graphs", "lean", "transformers")
 QUANTIZATIONS = ("none", "int8", "int4")
 
 

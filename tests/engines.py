@@ -21,6 +21,7 @@ def load_engine(
     deterministic: bool = False,
     num_slots: int = 4,
     slot_rows: int = 256,
+    reads_once: bool | None = None,
 ) -> Engine:
     """One thread, on the CPU."""
     files = resolve(str(folder))
@@ -28,4 +29,5 @@ def load_engine(
     arithmetic = Arithmetic(engine, quantization, is_draft, deterministic, num_threads=1)
     num_layers = model.module.config.num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
-    return Engine(decoder, KVCache(num_layers, num_slots, slot_rows), model.device, model.dtype)
+    cache = KVCache(num_layers, num_slots, slot_rows)
+    return Engine(decoder, cache, model.device, model.dtype, reads_once=reads_once)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.transfer import upload
 from sequoia.topology import Bool, Int, TokenTree
 
 TREE_ATTENTION = "tree_sdpa"
@@ -28,7 +29,7 @@ class Segment:
     """
 
     slot: KVSlot
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] | Tensor  # (tokens,) int64 on the device: what was chosen there and is not yet read
     positions: Int  # (tokens,)
     prefix_len: int  # rows that every token sees
     first_row_written: int  # within the slot, >= prefix_len
@@ -76,6 +77,12 @@ def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree) -> Segme
     return Segment(slot, tokens, positions, slot.length, slot.length, visible, positions, wanted)
 
 
+def host_token_ids(segment: Segment) -> Int:
+    """(tokens,): the ids, and zeros where the host does not know them."""
+    ids = segment.token_ids
+    return np.zeros(len(ids), np.int64) if isinstance(ids, Tensor) else np.array(ids, np.int64)
+
+
 class SeenRows(NamedTuple):
     """Which pool rows each token of a batch sees: a run of them, and then its own; all int64."""
 
@@ -94,27 +101,46 @@ class PackedBatch:
         self._masks: dict[tuple[int | None, int], list[Tensor | None]] = {}
         self._visible_rows: dict[int | None, list[Tensor]] = {}
 
-    @cached_property
+    @property
+    def num_tokens(self) -> int:
+        """Of all segments."""
+        return sum(segment.num_tokens for segment in self.segments)
+
+    @property
     def token_ids(self) -> Tensor:
         """(1, tokens) int64."""
-        return torch.tensor([[t for s in self.segments for t in s.token_ids]], device=self._device)
+        return self._uploaded[0][None]
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
         """(1, tokens) int64."""
-        return torch.from_numpy(np.concatenate([s.positions for s in self.segments])[None]).to(self._device)
+        return self._uploaded[1][None]
 
-    @cached_property
+    @property
     def write_rows(self) -> Tensor:
         """(tokens,) int64: the pool row of every token."""
-        starts = ((s.slot.first_row + s.first_row_written, s.num_tokens) for s in self.segments)
-        return torch.cat([torch.arange(start, start + count) for start, count in starts]).to(self._device)
+        return self._uploaded[2]
 
-    @cached_property
+    @property
     def logit_tokens(self) -> Tensor:
         """(wanted,) int64: which tokens of the batch need logits."""
+        return self._uploaded[3]
+
+    @cached_property
+    def _uploaded(self) -> list[Tensor]:
+        starts = ((s.slot.first_row + s.first_row_written, s.num_tokens) for s in self.segments)
         bounds = zip(self.segments, self.token_starts, strict=True)
-        return torch.tensor([start + t for s, start in bounds for t in s.logit_tokens], device=self._device).long()
+        arrays = (
+            np.concatenate([host_token_ids(s) for s in self.segments]),
+            np.concatenate([s.positions for s in self.segments]),
+            np.concatenate([np.arange(start, start + count) for start, count in starts]),
+            np.array([start + t for s, start in bounds for t in s.logit_tokens], np.int64),
+        )
+        uploaded = upload(arrays, self._device)
+        for segment, start in zip(self.segments, self.token_starts, strict=True):
+            if isinstance(segment.token_ids, Tensor):
+                uploaded[0][start : start + segment.num_tokens] = segment.token_ids
+        return uploaded
 
     @cached_property
     def token_starts(self) -> tuple[int, ...]:
@@ -153,9 +179,9 @@ class PackedBatch:
     def _additive(self, mask: Bool, groups: int) -> Tensor | None:
         if mask.all():
             return None
-        additive = torch.zeros(mask.shape, dtype=self._dtype)
-        additive.masked_fill_(torch.from_numpy(~mask), float("-inf"))
-        return additive.repeat(groups, 1).to(self._device)
+        [hidden] = upload((~mask,), self._device)
+        additive = torch.zeros(mask.shape, dtype=self._dtype, device=self._device)
+        return additive.masked_fill_(hidden, float("-inf")).repeat(groups, 1)
 
 
 def tree_attention(

@@ -1,4 +1,4 @@
-"""Which decoder runs a model on this machine: the C engine, the lean torch decoder, or the model's own modules."""
+"""Which decoder runs a model on this machine: the C engine, CUDA graphs, lean torch, or the model's own modules."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from sequoia.engine import determinism
 from sequoia.engine.attention import TREE_ATTENTION, register, tree_attention
 from sequoia.engine.decoder import Decoder, TransformersDecoder
+from sequoia.engine.graphs_decoder import GraphsDecoder
 from sequoia.engine.lean_decoder import LeanDecoder, Multiply, linear_module
 from sequoia.engine.model import LoadedModel
 from sequoia.engine.native.decoder import NativeDecoder, can_run
@@ -35,7 +36,7 @@ _NUM_TRIALS = 5
 class Arithmetic:
     """How a model is to be computed.
 
-    engine: auto, native, lean or transformers; auto takes the first of them that can. quantization: none, int8 or int4
+    engine: auto, native, graphs, lean or transformers; auto takes the first of them that can. quantization: none, int8 or int4
     weights; `is_draft` allows what makes the numbers a little coarser: 8 bits for the inputs of int8 and int4 layers
     instead of 16. deterministic: a token's logits do not depend on what else is in the forward.
     """
@@ -60,7 +61,7 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
             kind = model.module.config.model_type
             raise InvalidArgument(f"{arithmetic.engine} does not know {kind} models; use transformers", "engine")
         return _transformers(model, arithmetic)
-    if arithmetic.engine != "lean" and not (reason := _why_not_native(model, cache_dir)):
+    if arithmetic.engine in ("auto", "native") and not (reason := _why_not_native(model, cache_dir)):
         weights = take_weights(model.module, num_positions)
         return NativeDecoder(
             library(cache_dir),
@@ -71,10 +72,21 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
         )
     if arithmetic.engine == "native":
         raise InvalidArgument(f"native cannot run here: {reason}; use lean", "engine")
-    reason = "lean was asked for" if arithmetic.engine == "lean" else reason
+    reason = reason if arithmetic.engine == "auto" else f"{arithmetic.engine} was asked for"
     _check_quantization(arithmetic, reason)
     _LOG.info("the native engine does not run", extra={"reason": reason})
-    return _lean(model, arithmetic, take_weights(model.module, num_positions))
+    captures = _captures(model, arithmetic)
+    lean = _lean(model, arithmetic, take_weights(model.module, num_positions))
+    return GraphsDecoder(lean, model.device) if captures else lean
+
+
+def _captures(model: LoadedModel, arithmetic: Arithmetic) -> bool:
+    """Whether forwards become graphs: on a CUDA device, or when asked for. A row's company then has a say in it."""
+    if arithmetic.engine == "graphs" and arithmetic.deterministic:
+        raise InvalidArgument("graphs cannot be deterministic; use lean", "engine")
+    return arithmetic.engine == "graphs" or (
+        arithmetic.engine == "auto" and model.device.type == "cuda" and not arithmetic.deterministic
+    )
 
 
 def _why_not_native(model: LoadedModel, cache_dir: Path) -> str:
@@ -114,7 +126,7 @@ def _transformers(model: LoadedModel, arithmetic: Arithmetic) -> Decoder:
     return TransformersDecoder(model.module, rows_are_independent=independent)
 
 
-def _lean(model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights) -> Decoder:
+def _lean(model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights) -> LeanDecoder:
     if arithmetic.quantization == "int8":
         check_int8(model.device)
         return LeanDecoder(weights, pack=lambda each: Int8Linear(linear_module(each)), attention=tree_attention)

@@ -28,10 +28,23 @@ Job = Generator[Segment, Tensor, Result]
 
 
 class Engine:
-    """A model with its KV cache. `forward` is called by one thread only."""
+    """A model with its KV cache. `forward` is called by one thread only.
 
-    def __init__(self, decoder: Decoder, cache: KVCache, device: torch.device, dtype: torch.dtype) -> None:
+    `reads_once`: trees are grown and verified where the logits are, and the host reads the result in one copy a step,
+    because it would wait for the device with each. By default on every device but the CPU.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        reads_once: bool | None = None,
+    ) -> None:
         self._decoder, self._device, self._dtype = decoder, device, dtype
+        self.reads_once = device.type != "cpu" if reads_once is None else reads_once
         self.cache = cache
         decoder.attach(cache)
         self.num_forwards = 0
@@ -43,7 +56,7 @@ class Engine:
         batch = PackedBatch(segments, self._device, self._dtype)
         logits = self._decoder.forward(batch, self.cache)
         self.num_forwards += 1
-        self.num_forward_tokens += batch.token_ids.shape[1]
+        self.num_forward_tokens += batch.num_tokens
         return list(logits.split([len(s.logit_tokens) for s in segments]))
 
 

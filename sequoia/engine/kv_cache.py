@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sequoia.engine.transfer import upload
 from sequoia.errors import ResourceExhausted
 
 
@@ -26,6 +28,8 @@ class KVLayer(CacheLayerMixin):
     def allocate(self, keys: Tensor, values: Tensor) -> None:
         """As many rows as the pool has, of the kind of these: (kv heads, any number, head size)."""
         self.keys, self.values = (x.new_empty((x.shape[0], self._pool.num_rows, x.shape[2])) for x in (keys, values))
+        for pool in (self.keys, self.values):
+            pool[:, self._pool.zero_row] = 0.0
         self.is_initialized = True
 
     @property
@@ -114,8 +118,18 @@ class KVCache(Cache):
 
     @property
     def num_rows(self) -> int:
-        """Rows in the pool."""
-        return self.num_slots * self.slot_rows
+        """Rows in the pool: those of the slots, the scratch row and the zero row."""
+        return self.num_slots * self.slot_rows + 2
+
+    @property
+    def scratch_row(self) -> int:
+        """A row that padding is written to and nobody reads."""
+        return self.num_rows - 2
+
+    @property
+    def zero_row(self) -> int:
+        """A row of zeros that nobody writes: what padding reads."""
+        return self.num_rows - 1
 
     @property
     def num_slots_used(self) -> int:
@@ -152,7 +166,6 @@ class KVCache(Cache):
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy pool rows in every layer."""
-        device = self.write_rows.device
-        source_rows, target_rows = torch.tensor(source, device=device), torch.tensor(target, device=device)
+        source_rows, target_rows = upload((np.array(source), np.array(target)), self.write_rows.device)
         for layer in self._layers:
             layer.move(source_rows, target_rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,17 @@ from sequoia.engine.weights import DecoderWeights, LayerWeights, LinearWeights
 
 Multiply = Callable[[Tensor], Tensor]  # (rows, inputs) -> (rows, outputs)
 Attention = Callable[..., tuple[Tensor, None]]  # of the `transformers` registry, see attention.py
+
+# Query (tokens, heads, head size), pools of keys and values (kv heads, pool rows, head size), window -> like the query.
+Attend = Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
+
+
+class PlacedTokens(NamedTuple):
+    """The tokens of a forward with their positions and the pool rows they are written to, (tokens,) int64 each."""
+
+    token_ids: Tensor
+    positions: Tensor
+    write_rows: Tensor
 
 
 class _Layer(NamedTuple):
@@ -52,41 +64,60 @@ class LeanDecoder:
         shape = self.shape
         cache.allocate(shape.num_kv_heads, shape.head_size, self._embedding.dtype, self._embedding.device)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations between layers."""
+        return self._embedding.dtype
+
     def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor:
         """Write the batch's rows. Returns the logits asked for, (wanted tokens, padded vocabulary)."""
-        hidden = self._embedding[batch.token_ids[0]]
+        tokens = PlacedTokens(batch.token_ids[0], batch.positions[0], batch.write_rows)
+        hidden = self.hidden(tokens, cache, partial(self._attend_segments, batch))
+        return self.logits(hidden[batch.logit_tokens])
+
+    def hidden(self, tokens: PlacedTokens, cache: KVCache, attend: Attend) -> Tensor:
+        """Write the tokens' rows. Returns what the last layer makes of them, (tokens, hidden)."""
+        hidden = self._embedding[tokens.token_ids]
         if self.shape.embedding_scale != 1.0:
             hidden = hidden * self.shape.embedding_scale
-        rotations = {kind: _of_heads(table[batch.positions[0]]) for kind, table in self._rotations.items()}
+        rotations = {kind: _of_heads(table[tokens.positions]) for kind, table in self._rotations.items()}
         for layer, rows in zip(self._layers, cache.rows, strict=True):
-            attended = self._attend(layer, hidden, rotations[layer.weights.rotation], batch, rows)
+            query, key, value = self._project(layer, hidden, rotations[layer.weights.rotation])
+            keys, values = rows
+            keys.index_copy_(1, tokens.write_rows, key.transpose(0, 1))
+            values.index_copy_(1, tokens.write_rows, value.transpose(0, 1))
+            attended = layer.out(attend(query, keys, values, layer.weights.window).flatten(1))
             hidden = hidden + self._normalized(attended, layer.weights.attention_output_norm)
             fed = self._feed(layer, hidden)
             hidden = hidden + self._normalized(fed, layer.weights.mlp_output_norm)
-        return self._head(self._normalized(hidden[batch.logit_tokens], self._output_norm))
+        return hidden
 
-    def _attend(
-        self, layer: _Layer, hidden: Tensor, rotation: tuple[Tensor, Tensor], batch: PackedBatch, rows: Any
-    ) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of tokens behind the last layer, (tokens, hidden) -> (tokens, padded vocabulary)."""
+        return self._head(self._normalized(hidden, self._output_norm))
+
+    def _project(self, layer: _Layer, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Query, key and value, (tokens, their heads, head size) each."""
         shape, weights = self.shape, layer.weights
         qkv = layer.qkv(self._normalized(hidden, weights.attention_norm)).unflatten(-1, (-1, shape.head_size))
         query, key, value = qkv.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         query = _rotated(self._normalized(query, weights.query_norm), rotation)
-        key = _rotated(self._normalized(key, weights.key_norm), rotation)
-        keys, values = rows
-        keys.index_copy_(1, batch.write_rows, key.transpose(0, 1))
-        values.index_copy_(1, batch.write_rows, value.transpose(0, 1))
+        return query, _rotated(self._normalized(key, weights.key_norm), rotation), value
+
+    def _attend_segments(
+        self, batch: PackedBatch, query: Tensor, keys: Tensor, values: Tensor, window: int | None
+    ) -> Tensor:
         attended, _ = self._attention(
             None,
             query.transpose(0, 1)[None],
             keys,
             values,
             None,
-            scaling=shape.attention_scale,
+            scaling=self.shape.attention_scale,
             packed_batch=batch,
-            sliding_window=weights.window,
+            sliding_window=window,
         )
-        return layer.out(attended[0].flatten(1))
+        return attended[0]
 
     def _feed(self, layer: _Layer, hidden: Tensor) -> Tensor:
         gate, up = layer.gate_up(self._normalized(hidden, layer.weights.mlp_norm)).chunk(2, dim=-1)
