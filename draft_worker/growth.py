@@ -9,16 +9,10 @@ import numpy as np
 from torch import Tensor, stack
 
 from sequoia.engine.attention import Segment
+from sequoia.engine.children import coupled_children, draft_distributions, draw_children, top_children
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.engine.sampling import (
-    Path,
-    adjusted_logits,
-    coupled_children,
-    draft_distributions,
-    draw_children,
-    top_children,
-)
+from sequoia.engine.sampling import Path, adjusted_logits
 from sequoia.sampling import Decoding
 from sequoia.topology import DraftDistributions, TokenTree, Topology
 

@@ -13,13 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sequoia.engine.verification import TargetP, reject_recursively, traverse, walk
+from sequoia.engine.siblings import WholeTarget
+from sequoia.engine.verification import Targets, reject_recursively, traverse, walk
 from sequoia.topology import DraftDistributions, TokenTree, Topology, Verdict
 
 Context = tuple[int, ...]
 Law = tuple[Fraction, ...]
 Laws = Callable[[Context], Law]  # context -> the distribution of the next token
 Outcome = TypeVar("Outcome")
+TargetP = Callable[[int], Tensor]  # node -> p after it, (vocabulary,) float64
 Verify = Callable[[TokenTree, TargetP, "Enumerator"], Verdict]
 
 
@@ -227,8 +229,20 @@ def top_tree(topology: Topology, q: Laws) -> TokenTree:
 
 
 def specinfer(tree: TokenTree, law: TargetP, source: Enumerator) -> Verdict:
-    return reject_recursively(tree, law, source, with_replacement=True)
+    return reject_recursively(tree, whole(law), source, with_replacement=True)
 
 
-SEQUOIA: Verify = reject_recursively
-TRAVERSAL: Verify = traverse
+def whole(law: TargetP) -> Targets:
+    return lambda node: WholeTarget(law(node))
+
+
+def _recursive(tree: TokenTree, law: TargetP, source: Enumerator) -> Verdict:
+    return reject_recursively(tree, whole(law), source)
+
+
+def _traversal(tree: TokenTree, law: TargetP, source: Enumerator) -> Verdict:
+    return traverse(tree, whole(law), source)
+
+
+SEQUOIA: Verify = _recursive
+TRAVERSAL: Verify = _traversal

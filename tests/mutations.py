@@ -22,6 +22,7 @@ PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", 
 PROOFS = ("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py")
 FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
+SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
 NOISE = "sequoia/engine/noise.py"
 
 
@@ -62,9 +63,9 @@ FAULTS = (
         "sequoia", "a rejected sibling stays in q", VERIFICATION,
         "                siblings.remove(child)", "                pass",
     ),
-    Fault("sequoia", "D is not renormalised", VERIFICATION, "self._draft /= mass", "self._draft /= 1.0"),
+    Fault("sequoia", "D is not renormalised", SIBLINGS, "self._draft /= mass", "self._draft /= 1.0"),
     Fault(
-        "sequoia", "R is not renormalised", VERIFICATION,
+        "sequoia", "R is not renormalised", SIBLINGS,
         "self._values, self._scale = values / mass, weight * self._scale / mass",
         "self._values, self._scale = values, weight * self._scale",
     ),
@@ -75,23 +76,23 @@ FAULTS = (
         "        return self._u * denominator < numerator",
     ),
     Fault(
-        "sequoia", "the bonus token is drawn from p instead of the residual", VERIFICATION,
-        "weights[self._ids] = torch.from_numpy(self._values).to(weights.device)", "pass",
+        "sequoia", "the bonus token is drawn from p instead of the residual", SIBLINGS,
+        "weights[torch.from_numpy(ids).to(weights.device)] = torch.from_numpy(values).to(weights.device)", "pass",
     ),
     Fault(
-        "sequoia", "q of the node before (off by one)", VERIFICATION,
+        "sequoia", "q of the node before (off by one)", SIBLINGS,
         "row = tree.topology.internal_nodes.index(node)", "row = max(0, tree.topology.internal_nodes.index(node) - 1)",
     ),
     Fault(
-        "sequoia", "siblings are tried in the order of q", VERIFICATION,
+        "sequoia", "siblings are tried in the order of q", SIBLINGS,
         "return iter(self._children)", "return iter(sorted(self._children, key=lambda child: -self.draft(child)))",
     ),
     Fault(
-        "sequoia", "children are drawn from another q than the one that travels", SAMPLING,
+        "sequoia", "children are drawn from another q than the one that travels", CHILDREN,
         "rates = q.weights[row].astype(np.float64)", "rates = q.weights[row].astype(np.float64) ** 2",
     ),
     Fault(
-        "sequoia", "the verifier cuts q once more than the drafter", VERIFICATION,
+        "sequoia", "the verifier cuts q once more than the drafter", SIBLINGS,
         "support = tree.q.weights[row] > 0", "support = tree.q.weights[row] > tree.q.weights[row].max() // 3",
     ),
     Fault(
@@ -106,7 +107,7 @@ FAULTS = (
         "target_distribution(self._adjusted(node), self._decoding.sampling)",
     ),
     Fault(
-        "traversal", "the weight after a failure is z", VERIFICATION,
+        "traversal", "the weight after a failure is z", SIBLINGS,
         "return mass / (mass + (1.0 - weight))", "return mass",
     ),
     Fault(
@@ -114,7 +115,7 @@ FAULTS = (
         "min(1.0, weights[-1] * siblings.target(child)", "min(1.0, siblings.target(child)",
     ),
     Fault(
-        "traversal", "R is not weighted before D is taken off", VERIFICATION,
+        "traversal", "R is not weighted before D is taken off", SIBLINGS,
         "np.maximum(weight * self._values - self._draft, 0.0)", "np.maximum(self._values - self._draft, 0.0)",
     ),
     Fault(
@@ -127,7 +128,7 @@ FAULTS = (
     ),
     Fault(
         "coupled", "the same noise at every position", NOISE,
-        "stream = _mix(seed + (position + 1) * _GOLDEN)", "stream = _mix(seed)",
+        "return _signed(_mix(seed + (position + 1) * _GOLDEN))", "return _signed(_mix(seed))",
     ),
     Fault(
         "coupled", "the verifier's position is off by one", VERIFICATION,
@@ -139,14 +140,15 @@ FAULTS = (
         "return (bits >> count).bitwise_and_((1 << (64 - count)) - 1)", "return bits >> count",
     ),
     Fault(
-        "coupled", "the drafter's noise is not the verifier's", SAMPLING,
+        "coupled", "the drafter's noise is not the verifier's", CHILDREN,
         "gumbel_noise(sampling.seed, position, ids)\n    order",
         "gumbel_noise(sampling.seed + 1, position, ids)\n    order",
     ),
     Fault(
         "sample_and_walk", "after an accepted leaf the likeliest token, not a draw", VERIFICATION,
-        "lambda node: choices.draw(rows.p(node))",
-        "lambda node: choices.draw(rows.p(node)) if tree.topology.children[node] else rows.argmax(node)",
+        "return self._choices.draw(self._p(node))",
+        "p = self._p(node)\n"
+        "        return self._choices.draw(p) if self._tree.topology.children[node] else int(p.argmax())",
     ),
     Fault(
         "sample_and_walk", "tokens of probability 0 can be drawn", SAMPLING,
@@ -166,8 +168,7 @@ FAULTS = (
     ),
     Fault(
         "all", "logprobs are those of the next node", VERIFICATION,
-        "parents, tokens = (0, *verdict.accepted_nodes), verdict.tokens(tree)",
-        "parents, tokens = (*verdict.accepted_nodes, 0), verdict.tokens(tree)",
+        "rows.logprobs((0, *verdict.accepted_nodes)", "rows.logprobs((*verdict.accepted_nodes, 0)",
     ),
 )  # fmt: skip
 

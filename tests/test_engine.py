@@ -40,7 +40,9 @@ class Oracle:
             return self.module(torch.tensor([token_ids])).logits[0, -1]
 
 
-@pytest.fixture(scope="module", params=product(READABLE_ARCHITECTURES, ("graphs", "lean", "transformers")), ids="-".join)
+@pytest.fixture(
+    scope="module", params=product(READABLE_ARCHITECTURES, ("graphs", "lean", "transformers")), ids="-".join
+)
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, Oracle]:
     folder = tmp_path_factory.mktemp("model")
     architecture, engine = request.param

@@ -14,8 +14,9 @@ import reference
 import torch
 
 from sequoia.engine import noise
+from sequoia.engine.children import coupled_children
 from sequoia.engine.noise import gumbel_noise, noise_bits, uniform_noise
-from sequoia.engine.sampling import coupled_children, coupled_token
+from sequoia.engine.sampling import coupled_token
 from sequoia.sampling import Sampling
 
 NODE_CASES = json.loads((Path(__file__).parent / "data" / "acceptance_cases.json").read_text())["vectors"]

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sequoia.engine.sampling import (
-    RandomChoices,
-    argmax,
-    coupled_children,
-    draft_distributions,
-    draw_children,
-    target_distribution,
-    top_children,
-)
+from sequoia.engine.children import coupled_children, draft_distributions, draw_children, top_children
+from sequoia.engine.sampling import RandomChoices, argmax, target_distribution
 from sequoia.errors import Internal, InvalidArgument
 from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions, TokenTree, Topology

@@ -37,8 +37,9 @@ from enumeration import (
     with_top,
 )
 
-from sequoia.engine.sampling import RandomChoices, draft_distributions
-from sequoia.engine.verification import reject_recursively, traverse, walk
+from sequoia.engine.children import draft_distributions
+from sequoia.engine.sampling import RandomChoices
+from sequoia.engine.verification import walk
 from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions, TokenTree, Topology
 
@@ -242,7 +243,7 @@ def sequoia_on_top_children(topology: Topology, p: Laws, q: Laws) -> Callable[[E
 
     def emitted(source: Enumerator) -> Context:
         tree = with_q(topology, q, top_tree(topology, q).token_ids)
-        return reject_recursively(tree, target_p(tree, p), source).tokens(tree)
+        return SEQUOIA(tree, target_p(tree, p), source).tokens(tree)
 
     return emitted
 
@@ -261,7 +262,7 @@ def sequoia_in_the_order_of_q(topology: Topology, p: Laws, q: Laws) -> Callable[
 
     def emitted(source: Enumerator) -> Context:
         tree = drawn_tree(topology, q, source)
-        return reject_recursively(Tree(tree), target_p(tree, p), source).tokens(tree)  # type: ignore[arg-type]
+        return SEQUOIA(Tree(tree), target_p(tree, p), source).tokens(tree)  # type: ignore[arg-type]
 
     return emitted
 
@@ -306,7 +307,7 @@ def one_child(token: int) -> TokenTree:
     return TokenTree(Topology.chain(2), (0, token), q)
 
 
-@pytest.mark.parametrize("verify", [reject_recursively, traverse])
+@pytest.mark.parametrize("verify", [SEQUOIA, TRAVERSAL])
 def test_a_token_with_no_target_probability_is_never_accepted_even_when_the_uniform_number_is_zero(
     verify: Verify,
 ) -> None:
@@ -316,7 +317,7 @@ def test_a_token_with_no_target_probability_is_never_accepted_even_when_the_unif
     assert verdict.bonus_token_id == 0
 
 
-@pytest.mark.parametrize("verify", [reject_recursively, traverse])
+@pytest.mark.parametrize("verify", [SEQUOIA, TRAVERSAL])
 def test_when_p_and_q_are_equal_up_to_rounding_something_is_still_emitted(verify: Verify) -> None:
     """A residual of rounding errors, down to the smallest numbers there are, neither fails nor divides by zero."""
 
@@ -340,7 +341,7 @@ def test_traversal_of_a_very_deep_tree_needs_no_recursion() -> None:
     ids, weights = np.zeros((levels - 1, 1), dtype=np.uint32), np.ones((levels - 1, 1), dtype=np.float32)
     tree = TokenTree(Topology.chain(levels), (0,) * levels, DraftDistributions(ids, weights))
     p = torch.tensor([1.0], dtype=torch.float64)
-    verdict = traverse(tree, lambda node: p, RandomChoices(np.random.default_rng(0)))
+    verdict = TRAVERSAL(tree, lambda node: p, RandomChoices(np.random.default_rng(0)))
     assert len(verdict.accepted_nodes) == levels - 1
 
 
@@ -356,7 +357,7 @@ class Recorder:
         return self.numbers[-1]
 
 
-@pytest.mark.parametrize("verify", [reject_recursively, traverse])
+@pytest.mark.parametrize("verify", [SEQUOIA, TRAVERSAL])
 def test_two_steps_use_a_fresh_number_for_every_choice(verify: Verify) -> None:
     """Reused noise is the fault of the paper's own repository: its numbers were drawn once and served every step."""
     q = DraftDistributions(np.tile(np.arange(3, dtype=np.uint32), (2, 1)), np.array([[1, 2, 3]] * 2, dtype=np.float32))

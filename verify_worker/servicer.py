@@ -31,7 +31,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
-        self._verifier = Verifier(worker.executor, VerifyLimits(worker.prefill_chunk, self._limits.vocab_size))
+        limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, worker.executor.engine.reads_once)
+        self._verifier = Verifier(worker.executor, limits)
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
         """Opens the session with the first message and a first verdict, then answers every step."""

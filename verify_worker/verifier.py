@@ -25,6 +25,7 @@ class VerifyLimits:
 
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the logits has no probability
+    reads_once: bool = False  # see `verify_tree`
 
 
 class VerifySession:
@@ -60,7 +61,9 @@ class VerifySession:
         chain = pending[num_fed:]
         logits = yield tree_segment(self._slot, chain, tree)
         rows = logits[:, : self._limits.vocab_size]
-        verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices)
+        verdict = verify_tree(
+            tree, rows, self._decoding, self._committed, self._choices, reads_once=self._limits.reads_once
+        )
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)
         return verdict

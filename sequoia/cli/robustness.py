@@ -19,17 +19,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig
 
+from sequoia.engine.children import coupled_children, draft_distributions, draw_children, top_children
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.quantization import quantize_int8
-from sequoia.engine.sampling import (
-    RandomChoices,
-    coupled_children,
-    coupled_token,
-    draft_distributions,
-    draw_children,
-    target_distribution,
-    top_children,
-)
+from sequoia.engine.sampling import RandomChoices, coupled_token, target_distribution
+from sequoia.engine.siblings import WholeTarget
 from sequoia.engine.sources import resolve
 from sequoia.engine.verification import reject_recursively, walk
 from sequoia.errors import FailedPrecondition, InvalidArgument
@@ -252,8 +246,8 @@ RULES: dict[str, Callable[[Position], Float]] = {
 
 
 def _reject(at: Position, tokens: tuple[int, ...], *, with_replacement: bool = False) -> Verdict:
-    choices = RandomChoices(at.generator)
-    return reject_recursively(_one_level(tokens, at.q), lambda node: at.p, choices, with_replacement=with_replacement)
+    tree, choices = _one_level(tokens, at.q), RandomChoices(at.generator)
+    return reject_recursively(tree, lambda node: WholeTarget(at.p), choices, with_replacement=with_replacement)
 
 
 def _couple(at: Position, sampling: Sampling) -> Verdict:

@@ -36,9 +36,9 @@ _NUM_TRIALS = 5
 class Arithmetic:
     """How a model is to be computed.
 
-    engine: auto, native, graphs, lean or transformers; auto takes the first of them that can. quantization: none, int8 or int4
-    weights; `is_draft` allows what makes the numbers a little coarser: 8 bits for the inputs of int8 and int4 layers
-    instead of 16. deterministic: a token's logits do not depend on what else is in the forward.
+    engine: auto, native, graphs, lean or transformers; auto takes the first of them that can. quantization: none, int8
+    or int4 weights; `is_draft` allows what makes the numbers a little coarser: 8 bits for the inputs of int8 and int4
+    layers instead of 16. deterministic: a token's logits do not depend on what else is in the forward.
     """
 
     engine: str = "auto"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 _MASK = 2**64 - 1
@@ -19,21 +23,46 @@ def noise_bits(seed: int, position: int, token_ids: Tensor) -> Tensor:
     SplitMix64 of SplitMix64: token t gets the t-th output (from 0) of a generator seeded with the position-th output
     of one seeded with `seed` (0 to 2**64 - 1). Integer arithmetic only, so the bits are equal on CPU and CUDA.
     """
-    stream = _mix(seed + (position + 1) * _GOLDEN)
-    bits = (token_ids + 1).mul_(_signed(_GOLDEN)).add_(_signed(stream))
-    bits.bitwise_xor_(_shifted(bits, 30)).mul_(_signed(_FIRST))
-    bits.bitwise_xor_(_shifted(bits, 27)).mul_(_signed(_SECOND))
-    return bits.bitwise_xor_(_shifted(bits, 31))
+    return _bits((token_ids + 1).mul_(_signed(_GOLDEN)).add_(_stream(seed, position)))
 
 
 def uniform_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """Uniform on the open interval (0, 1), float64: (top 52 bits + 1/2) / 2**52."""
-    return _shifted(noise_bits(seed, position, token_ids), 64 - _BITS).double().add_(0.5).mul_(2.0**-_BITS)
+    return _uniform(noise_bits(seed, position, token_ids))
 
 
 def gumbel_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """Standard Gumbel, -log(-log(u)), float64: argmax(log p + noise) over all tokens is a draw from p."""
-    return uniform_noise(seed, position, token_ids).log_().neg_().log_().neg_()
+    return _gumbel(noise_bits(seed, position, token_ids))
+
+
+def streams(seed: int, positions: Iterable[int]) -> NDArray[np.int64]:
+    """(positions,): what tells the noise of one position from that of another."""
+    return np.array([_stream(seed, position) for position in positions], np.int64)
+
+
+def gumbel_rows(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """`gumbel_noise` of several positions at once: `streams` as (rows, 1) by (tokens,) -> (rows, tokens) float64."""
+    return _gumbel(_bits((token_ids + 1).mul_(_signed(_GOLDEN)) + keys))
+
+
+def _stream(seed: int, position: int) -> int:
+    return _signed(_mix(seed + (position + 1) * _GOLDEN))
+
+
+def _bits(counters: Tensor) -> Tensor:
+    """SplitMix64's output function, in place."""
+    counters.bitwise_xor_(_shifted(counters, 30)).mul_(_signed(_FIRST))
+    counters.bitwise_xor_(_shifted(counters, 27)).mul_(_signed(_SECOND))
+    return counters.bitwise_xor_(_shifted(counters, 31))
+
+
+def _uniform(bits: Tensor) -> Tensor:
+    return _shifted(bits, 64 - _BITS).double().add_(0.5).mul_(2.0**-_BITS)
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    return _uniform(bits).log_().neg_().log_().neg_()
 
 
 def _mix(value: int) -> int:

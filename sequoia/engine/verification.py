@@ -7,15 +7,12 @@ distribution exactly as it is.
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from sequoia.engine.logprobs import token_logprobs
 from sequoia.engine.sampling import (
     Choices,
     Path,
@@ -25,45 +22,48 @@ from sequoia.engine.sampling import (
     log_weights,
     target_distribution,
 )
+from sequoia.engine.siblings import Siblings, Target, WholeTarget
+from sequoia.engine.target_table import TargetTable
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenLogprobs, TokenTree, Verdict
 
-TargetP = Callable[[int], Tensor]  # node -> p after it, (vocabulary,) float64
+Targets = Callable[[int], Target]  # node -> p after it
 
 
 class TargetRows:
     """What the target makes of every node of a tree, each along its own path; computed for the nodes asked for."""
 
-    def __init__(self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...]) -> None:
+    def __init__(
+        self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices
+    ) -> None:
         self._tree, self._logits, self._decoding = tree, logits, decoding  # logits: (size, vocabulary)
-        self._committed = committed
+        self._committed, self._choices = committed, choices
 
-    def p(self, node: int) -> Tensor:
-        """The distribution after `node`, (vocabulary,) float64."""
+    def token(self, node: int) -> int:
+        """The target's own token after `node`, for a rule that walks along it."""
+        rule, sampling = self._decoding.rule, self._decoding.sampling
+        if rule is GREEDY:
+            # Without a copy in float64 where nothing is adjusted: the same order, the same ties.
+            is_adjusted = sampling.adjusts(self._path(node).num_generated)
+            return argmax(self._adjusted(node) if is_adjusted else self._logits[node])
+        if rule is COUPLED:
+            return coupled_token(self._adjusted(node), sampling, self._path(node).position)
+        assert rule is SAMPLE_AND_WALK, rule
+        return self._choices.draw(self._p(node))
+
+    def target(self, node: int) -> WholeTarget:
+        """p after `node`, for a rule that rejects."""
+        return WholeTarget(self._p(node))
+
+    def logprobs(self, nodes: Sequence[int], token_ids: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
+        """Of a token after each node; at temperature 0 what is processed are the adjusted logits."""
+        sampling, adjusted = self._decoding.sampling, [self._adjusted(node) for node in nodes]
+        weights = adjusted if sampling.greedy else [log_weights(row, sampling) for row in adjusted]
+        return token_logprobs(self._logits[list(nodes)], torch.stack(weights), token_ids, count)
+
+    def _p(self, node: int) -> Tensor:
         return target_distribution(self._adjusted(node), self._decoding.sampling)
-
-    def argmax(self, node: int) -> int:
-        """The likeliest token after `node`."""
-        # Without a copy in float64 where nothing is adjusted: the same order, the same ties.
-        is_adjusted = self._decoding.sampling.adjusts(self._path(node).num_generated)
-        return argmax(self._adjusted(node) if is_adjusted else self._logits[node])
-
-    def coupled_token(self, node: int) -> int:
-        """The token after `node` that the seed's noise picks."""
-        return coupled_token(self._adjusted(node), self._decoding.sampling, self._path(node).position)
-
-    def logprobs(self, node: int, token_id: int, count: int) -> TokenLogprobs:
-        """Of `token_id` after `node`, and of the `count` likeliest tokens by the model itself.
-
-        Raw: of the model's logits as they are. Processed: of p; at temperature 0, of the adjusted logits.
-        """
-        sampling, adjusted = self._decoding.sampling, self._adjusted(node)
-        weights = adjusted if sampling.greedy else log_weights(adjusted, sampling)
-        raw, processed = self._logits[node].double().log_softmax(0), weights.log_softmax(0)
-        ids = torch.cat([torch.tensor([token_id], device=raw.device), raw.topk(min(count, len(raw))).indices])
-        (_, own_raw, own), *top = zip(ids.tolist(), raw[ids].tolist(), processed[ids].tolist(), strict=True)
-        return TokenLogprobs(token_id, own_raw, own, tuple(top))
 
     def _path(self, node: int) -> Path:
         return Path(self._committed, self._decoding.num_prompt_tokens, self._tree.path_tokens(node))
@@ -73,30 +73,33 @@ class TargetRows:
 
 
 def verify_tree(
-    tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices
+    tree: TokenTree,
+    logits: Tensor,
+    decoding: Decoding,
+    committed: tuple[int, ...],
+    choices: Choices,
+    *,
+    reads_once: bool = False,
 ) -> Verdict:
     """The verdict on a tree whose nodes have the target's logits (size, vocabulary).
 
-    `committed` are all committed tokens; the last is the tree's root. Raises Internal when the logits are broken.
+    `committed` are all committed tokens; the last is the tree's root. `reads_once`: for all nodes on the logits' device
+    and read from there in one copy, instead of node by node for the few that are visited. Raises Internal when the
+    logits are broken.
     """
-    rows, rule = TargetRows(tree, logits, decoding, committed), decoding.rule
-    if rule is GREEDY:
-        verdict = walk(tree, rows.argmax)
-    elif rule is COUPLED:
-        verdict = walk(tree, rows.coupled_token)
-    elif rule is SAMPLE_AND_WALK:
-        verdict = walk(tree, lambda node: choices.draw(rows.p(node)))
-    elif rule is SEQUOIA:
-        verdict = reject_recursively(tree, rows.p, choices)
+    table = TargetTable if reads_once else TargetRows
+    rows = table(tree, logits, decoding, committed, choices)
+    if decoding.rule is SEQUOIA:
+        verdict = reject_recursively(tree, rows.target, choices)
+    elif decoding.rule is TRAVERSAL:
+        verdict = traverse(tree, rows.target, choices)
     else:
-        assert rule is TRAVERSAL, rule
-        verdict = traverse(tree, rows.p, choices)
-    if decoding.sampling.num_logprobs is None:
-        return verdict
-    parents, tokens = (0, *verdict.accepted_nodes), verdict.tokens(tree)
+        verdict = walk(tree, rows.token)
     count = decoding.sampling.num_logprobs
-    logprobs = (rows.logprobs(node, token, count) for node, token in zip(parents, tokens, strict=True))
-    return Verdict(verdict.accepted_nodes, verdict.bonus_token_id, tuple(logprobs))
+    if count is None:
+        return verdict
+    logprobs = rows.logprobs((0, *verdict.accepted_nodes), verdict.tokens(tree), count)
+    return Verdict(verdict.accepted_nodes, verdict.bonus_token_id, logprobs)
 
 
 def walk(tree: TokenTree, target_token: Callable[[int], int]) -> Verdict:
@@ -115,7 +118,7 @@ def walk(tree: TokenTree, target_token: Callable[[int], int]) -> Verdict:
 
 
 def reject_recursively(
-    tree: TokenTree, target_p: TargetP, choices: Choices, *, with_replacement: bool = False
+    tree: TokenTree, targets: Targets, choices: Choices, *, with_replacement: bool = False
 ) -> Verdict:
     """Sequoia's rule: children drawn without replacement (Chen et al. 2024, arXiv 2402.12374, algorithm 2).
 
@@ -126,7 +129,7 @@ def reject_recursively(
     path: list[int] = []
     node = 0
     while True:
-        siblings = _Siblings(tree, node, target_p(node))
+        siblings = Siblings(tree, node, targets(node))
         for child in siblings:
             if choices.accept(siblings.target(child), siblings.draft(child)) or not siblings.reject(1.0):
                 path.append(node := child)
@@ -137,7 +140,7 @@ def reject_recursively(
             return Verdict(tuple(path), siblings.draw(choices))
 
 
-def traverse(tree: TokenTree, target_p: TargetP, choices: Choices) -> Verdict:
+def traverse(tree: TokenTree, targets: Targets, choices: Choices) -> Verdict:
     """Traversal verification of a tree drawn as for `reject_recursively` (Weng et al. 2025, arXiv 2505.12398).
 
     From the leaves up: a node stands with weight w (the root's is 1), R = p, D = q. Each child c in draw order is tried
@@ -145,7 +148,7 @@ def traverse(tree: TokenTree, target_p: TargetP, choices: Choices) -> Verdict:
     w = z / (z + 1 - w), R = X / z, D[c] = 0, D = norm(D). When no child is left the node succeeds with probability w:
     the path to it is accepted, and the bonus token is drawn from R.
     """
-    visits = [_Siblings(tree, 0, target_p(0))]
+    visits = [Siblings(tree, 0, targets(0))]
     weights, remaining = [1.0], [iter(visits[0])]
     path: list[int] = []
     while True:
@@ -156,7 +159,7 @@ def traverse(tree: TokenTree, target_p: TargetP, choices: Choices) -> Verdict:
             if weight > 0.0:
                 path.append(child)
                 weights.append(weight)
-                visits.append(_Siblings(tree, child, target_p(child)))
+                visits.append(Siblings(tree, child, targets(child)))
                 remaining.append(iter(visits[-1]))
                 continue
         elif choices.accept(weights[-1], 1.0):
@@ -169,67 +172,3 @@ def traverse(tree: TokenTree, target_p: TargetP, choices: Choices) -> Verdict:
         # By the formula 1 stays 1; the root, whose weight it is, must not fail by rounding.
         weights[-1] = left if weights[-1] < 1.0 else 1.0
         visits[-1].remove(child)
-
-
-class _Siblings:
-    """The children of a node under rejection: R, which begins as p, and D, which begins as q.
-
-    R is kept as its values at q's candidates and, elsewhere, as a multiple of p: a rejection then costs q's width and
-    not the vocabulary's.
-    """
-
-    def __init__(self, tree: TokenTree, node: int, p: Tensor) -> None:
-        self._tree, self._children, self._p = tree, tree.topology.children[node], p
-        candidates, self._draft = _q(tree, node) if self._children else (np.empty(0, np.int64), np.empty(0))
-        self._ids = torch.from_numpy(candidates).to(p.device)
-        self._columns = {int(token): column for column, token in enumerate(candidates)}
-        self._values: NDArray[np.float64] = p[self._ids].cpu().numpy()
-        self._scale = 1.0
-        self._outside = float(p.index_fill(0, self._ids, 0.0).sum()) if self._children else 1.0
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._children)
-
-    def target(self, child: int) -> float:
-        """R at the child's token."""
-        return float(self._values[self._column(child)])
-
-    def draft(self, child: int) -> float:
-        """D at the child's token: above 0, because it was drawn from D."""
-        return float(self._draft[self._column(child)])
-
-    def reject(self, weight: float) -> float:
-        """R = norm(max(weight R - D, 0)); returns the new weight z / (z + 1 - weight), where z is the mass before norm.
-
-        0 when weight R and D are equal up to rounding, so that nothing is left to draw from: R then stays as it is.
-        """
-        values = np.maximum(weight * self._values - self._draft, 0.0)
-        mass = float(values.sum()) + weight * self._scale * self._outside
-        if mass < sys.float_info.min:
-            return 0.0
-        self._values, self._scale = values / mass, weight * self._scale / mass
-        return mass / (mass + (1.0 - weight))
-
-    def remove(self, child: int) -> None:
-        """Take the child's token out of D: the next one was drawn from what is left."""
-        self._draft[self._column(child)] = 0.0
-        if (mass := self._draft.sum()) > 0.0:
-            self._draft /= mass
-
-    def draw(self, choices: Choices) -> int:
-        """The bonus token, from R."""
-        weights = self._p * self._scale
-        weights[self._ids] = torch.from_numpy(self._values).to(weights.device)
-        return choices.draw(weights)
-
-    def _column(self, child: int) -> int:
-        return self._columns[self._tree.token_ids[child]]
-
-
-def _q(tree: TokenTree, node: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The candidates of the q that a node's children were drawn from, and their probabilities."""
-    assert tree.q is not None, "the rule needs q"
-    row = tree.topology.internal_nodes.index(node)
-    support = tree.q.weights[row] > 0
-    weights = tree.q.weights[row][support].astype(np.float64)
-    return tree.q.token_ids[row][support].astype(np.int64), weights / math.fsum(weights)

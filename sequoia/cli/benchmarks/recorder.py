@@ -13,11 +13,12 @@ from sequoia.cli.benchmarks.traces import NUM_RANKS, Recording, Text, Trace
 from sequoia.cli.robustness import Pair
 from sequoia.engine import attention
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, tree_segment
+from sequoia.engine.children import coupled_children, top_children
 from sequoia.engine.decoder import TransformersDecoder
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import LoadedModel
-from sequoia.engine.sampling import argmax, coupled_children, coupled_token, top_children
+from sequoia.engine.sampling import argmax, coupled_token
 from sequoia.sampling import Sampling
 from sequoia.topology import TokenTree, Topology
 
