@@ -10,6 +10,7 @@ import numpy as np
 
 from draft_worker.ahead import Ahead
 from draft_worker.growth import Chooser, Growth, Tokens, grow_levels
+from draft_worker.unseen import grow_unseen
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
@@ -26,6 +27,7 @@ class DraftLimits:
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the draft's logits may lie outside the target's
     context_length: int  # longest session, in tokens
+    reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,7 @@ class DraftSession:
         return self._ahead.job()
 
     def _begin(self, topology: Topology) -> Job[Growth]:
-        """A tree with its first level, after the root forward and all that rides along."""
+        """A tree with its first level at least, after the root forward and all that rides along."""
         self._keep_accepted()
         chunk = self._limits.prefill_chunk
         pending = self._committed[self._slot.length :]
@@ -107,7 +109,9 @@ class DraftSession:
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
         growth = Growth(topology, self._committed)
-        if growth.frontier:
+        if growth.frontier and self._limits.reads_once and self._chooser.can_grow_unseen(growth):
+            yield from grow_unseen(self._slot, growth, self._chooser, logits)
+        elif growth.frontier:
             growth.add(self._chooser.level(growth, growth.frontier, logits))
         return growth
 

@@ -18,6 +18,8 @@ from sequoia.topology import DraftDistributions, TokenTree, Topology
 
 # The likeliest tokens besides a node's children that are remembered: what may follow when none of those is accepted.
 NUM_SPARES = 2
+# What a row holds that was forwarded for a node which q had no token for.
+DEAD = -1
 
 Tokens = tuple[int, ...]
 
@@ -45,7 +47,7 @@ def choose_level(
     if decoding.rule.children == "drawn":
         q = draft_distributions(logits, sampling)
         drawn = tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts))
-        return Level(drawn, tuple(_undrawn(q, row, tokens) for row, tokens in enumerate(drawn)), q)
+        return Level(drawn, tuple(undrawn(q, row, tokens) for row, tokens in enumerate(drawn)), q)
     wanted = [count + NUM_SPARES for count in counts]
     if decoding.rule.children == "coupled":
         ranked = coupled_children(logits, sampling, paths[0].position, wanted)
@@ -55,7 +57,7 @@ def choose_level(
     return Level(tuple(row[:count] for row, count in both), tuple(row[count:] for row, count in both))
 
 
-def _undrawn(q: DraftDistributions, row: int, drawn: Tokens) -> Tokens:
+def undrawn(q: DraftDistributions, row: int, drawn: Tokens) -> Tokens:
     """The likeliest tokens of q's row that were not drawn; its candidates stand in descending order."""
     support = q.token_ids[row][q.weights[row] > 0].tolist()
     return tuple(token for token in support if token not in drawn)[:NUM_SPARES]
@@ -67,6 +69,37 @@ class Stem:
 
     path_rows: tuple[int, ...]  # of the tokens between the last committed one and the root, in this order
     first_row: int  # of the tree's own rows, the root's
+
+
+def nodes_segment(
+    slot: KVSlot,
+    shape: Topology,
+    root_position: int,
+    token_ids: Tokens | Tensor,
+    nodes: Sequence[int],
+    forwarded: Sequence[int],
+    stem: Stem | None = None,
+) -> Segment:
+    """The forward of some nodes of a tree of that shape, behind the rows of those forwarded before."""
+    stem = stem or Stem((), 0)
+    behind = np.array([*forwarded, *nodes])
+    positions = root_position + np.array(shape.depths)
+    visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
+    visible[:, list(stem.path_rows)] = True
+    visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(list(nodes), behind)] & (behind != DEAD)
+    row_positions = np.zeros(visible.shape[1], np.int64)
+    row_positions[list(stem.path_rows)] = slot.length + np.arange(len(stem.path_rows))
+    row_positions[stem.first_row :] = positions[behind]
+    return Segment(
+        slot,
+        token_ids,
+        positions[list(nodes)],
+        slot.length,
+        slot.length + stem.first_row + len(forwarded),
+        visible,
+        row_positions,
+        tuple(range(len(nodes))),
+    )
 
 
 class Growth:
@@ -108,8 +141,11 @@ class Growth:
         """Children wanted under each node."""
         return [len(self._planned_children(node)) for node in nodes]
 
-    def add(self, level: Level) -> None:
-        """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some."""
+    def add(self, level: Level, forwarded: Sequence[int] | None = None) -> None:
+        """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some.
+
+        `forwarded`: what the forward's rows hold, where it had more than the frontier; DEAD for a node that is none.
+        """
         grown: list[int] = []
         for index, (node, tokens) in enumerate(zip(self.frontier, level.children, strict=True)):
             self.spares[node] = level.spares[index]
@@ -120,31 +156,15 @@ class Growth:
                 self._planned_nodes.append(planned)
             if tokens and level.q is not None:
                 self._q_rows.append((level.q.token_ids[index], level.q.weights[index]))
-        self.forwarded += [node for node in self.frontier if node or self._stem]
+        rows = self.frontier if forwarded is None else forwarded
+        self.forwarded += [node for node in rows if node or self._stem]
         self.num_levels_grown += 1
         self.frontier = [node for node in grown if self._planned_children(node)]
 
     def segment(self, slot: KVSlot, nodes: Sequence[int]) -> Segment:
         """The forward of some nodes, behind the rows of those forwarded before."""
-        stem = self._stem or Stem((), 0)
-        shape, behind = Topology(tuple(self._parents)), [*self.forwarded, *nodes]
-        positions = len(self.committed) - 1 + np.array(shape.depths)
-        visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
-        visible[:, list(stem.path_rows)] = True
-        visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(nodes, behind)]
-        row_positions = np.zeros(visible.shape[1], np.int64)
-        row_positions[list(stem.path_rows)] = slot.length + np.arange(len(stem.path_rows))
-        row_positions[stem.first_row :] = positions[behind]
-        return Segment(
-            slot,
-            tuple(self._tokens[node] for node in nodes),
-            positions[nodes],
-            slot.length,
-            slot.length + stem.first_row + len(self.forwarded),
-            visible,
-            row_positions,
-            tuple(range(len(nodes))),
-        )
+        tokens, shape = tuple(self._tokens[node] for node in nodes), Topology(tuple(self._parents))
+        return nodes_segment(slot, shape, len(self.committed) - 1, tokens, nodes, self.forwarded, self._stem)
 
     def take_root(self, slot: KVSlot) -> None:
         """The guess came true: the rows of its path and of its root become the slot's next valid ones."""
@@ -154,6 +174,11 @@ class Growth:
         slot.truncate(len(self.committed))
         self.forwarded.remove(0)
         self._stem = None
+
+    @property
+    def planned_frontier(self) -> list[int]:
+        """The planned nodes behind the frontier's."""
+        return [self._planned_nodes[node] for node in self.frontier]
 
     def _planned_children(self, node: int) -> tuple[int, ...]:
         return self.topology.children[self._planned_nodes[node]]
@@ -172,6 +197,10 @@ class Chooser:
         paths = growth.paths(nodes, self.decoding.num_prompt_tokens)
         rows = logits[:, : self.vocab_size]
         return choose_level(rows, self.decoding, paths, growth.child_counts(nodes), self.generator)
+
+    def can_grow_unseen(self, growth: Growth) -> bool:
+        """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""
+        return not self.decoding.sampling.adjusts(len(growth.committed) - self.decoding.num_prompt_tokens)
 
 
 def grow_levels(slot: KVSlot, growth: Growth, chooser: Chooser) -> Job[None]:

@@ -22,7 +22,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
-        limits = DraftLimits(worker.prefill_chunk, worker.description.vocab_size, worker.description.context_length)
+        described, reads_once = worker.description, worker.executor.engine.reads_once
+        limits = DraftLimits(worker.prefill_chunk, described.vocab_size, described.context_length, reads_once)
         self._drafter = Drafter(worker.executor, limits)
         self._account = Account(worker.draft_ahead)
 

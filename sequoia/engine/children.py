@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sequoia.engine.noise import gumbel_noise
 from sequoia.engine.sampling import largest
+from sequoia.engine.transfer import download
 from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions
 
@@ -28,22 +29,32 @@ def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_W
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
+    ids, weights = download(draft_weights(logits, sampling, width))
+    return DraftDistributions(ids.astype(np.uint32), weights)
+
+
+def draft_weights(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> tuple[Tensor, Tensor]:
+    """`draft_distributions` where the logits are: ids int64 and weights float32, (rows, `draft_width`) each."""
     ids, logs = _draft_candidates(logits, sampling, width)
     allowed = torch.arange(ids.shape[1], device=ids.device) * _MOST_DROP
     floored = torch.where(logs > -math.inf, (logs + allowed).cummax(1).values - allowed, -math.inf)
-    weights = floored.exp().bfloat16().float()
-    return DraftDistributions(ids.cpu().numpy().astype(np.uint32), weights.cpu().numpy())
+    return ids, floored.exp().bfloat16().float()
+
+
+def draft_width(vocab_size: int, sampling: Sampling, width: int = DRAFT_WIDTH) -> int:
+    """Columns of q."""
+    return min(width, vocab_size, sampling.top_k or width)
 
 
 def draw_children(q: DraftDistributions, row: int, count: int, generator: np.random.Generator) -> tuple[int, ...]:
     """Up to `count` tokens drawn one after another without replacement from q's row, in draw order.
 
     The order of independent exponential clocks with rates q is the order of such draws; fewer tokens than `count`
-    come back when q has fewer.
+    come back when q has fewer. Every column of the row costs a number, so that a tree's numbers are known beforehand.
     """
     rates = q.weights[row].astype(np.float64)
     support = np.flatnonzero(rates)
-    clocks = generator.standard_exponential(len(support)) / rates[support]
+    clocks = generator.standard_exponential(len(rates))[support] / rates[support]
     return tuple(int(token) for token in q.token_ids[row][support[np.argsort(clocks, kind="stable")[:count]]])
 
 
@@ -54,13 +65,41 @@ def coupled_children(
 
     The children of one depth share `position`, and with it the noise.
     """
+    ranked, finite = download(coupled_ranking(logits, sampling, position))
+    rows = zip(ranked.tolist(), counts, finite.tolist(), strict=True)
+    return tuple(tuple(row[: min(count, most)]) for row, count, most in rows)
+
+
+def coupled_ranking(logits: Tensor, sampling: Sampling, position: int) -> tuple[Tensor, Tensor]:
+    """Each row's candidates by log q + noise, best first, (rows, width) int64, and how many of them q has, (rows,)."""
     assert sampling.seed is not None, "the coupled rule needs a seed"
     ids, logs = _draft_candidates(logits, sampling, COUPLED_WIDTH)
     races = logs.double() + gumbel_noise(sampling.seed, position, ids)
     order = races.argsort(dim=1, descending=True, stable=True)
-    finite = (logs > -math.inf).sum(dim=1).tolist()
-    ranked = ids.gather(1, order).tolist()
-    return tuple(tuple(row[: min(count, most)]) for row, count, most in zip(ranked, counts, finite, strict=True))
+    return ids.gather(1, order), (logs > -math.inf).sum(dim=1)
+
+
+def drawn_ranking(ids: Tensor, weights: Tensor, exponentials: Tensor) -> tuple[Tensor, Tensor]:
+    """`draw_children` of whole rows: ids (rows, width) in draw order, and how many of them q has, (rows,).
+
+    `exponentials` are standard ones, (rows, width) float64.
+    """
+    rates = weights.double()
+    clocks = torch.where(rates > 0.0, exponentials / rates, math.inf)
+    return ids.gather(1, clocks.argsort(dim=1, stable=True)), (rates > 0.0).sum(dim=1)
+
+
+def top_ranking(logits: Tensor, count: int) -> Tensor:
+    """`top_children` of whole rows (rows, vocabulary), without a look at them: (rows, at most count) int64.
+
+    The largest of integers that hold a logit's order above, the order of its bits made that of its value, and the
+    falling order of ids below: no two are equal, so topk has nothing to choose.
+    """
+    bits = (logits.float() + 0.0).view(torch.int32).long()  # the sum makes -0 and 0 one
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = 2**32 - 1
+    keys = (ordered << 32) | (last - torch.arange(logits.shape[1], device=logits.device))
+    return last - (keys.topk(min(count, logits.shape[1])).values & last)
 
 
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
@@ -81,8 +120,7 @@ def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[T
 
     A row with NaN has no candidates.
     """
-    width = min(width, logits.shape[1], sampling.top_k or width)
-    top = logits.float().topk(width)
+    top = logits.float().topk(draft_width(logits.shape[1], sampling, width))
     logs = ((top.values - top.values[:, :1]) / sampling.temperature).nan_to_num(nan=-math.inf, neginf=-math.inf)
     if sampling.min_p > 0.0:
         logs = logs.masked_fill(logs < math.log(sampling.min_p), -math.inf)

@@ -1,0 +1,119 @@
+"""A tree grown where the logits are: its shape is known beforehand, and its tokens are read when it is whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from draft_worker.growth import DEAD, NUM_SPARES, Chooser, Growth, Level, nodes_segment, undrawn
+from sequoia.engine.children import coupled_ranking, draft_weights, draft_width, drawn_ranking, top_ranking
+from sequoia.engine.executor import Job
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.transfer import Array, download, upload
+from sequoia.topology import DraftDistributions, Topology
+
+
+class Ranking(NamedTuple):
+    """The tokens that nodes of one depth may have as children, on the device."""
+
+    token_ids: Tensor  # (nodes, width) int64, in the order of the ranks
+    num_tokens: Tensor  # (nodes,) int64: how many of them there are; those behind are any
+    q: tuple[Tensor, ...] = ()  # for draws: ids (nodes, width) int64 and weights float32
+
+
+class _Plan(NamedTuple):
+    """What the host knows of a tree before it has a token: `nodes` are the planned ones that get children, by depth."""
+
+    nodes: tuple[tuple[int, ...], ...]
+    parent_rows: tuple[Tensor, ...]  # of each depth's nodes but the root: which of the nodes above is the parent
+    ranks: tuple[Tensor, ...]  # among its children
+    exponentials: tuple[Tensor, ...]  # (nodes, width of q) float64 by depth; none where nothing is drawn
+
+
+def grow_unseen(slot: KVSlot, growth: Growth, chooser: Chooser, logits: Tensor) -> Job[None]:
+    """Grow the whole tree from its root's logits (1, vocabulary): one forward a level, and one copy to the host.
+
+    Where q has fewer tokens than a node has children, what is missing is forwarded like the rest and dropped when the
+    tree is read. The tree is the one that `grow_levels` grows.
+    """
+    shape = growth.topology
+    plan = _plan(shape, chooser, logits)
+    rankings: list[Ranking] = []
+    forwarded: list[int] = []
+    for depth, nodes in enumerate(plan.nodes):
+        if depth:
+            above = rankings[-1].token_ids
+            tokens = above[plan.parent_rows[depth - 1], plan.ranks[depth - 1].clamp(max=above.shape[1] - 1)]
+            logits = yield nodes_segment(slot, shape, len(growth.committed) - 1, tokens, nodes, forwarded)
+            forwarded += nodes
+        rankings.append(_rank(logits[:, : chooser.vocab_size], growth, chooser, depth, plan))
+    for nodes, ranking in zip(plan.nodes, _read(rankings), strict=True):
+        live = dict(zip(growth.planned_frontier, growth.frontier, strict=True))
+        rows = [row for row, node in enumerate(nodes) if node in live]
+        level = _level(ranking, rows, growth.child_counts(growth.frontier))
+        growth.add(level, [live.get(node, DEAD) for node in nodes])
+
+
+def _plan(shape: Topology, chooser: Chooser, like: Tensor) -> _Plan:
+    nodes = tuple(_nodes_by_depth(shape))
+    rows = [[above.index(shape.parents[node]) for node in below] for above, below in pairwise(nodes)]
+    ranks = [[shape.ranks[node] for node in below] for below in nodes[1:]]
+    arrays: list[Array] = [np.array(each, np.int64) for each in (*rows, *ranks)]
+    if chooser.decoding.rule.children == "drawn":
+        width = draft_width(chooser.vocab_size, chooser.decoding.sampling)
+        arrays += [chooser.generator.standard_exponential((len(each), width)) for each in nodes]
+    uploaded = upload(arrays, like.device)
+    below = len(rows)
+    return _Plan(nodes, tuple(uploaded[:below]), tuple(uploaded[below : 2 * below]), tuple(uploaded[2 * below :]))
+
+
+def _nodes_by_depth(shape: Topology) -> Iterator[tuple[int, ...]]:
+    """Nodes with children, in the order in which a growth comes to them."""
+    nodes: tuple[int, ...] = (0,)
+    while nodes:
+        yield nodes
+        nodes = tuple(child for node in nodes for child in shape.children[node] if shape.children[child])
+
+
+def _rank(logits: Tensor, growth: Growth, chooser: Chooser, depth: int, plan: _Plan) -> Ranking:
+    """What `choose_level` chooses from, for nodes of one depth with these logits (nodes, vocabulary)."""
+    kind, sampling = chooser.decoding.rule.children, chooser.decoding.sampling
+    count = NUM_SPARES + max(len(growth.topology.children[node]) for node in plan.nodes[depth])
+    if kind == "drawn":
+        q = draft_weights(logits, sampling)
+        return Ranking(*drawn_ranking(*q, plan.exponentials[depth]), q)
+    if kind == "coupled":
+        token_ids, num_tokens = coupled_ranking(logits, sampling, len(growth.committed) + depth)
+        return Ranking(token_ids[:, :count], num_tokens)
+    token_ids = top_ranking(logits, count)
+    return Ranking(token_ids, token_ids.new_full((len(token_ids),), token_ids.shape[1]))
+
+
+class _ReadRanking(NamedTuple):
+    """A `Ranking` on the host."""
+
+    token_ids: Array
+    num_tokens: Array
+    q: tuple[Array, ...]
+
+
+def _read(rankings: Sequence[Ranking]) -> list[_ReadRanking]:
+    """All of them in one copy."""
+    arrays = iter(download([tensor for each in rankings for tensor in (each.token_ids, each.num_tokens, *each.q)]))
+    return [_ReadRanking(next(arrays), next(arrays), tuple(next(arrays) for _ in each.q)) for each in rankings]
+
+
+def _level(ranking: _ReadRanking, rows: Sequence[int], counts: Sequence[int]) -> Level:
+    """The children of the nodes in some rows, `counts[i]` of them or as many as there are, as `choose_level` has it."""
+    ranked = [tuple(ranking.token_ids[row, : ranking.num_tokens[row]].tolist()) for row in rows]
+    children = tuple(tokens[:count] for tokens, count in zip(ranked, counts, strict=True))
+    if not ranking.q:
+        behind = (tokens[count : count + NUM_SPARES] for tokens, count in zip(ranked, counts, strict=True))
+        return Level(children, tuple(behind))
+    token_ids, weights = (each[list(rows)] for each in ranking.q)
+    q = DraftDistributions(token_ids.astype(np.uint32), weights)
+    return Level(children, tuple(undrawn(q, row, tokens) for row, tokens in enumerate(children)), q)
