@@ -86,7 +86,7 @@ def nodes_segment(
     positions = root_position + np.array(shape.depths)
     visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
     visible[:, list(stem.path_rows)] = True
-    visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(list(nodes), behind)] & (behind != DEAD)
+    visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(np.array(nodes), behind)] & (behind != DEAD)
     row_positions = np.zeros(visible.shape[1], np.int64)
     row_positions[list(stem.path_rows)] = slot.length + np.arange(len(stem.path_rows))
     row_positions[stem.first_row :] = positions[behind]

@@ -144,7 +144,7 @@ class KVCache(Cache):
     def allocate(self, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Allocate the rows of every layer."""
         kind = torch.empty((num_kv_heads, 0, head_size), dtype=dtype, device=device)
-        self.write_rows = self.write_rows.to(device)
+        self.write_rows = torch.empty(0, dtype=torch.int64, device=device)
         for layer in self._layers:
             layer.allocate(kind, kind)
 
