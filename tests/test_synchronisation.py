@@ -114,7 +114,7 @@ class Steps:
         verify_limits = VerifyLimits(8, 400, reads_once)
         with cache.slot() as a, cache.slot() as b:
             draft = DraftSession(a, self._draft_decoding, np.random.default_rng(1), draft_limits)
-            choices = RandomChoices(np.random.default_rng(2))
+            choices = RandomChoices(np.random.default_rng(4))
             verify = VerifySession(b, PROMPT, self._decoding, choices, verify_limits)
             draft.commit(0, PROMPT)
             for _ in range(count):
