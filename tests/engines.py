@@ -15,6 +15,7 @@ def load_engine(
     folder: Path,
     *,
     dtype: str = "float32",
+    device: str = "cpu",
     engine: str = "auto",
     quantization: str = "none",
     is_draft: bool = False,
@@ -23,9 +24,9 @@ def load_engine(
     slot_rows: int = 256,
     reads_once: bool | None = None,
 ) -> Engine:
-    """One thread, on the CPU."""
+    """One thread."""
     files = resolve(str(folder))
-    model = load_model(files, dtype=dtype, device="cpu")
+    model = load_model(files, dtype=dtype, device=device)
     arithmetic = Arithmetic(engine, quantization, is_draft, deterministic, num_threads=1)
     num_layers = model.module.config.num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)

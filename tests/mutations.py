@@ -19,11 +19,14 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", "protos", "pyproject.toml", "README.md")
 # The proofs that need no server; those that say most of a rule are run first.
-PROOFS = ("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py")
+PROOFS = (
+    *("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py"),
+    *("test_target_table.py", "test_children.py", "test_unseen.py"),
+)
 FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
 SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
-NOISE = "sequoia/engine/noise.py"
+NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.py", "draft_worker/unseen.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,30 @@ FAULTS = (
     Fault(
         "sample_and_walk", "the bonus token is one of the children's", VERIFICATION,
         "return Verdict(tuple(path), token)", "return Verdict(tuple(path), tree.token_ids[-1])",
+    ),
+    Fault(
+        "greedy", "read at once: ties of the draft go to the larger id", CHILDREN,
+        "(last - torch.arange(logits.shape[1]", "(torch.arange(logits.shape[1]",
+    ),
+    Fault(
+        "sequoia", "read at once: the mass outside the candidates is p's, not the residual's", TABLE,
+        "np.append(values, scale * self.outside)", "np.append(values, self.outside)",
+    ),
+    Fault(
+        "sequoia", "read at once: the token from outside may be a candidate", TABLE,
+        "own.scatter(1, ids, -math.inf)", "own",
+    ),
+    Fault(
+        "sequoia", "grown unseen: draws of one depth serve the next", UNSEEN,
+        "drawn_ranking(*q, plan.exponentials[depth])", "drawn_ranking(*q, plan.exponentials[0][:1])",
+    ),
+    Fault(
+        "coupled", "read at once: all depths share the root's noise", TABLE,
+        "noise.index_select(0, depths)", "noise.index_select(0, depths * 0)",
+    ),
+    Fault(
+        "sample_and_walk", "read at once: every node draws with the same numbers", SAMPLING,
+        "streams(key, range(len(logs)))", "streams(key, [0] * len(logs))",
     ),
     Fault(
         "all", "min_tokens is off by one", SAMPLING,

@@ -15,7 +15,7 @@ import torch
 
 from sequoia.engine import noise
 from sequoia.engine.children import coupled_children
-from sequoia.engine.noise import gumbel_noise, noise_bits, uniform_noise
+from sequoia.engine.noise import gumbel_noise, gumbel_rows, noise_bits, streams, uniform_noise
 from sequoia.engine.sampling import coupled_token
 from sequoia.sampling import Sampling
 
@@ -42,6 +42,12 @@ def test_a_token_has_its_noise_whatever_tokens_are_asked_for_beside_it() -> None
     whole = noise_bits(5, 9, torch.arange(1000))
     some = torch.tensor([[3, 999], [500, 3]])
     assert torch.equal(noise_bits(5, 9, some), whole[some])
+
+
+def test_many_positions_at_once_have_the_noise_of_each() -> None:
+    ids, positions = torch.arange(300), (0, 5, 2, 5)
+    rows = gumbel_rows(torch.from_numpy(streams(11, positions))[:, None], ids)
+    assert torch.equal(rows, torch.stack([gumbel_noise(11, position, ids) for position in positions]))
 
 
 def test_another_process_has_the_same_noise() -> None:

@@ -72,6 +72,20 @@ def test_an_index_of_weight_zero_is_never_drawn() -> None:
     assert {choices.draw(weights) for _ in range(2000)} <= {1, 3}
 
 
+def test_races_have_the_law_of_their_rows_with_fresh_numbers_for_every_row_and_call() -> None:
+    """Chi-square of 2 x 10,000 draws over 4 tokens each: 3 degrees of freedom, 1e-4 quantile 21.1."""
+    p = torch.tensor([[0.5, 0.0, 0.3, 0.2], [1e-3, 0.4, 0.5, 0.099]], dtype=torch.float64)
+    choices, draws = RandomChoices(np.random.default_rng(0)), 10_000
+    found = torch.stack([choices.race(p.log()) for _ in range(draws)])
+    for row in range(2):
+        counts = torch.bincount(found[:, row], minlength=4).double()
+        assert counts[p[row] == 0.0].sum() == 0
+        expected = draws * p[row][p[row] > 0.0]
+        assert ((counts[p[row] > 0.0] - expected).square() / expected).sum() < 21.1
+    both = torch.stack([choices.race(p[:1].log().expand(2, -1)) for _ in range(1000)])
+    assert 0.33 < (both[:, 0] == both[:, 1]).double().mean() < 0.43, "rows share their numbers"  # 0.38 by chance
+
+
 def test_children_are_drawn_without_replacement_from_q() -> None:
     """Chi-square over the 6 ordered pairs of 3 tokens, 20,000 draws: 5 degrees of freedom, 1e-4 quantile 25.7."""
     weights = np.array([5, 3, 2])
