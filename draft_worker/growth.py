@@ -82,24 +82,16 @@ def nodes_segment(
 ) -> Segment:
     """The forward of some nodes of a tree of that shape, behind the rows of those forwarded before."""
     stem = stem or Stem((), 0)
-    behind = np.array([*forwarded, *nodes])
+    path, behind = list(stem.path_rows), np.array([*forwarded, *nodes])
     positions = root_position + np.array(shape.depths)
     visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
-    visible[:, list(stem.path_rows)] = True
+    visible[:, path] = True
     visible[:, stem.first_row :] = shape.ancestor_mask[np.ix_(np.array(nodes), behind)] & (behind != DEAD)
     row_positions = np.zeros(visible.shape[1], np.int64)
-    row_positions[list(stem.path_rows)] = slot.length + np.arange(len(stem.path_rows))
+    row_positions[path] = slot.length + np.arange(len(path))
     row_positions[stem.first_row :] = positions[behind]
-    return Segment(
-        slot,
-        token_ids,
-        positions[list(nodes)],
-        slot.length,
-        slot.length + stem.first_row + len(forwarded),
-        visible,
-        row_positions,
-        tuple(range(len(nodes))),
-    )
+    first_row, wanted = slot.length + stem.first_row + len(forwarded), tuple(range(len(nodes)))
+    return Segment(slot, token_ids, positions[list(nodes)], slot.length, first_row, visible, row_positions, wanted)
 
 
 class Growth:

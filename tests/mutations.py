@@ -195,7 +195,7 @@ FAULTS = (
     ),
     Fault(
         "all", "logprobs are those of the next node", VERIFICATION,
-        "rows.logprobs((0, *verdict.accepted_nodes)", "rows.logprobs((*verdict.accepted_nodes, 0)",
+        "target.logprobs((0, *verdict.accepted_nodes)", "target.logprobs((*verdict.accepted_nodes, 0)",
     ),
 )  # fmt: skip
 

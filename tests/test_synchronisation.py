@@ -37,7 +37,7 @@ WARM = Sampling(0.9, top_p=0.95, top_k=50, min_p=0.01)
 DECODINGS = {
     "greedy": Decoding(GREEDY, Sampling(0.0), 1),
     "coupled": Decoding(COUPLED, replace(WARM, seed=7), 1),
-    "sample_and_walk": Decoding(SAMPLE_AND_WALK, WARM, 1),
+    "sample_and_walk": Decoding(SAMPLE_AND_WALK, replace(WARM, temperature=0.3), 1),
     "sequoia": Decoding(SEQUOIA, WARM, 1),
     "traversal": Decoding(TRAVERSAL, WARM, 1),
     "dead nodes": Decoding(SEQUOIA, replace(WARM, top_k=2), 1),

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from pretend_device import DEVICE, PretendDevice
 
-from sequoia.engine.transfer import download, upload
+from sequoia.engine.transfer import download, staged, unpacked, upload
 
 CPU = torch.device("cpu")
 ARRAYS = (
@@ -20,9 +20,11 @@ ARRAYS = (
 
 
 def test_arrays_keep_their_shapes_dtypes_and_numbers() -> None:
-    for array, tensor in zip(ARRAYS, upload(ARRAYS, CPU), strict=True):
-        np.testing.assert_array_equal(tensor.numpy(), array)
-        assert tensor.numpy().dtype == array.dtype
+    packed = unpacked(staged(ARRAYS, CPU), ARRAYS)
+    for array, *tensors in zip(ARRAYS, upload(ARRAYS, CPU), packed, strict=True):
+        for tensor in tensors:
+            np.testing.assert_array_equal(tensor.numpy(), array)
+            assert tensor.numpy().dtype == array.dtype
 
 
 def test_tensors_come_back_as_they_are() -> None:

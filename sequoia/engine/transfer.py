@@ -40,7 +40,12 @@ def unpacked(buffer: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
 
 
 def upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """The arrays (int64, float64, float32 or bool) as tensors on the device, by one copy that nobody waits for."""
+    """The arrays (int64, float64, float32 or bool) as tensors on the device, by one copy that nobody waits for.
+
+    On the CPU they share the arrays' memory.
+    """
+    if device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(array)).view(array.shape) for array in arrays]
     return unpacked(staged(arrays, device).to(device, non_blocking=True), arrays)
 
 

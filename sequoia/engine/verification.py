@@ -8,6 +8,7 @@ distribution exactly as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from sequoia.engine.sampling import (
 )
 from sequoia.engine.siblings import Siblings, Target, WholeTarget
 from sequoia.engine.target_table import TargetTable
-from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL
+from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenLogprobs, TokenTree, Verdict
 
@@ -87,19 +88,20 @@ def verify_tree(
     and read from there in one copy, instead of node by node for the few that are visited. Raises Internal when the
     logits are broken.
     """
-    table = TargetTable if reads_once else TargetRows
-    rows = table(tree, logits, decoding, committed, choices)
-    if decoding.rule is SEQUOIA:
-        verdict = reject_recursively(tree, rows.target, choices)
-    elif decoding.rule is TRAVERSAL:
-        verdict = traverse(tree, rows.target, choices)
-    else:
-        verdict = walk(tree, rows.token)
-    count = decoding.sampling.num_logprobs
-    if count is None:
+    target = (TargetTable if reads_once else TargetRows)(tree, logits, decoding, committed, choices)
+    verdict = _verdict(tree, target, decoding.rule, choices)
+    if (count := decoding.sampling.num_logprobs) is None:
         return verdict
-    logprobs = rows.logprobs((0, *verdict.accepted_nodes), verdict.tokens(tree), count)
-    return Verdict(verdict.accepted_nodes, verdict.bonus_token_id, logprobs)
+    logprobs = target.logprobs((0, *verdict.accepted_nodes), verdict.tokens(tree), count)
+    return replace(verdict, logprobs=logprobs)
+
+
+def _verdict(tree: TokenTree, rows: TargetRows | TargetTable, rule: Rule, choices: Choices) -> Verdict:
+    if rule is SEQUOIA:
+        return reject_recursively(tree, rows.target, choices)
+    if rule is TRAVERSAL:
+        return traverse(tree, rows.target, choices)
+    return walk(tree, rows.token)
 
 
 def walk(tree: TokenTree, target_token: Callable[[int], int]) -> Verdict:
