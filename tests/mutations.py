@@ -39,7 +39,7 @@ class Fault:
 FAULTS = (
     Fault(
         "greedy", "ties go to the larger id", SAMPLING,
-        "return int(logits.argmax())", "return len(logits) - 1 - int(logits.flip(0).argmax())",
+        "token = int(values.argmax())", "token = len(values) - 1 - int(values[::-1].argmax())",
     ),
     Fault(
         "greedy", "a child is followed whose token is not the target's", VERIFICATION,
@@ -96,7 +96,7 @@ FAULTS = (
     ),
     Fault(
         "sequoia", "the nucleus is that of another temperature", SAMPLING,
-        "        p = scaled.softmax(0)\n        scaled", "        p = (scaled * 0.5).softmax(0)\n        scaled",
+        "weights = on_host(logs.exp())", "weights = on_host((logs * 0.5).exp())",
     ),
     Fault(
         "sequoia", "top-p cuts the residual instead of p", VERIFICATION,
@@ -140,8 +140,16 @@ FAULTS = (
     ),
     Fault(
         "coupled", "the drafter's noise is not the verifier's", SAMPLING,
-        "gumbel_noise(sampling.seed, position, ids)\n    order",
-        "gumbel_noise(sampling.seed + 1, position, ids)\n    order",
+        "gumbel_noise(sampling.seed, position, torch.from_numpy(ids))",
+        "gumbel_noise(sampling.seed + 1, position, torch.from_numpy(ids))",
+    ),
+    Fault(
+        "coupled", "the others race without noise", SAMPLING,
+        "math.log(mass) + float(gumbel_noise(sampling.seed, position, own[:1]))", "math.log(mass)",
+    ),
+    Fault(
+        "coupled", "the others' draw uses the noise of their race", SAMPLING,
+        "uniform_noise(sampling.seed, position, own[1:])", "uniform_noise(sampling.seed, position, own[:1])",
     ),
     Fault(
         "sample_and_walk", "after an accepted leaf the likeliest token, not a draw", VERIFICATION,
@@ -150,7 +158,7 @@ FAULTS = (
     ),
     Fault(
         "sample_and_walk", "tokens of probability 0 can be drawn", SAMPLING,
-        "self._generator.random() * total, right=True", "self._generator.random() * 0.0, right=False",
+        "uniform * float(cumulative[-1]), right=True", "0.0, right=False",
     ),
     Fault(
         "sample_and_walk", "the bonus token is one of the children's", VERIFICATION,

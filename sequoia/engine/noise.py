@@ -11,13 +11,16 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 # 52 bits and a half: 53 would round the largest up to 1.
 _BITS = 52
+# Ids without a token: all tokens that have no noise of their own, and the draw of one of them.
+OTHERS, DRAW_FROM_OTHERS = -1, -2
 
 
 def noise_bits(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """The integers behind the noise, same shape as `token_ids` (int64), as int64 in two's complement.
 
-    SplitMix64 of SplitMix64: token t gets the t-th output (from 0) of a generator seeded with the position-th output
-    of one seeded with `seed` (0 to 2**64 - 1). Integer arithmetic only, so the bits are equal on CPU and CUDA.
+    SplitMix64 of SplitMix64: token t gets the t-th output (from 0; -1 and -2 are those before) of a generator seeded
+    with the position-th output of one seeded with `seed` (0 to 2**64 - 1). Integer arithmetic only, so the bits are
+    equal on CPU and CUDA.
     """
     stream = _mix(seed + (position + 1) * _GOLDEN)
     bits = (token_ids + 1).mul_(_signed(_GOLDEN)).add_(_signed(stream))
@@ -32,7 +35,7 @@ def uniform_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel, -log(-log(u)), float64: argmax(log p + noise) over all tokens is a draw from p."""
+    """Standard Gumbel, -log(-log(u)), float64: argmax(log p + noise) is a draw from p (Gumbel-max)."""
     return uniform_noise(seed, position, token_ids).log_().neg_().log_().neg_()
 
 

@@ -10,16 +10,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from sequoia.engine.noise import gumbel_noise
+from sequoia.engine.largest import largest, on_host
+from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, gumbel_noise, uniform_noise
 from sequoia.errors import Internal
 from sequoia.sampling import Sampling
-from sequoia.topology import DraftDistributions
+from sequoia.topology import DraftDistributions, Int
 
 # Candidates kept of a draft distribution: at 32 the loss of tokens per step is at most 1 %.
 DRAFT_WIDTH = 32
-# Candidates to which the drafter adds noise. Tokens further down q seldom win the race.
+# Tokens with noise of their own, of p and of q. In q those further down seldom win the race.
 COUPLED_WIDTH = 256
 # In q no candidate is less likely than 2**-10 of the one before it. However cold the draft, the second child then comes
 # before the third: without this the trees of low temperatures would have one child a node. It costs 0.1 % at rank 0.
@@ -74,10 +76,7 @@ class RandomChoices:
 
     def draw(self, weights: Tensor) -> int:
         """By inversion; an index of weight 0 is never drawn."""
-        cumulative = weights.cumsum(0)
-        total = float(cumulative[-1])
-        index = int(torch.searchsorted(cumulative, self._generator.random() * total, right=True))
-        return index if index < len(weights) else int(weights.nonzero()[-1])
+        return _invert(weights, self._generator.random())
 
 
 def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path) -> Tensor:
@@ -111,33 +110,50 @@ def log_weights(adjusted: Tensor, sampling: Sampling) -> Tensor:
     Ties at a cut are resolved by (logit descending, id ascending). Raises Internal when the logits have no finite
     largest value, as with NaN.
     """
-    scaled = (adjusted - _peak(adjusted)) / sampling.temperature
+    scaled = (adjusted - _peak(on_host(adjusted).max())).div_(sampling.temperature)
     if sampling.min_p > 0.0:
-        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
+        scaled.masked_fill_(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < len(scaled):
-        scaled = scaled.masked_fill(~_largest(scaled, scaled.topk(sampling.top_k).values), -math.inf)
+        scaled = _only(scaled, largest(scaled, sampling.top_k))
     if sampling.top_p < 1.0:
-        p = scaled.softmax(0)
-        scaled = scaled.masked_fill(~_largest(p, _nucleus(p, sampling.top_p)), -math.inf)
+        scaled = _only(scaled, _nucleus(scaled, sampling.top_p))
     return scaled
 
 
 def target_distribution(adjusted: Tensor, sampling: Sampling) -> Tensor:
     """p of one row of adjusted logits (vocabulary,): float64, sums to 1."""
-    return log_weights(adjusted, sampling).softmax(0)
+    weights = log_weights(adjusted, sampling).exp_()
+    return weights.div_(weights.sum())
 
 
 def argmax(logits: Tensor) -> int:
     """The most likely token of a row (vocabulary,); ties go to the smaller id. Raises Internal on NaN."""
-    _peak(logits)
-    return int(logits.argmax())
+    values = on_host(logits)
+    token = int(values.argmax())
+    _peak(values[token])
+    return token
 
 
-def coupled_token(adjusted: Tensor, sampling: Sampling, position: int) -> int:
-    """argmax(log p + noise): a draw from p that is the same whatever the draft, the tree, or the process."""
+def coupled_token(adjusted: Tensor, sampling: Sampling, position: int, width: int = COUPLED_WIDTH) -> int:
+    """A draw from p that is the same whatever the draft, the tree, or the process.
+
+    The `width` likeliest tokens race, each with log p + its noise, and against them all other tokens as one, with the
+    log of their mass and noise of its own, which is how the best of their races is distributed (Gumbel-max). If the
+    others win, one of them is drawn by inversion. So only a few tokens' noise is ever computed.
+    """
     assert sampling.seed is not None, "the coupled rule needs a seed"
-    ids = torch.arange(len(adjusted), device=adjusted.device)
-    return int(gumbel_noise(sampling.seed, position, ids).add_(log_weights(adjusted, sampling)).argmax())
+    logs = log_weights(adjusted, sampling)
+    ids = torch.from_numpy(largest(logs, width)).to(logs.device)
+    races = gumbel_noise(sampling.seed, position, ids).add_(logs[ids])
+    best = int(races.argmax())
+    if len(ids) < width:
+        return int(ids[best])
+    others = logs.exp_().index_fill_(0, ids, 0.0)
+    mass = float(others.sum())
+    own = torch.tensor([OTHERS, DRAW_FROM_OTHERS], device=logs.device)
+    if mass <= 0.0 or math.log(mass) + float(gumbel_noise(sampling.seed, position, own[:1])) <= float(races[best]):
+        return int(ids[best])
+    return _invert(others, float(uniform_noise(sampling.seed, position, own[1:])))
 
 
 def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
@@ -145,11 +161,14 @@ def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_W
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
-    ids, logs = _draft_candidates(logits, sampling, width)
-    allowed = torch.arange(ids.shape[1], device=ids.device) * _MOST_DROP
-    floored = torch.where(logs > -math.inf, (logs + allowed).cummax(1).values - allowed, -math.inf)
-    weights = floored.exp().bfloat16().float()
-    return DraftDistributions(ids.cpu().numpy().astype(np.uint32), weights.cpu().numpy())
+    candidates = [_draft_candidates(row, sampling, width) for row in logits]
+    shape = len(candidates), max(1, *(len(ids) for ids, _ in candidates))
+    token_ids, weights = np.zeros(shape, np.uint32), np.zeros(shape, np.float32)
+    for row, (ids, logs) in enumerate(candidates):
+        allowed = np.arange(len(ids)) * _MOST_DROP
+        floored = np.where(logs > -np.inf, np.maximum.accumulate(logs + allowed) - allowed, -np.inf)
+        token_ids[row, : len(ids)], weights[row, : len(ids)] = ids, np.exp(floored)
+    return DraftDistributions(token_ids, torch.from_numpy(weights).bfloat16().float().numpy())
 
 
 def draw_children(q: DraftDistributions, row: int, count: int, generator: np.random.Generator) -> tuple[int, ...]:
@@ -172,45 +191,46 @@ def coupled_children(
     The children of one depth share `position`, and with it the noise.
     """
     assert sampling.seed is not None, "the coupled rule needs a seed"
-    ids, logs = _draft_candidates(logits, sampling, COUPLED_WIDTH)
-    races = logs.double() + gumbel_noise(sampling.seed, position, ids)
-    order = races.argsort(dim=1, descending=True, stable=True)
-    finite = (logs > -math.inf).sum(dim=1).tolist()
-    ranked = ids.gather(1, order).tolist()
-    return tuple(tuple(row[: min(count, most)]) for row, count, most in zip(ranked, counts, finite, strict=True))
+    children = []
+    for row, count in zip(logits, counts, strict=True):
+        ids, logs = _draft_candidates(row, sampling, COUPLED_WIDTH)
+        races = logs + gumbel_noise(sampling.seed, position, torch.from_numpy(ids)).numpy()
+        order = np.argsort(-races, kind="stable")[:count]
+        children.append(tuple(ids[order][np.isfinite(logs[order])].tolist()))
+    return tuple(children)
 
 
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     """The `count` most likely tokens of one row (vocabulary,), by (logit descending, id ascending)."""
-    count = min(count, len(logits))
-    values, ids = (each.tolist() for each in logits.topk(min(count + 1, len(logits))))
-    if len(ids) == count or values[count - 1] > values[count]:
-        # No tie at the cut: the candidates are these, in whatever order topk has equal ones.
-        ranked = sorted(zip(values[:count], ids[:count], strict=True), key=lambda each: (-each[0], each[1]))
-        return tuple(token for _, token in ranked)
-    candidates = _largest(logits, logits.topk(count).values).nonzero()[:, 0]
-    order = logits[candidates].sort(descending=True, stable=True).indices
-    return tuple(int(token) for token in candidates[order])
+    return tuple(largest(logits, count).tolist())
 
 
-def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Tensor, Tensor]:
-    """The likeliest tokens of each row and log q up to a constant, (rows, at most width), descending; -inf where cut.
+def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Int, NDArray[np.float64]]:
+    """The likeliest tokens of a row (vocabulary,) and log q up to a constant, at most `width`, descending.
 
-    A row with NaN has no candidates.
+    -inf where cut. A row with NaN has no candidates.
     """
-    width = min(width, logits.shape[1], sampling.top_k or width)
-    top = logits.float().topk(width)
-    logs = ((top.values - top.values[:, :1]) / sampling.temperature).nan_to_num(nan=-math.inf, neginf=-math.inf)
+    values = on_host(logits)
+    ids = largest(logits, min(width, sampling.top_k or width))
+    logs = values[ids].astype(np.float64)
+    if not len(ids) or not math.isfinite(values.max()):
+        return ids[:0], logs[:0]
+    logs = (logs - logs[0]) / sampling.temperature
     if sampling.min_p > 0.0:
-        logs = logs.masked_fill(logs < math.log(sampling.min_p), -math.inf)
+        logs[logs < math.log(sampling.min_p)] = -np.inf
     if sampling.top_p < 1.0:
-        weights = logs.exp()
-        mass = weights.sum(1, keepdim=True)
-        if not sampling.top_k and not sampling.min_p:
-            mass = ((logits.float() - top.values[:, :1]) / sampling.temperature).exp().sum(1, keepdim=True)
-        mass_before = weights.cumsum(1) - weights
-        logs = logs.masked_fill(mass_before >= sampling.top_p * mass, -math.inf)
-    return top.indices, logs
+        weights = np.exp(logs)
+        is_cut = sampling.top_k or sampling.min_p
+        mass = weights.sum() if is_cut else np.exp((values - values[ids[0]]) / sampling.temperature).sum()
+        logs[weights.cumsum() - weights >= sampling.top_p * mass] = -np.inf
+    return ids, logs
+
+
+def _invert(weights: Tensor, uniform: float) -> int:
+    """The index where the running sum of weights (n,) first exceeds that share of their total."""
+    cumulative = weights.cumsum(0)
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return index if index < len(weights) else int(weights.nonzero()[-1])
 
 
 def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,29 +240,26 @@ def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor(list(kept.values()), dtype=torch.float64, device=like.device)
 
 
-def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """The fewest largest probabilities, descending, that hold `top_p` of the mass. Never sorts the vocabulary."""
-    width = 256
+def _nucleus(logs: Tensor, top_p: float) -> Int:
+    """The fewest largest entries of log p (up to a constant) that hold `top_p` of the mass, without sorting all."""
+    weights = on_host(logs.exp())
+    wanted, width = top_p * weights.sum(), 256
     while True:
-        largest = p.topk(min(width, len(p))).values
-        reached = (largest.cumsum(0) >= top_p).nonzero()
-        if len(reached) or width >= len(p):
-            return largest[: int(reached[0]) + 1] if len(reached) else largest
+        ids = largest(logs, width)
+        reached = np.flatnonzero(weights[ids].cumsum() >= wanted)
+        if len(reached) or len(ids) < width:
+            return ids[: reached[0] + 1] if len(reached) else ids
         width *= 8
 
 
-def _largest(values: Tensor, kept: Tensor) -> Tensor:
-    """Mask of the `len(kept)` largest of `values`, where `kept` holds them in descending order; ties by smaller id."""
-    threshold = kept[-1]
-    mask = values > threshold
-    ties = (values == threshold).nonzero()[:, 0]
-    mask[ties[: len(kept) - int(mask.sum())]] = True
-    return mask
+def _only(logs: Tensor, ids: Int) -> Tensor:
+    """The entries at `ids`, and -inf elsewhere."""
+    kept = torch.from_numpy(ids).to(logs.device)
+    return torch.full_like(logs, -math.inf).index_copy_(0, kept, logs[kept])
 
 
-def _peak(logits: Tensor) -> Tensor:
-    """The largest logit; NaN anywhere makes it NaN."""
-    peak = logits.max()
-    if not bool(peak.isfinite()):
-        raise Internal(f"the target model's largest logit is {float(peak)}; its weights or dtype are broken")
-    return peak
+def _peak(largest_logit: np.floating) -> float:
+    """The largest logit of a row; NaN anywhere makes it NaN."""
+    if not math.isfinite(largest_logit):
+        raise Internal(f"the target model's largest logit is {largest_logit}; its weights or dtype are broken")
+    return float(largest_logit)
