@@ -15,7 +15,8 @@ from sequoia.planner import PricedTree, TreePlan
 from sequoia.rules import ParameterError
 
 if TYPE_CHECKING:
-    from sequoia.generation import Generation, StageSeconds
+    from sequoia.generation import Generation
+    from sequoia.speculation_figures import StageSeconds
 
 
 def figures_table(generation: Generation) -> Table:
