@@ -15,7 +15,8 @@ from sequoia.v1 import coordinator_pb2 as pb
 class StageSeconds:
     """Wall time of all steps of a request by where it went; prefill is the opening, apart from the steps.
 
-    Of draft and verify `forwards` are the models', and `work` what the workers do with logits, trees and KV rows.
+    Of draft and verify `forwards` are the models', and `work` what the workers do with logits, trees and KV rows;
+    `draft_forwards` and `draft_work` are the draft's part of them.
     """
 
     draft: float
@@ -25,11 +26,28 @@ class StageSeconds:
     prefill: float
     forwards: float = 0.0
     work: float = 0.0
+    draft_forwards: float = 0.0
+    draft_work: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Of the steps."""
+        return self.draft + self.verify + self.network + self.host
+
+    @property
+    def verify_forwards(self) -> float:
+        """The target's part of `forwards`."""
+        return self.forwards - self.draft_forwards
+
+    @property
+    def verify_work(self) -> float:
+        """The verify worker's part of `work`."""
+        return self.work - self.draft_work
 
     @property
     def overhead(self) -> float:
         """Of the steps, what is neither a forward nor work on logits: round trips, messages, scheduling, the loop."""
-        return self.draft + self.verify + self.network + self.host - self.forwards - self.work
+        return self.total - self.forwards - self.work
 
 
 @dataclass(frozen=True, slots=True)

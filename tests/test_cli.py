@@ -82,7 +82,7 @@ async def test_generate_prints_one_json_object(address: str, capsys: pytest.Capt
     assert (printed["text"], printed["token_ids"], printed["finish_reason"]) == ("héllo", [5, 6], "length")
     assert set(printed) == {"text", "token_ids", "finish_reason", "rule", "seed", "usage", "speculation"}
     assert printed["speculation"]["tree"] == {"size": 1, "levels": 1}
-    stages = {"draft", "verify", "network", "host", "prefill", "forwards", "work"}
+    stages = {"draft", "verify", "network", "host", "prefill", "forwards", "work", "draft_forwards", "draft_work"}
     assert set(printed["speculation"]["seconds"]) == stages
 
 

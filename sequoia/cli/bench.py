@@ -40,6 +40,10 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.roofline",
         "how far forwards are from what memory and matrix products allow at that moment; loads the models itself",
     ),
+    "steps": Benchmark(
+        "sequoia.cli.benchmarks.steps",
+        "what a step consists of: forwards of draft and target, work on logits and trees, everything else",
+    ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),

@@ -13,7 +13,7 @@ from coordinator.planner_job import plan_pair
 from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.steps import Steps
-from sequoia.cli.up import deployment_settings
+from sequoia.cli.up import add_model_arguments, deployment_settings
 
 _QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
 
@@ -30,9 +30,16 @@ class BenchSystem:
         return peak_bytes(pid for name, pid in self.process_ids.items() if with_draft or name != "draft")
 
 
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """--address, and the flags of the models to serve without one."""
+    group = parser.add_argument_group("the system", "one that runs already, or one to start")
+    group.add_argument("--address", help="of a running coordinator (default: start a system of the models below)")
+    add_model_arguments(group)
+
+
 @contextmanager
-def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
-    """The one at --address, or one that serves the models of the other flags, from start to stop."""
+def planned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The one at --address, or one that serves the models of the other flags, with plans, from start to stop."""
     if arguments.address is not None:
         yield BenchSystem(arguments.address)
         return
@@ -40,7 +47,21 @@ def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchS
     with Deployment(settings, steps) as deployment:
         if settings.has_draft:
             _plan(deployment, steps, is_quick=arguments.quick)
-        yield BenchSystem(deployment.address, {name: each.pid for name, each in deployment.processes.items()})
+        yield _system(deployment)
+
+
+@contextmanager
+def unplanned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The same without plans, which requests that name their tree do not need."""
+    if arguments.address is not None:
+        yield BenchSystem(arguments.address)
+        return
+    with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as deployment:
+        yield _system(deployment)
+
+
+def _system(deployment: Deployment) -> BenchSystem:
+    return BenchSystem(deployment.address, {name: each.pid for name, each in deployment.processes.items()})
 
 
 def _plan(deployment: Deployment, steps: Steps, *, is_quick: bool) -> None:
