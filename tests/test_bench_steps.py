@@ -15,9 +15,9 @@ from conftest import System
 from sequoia.cli import main
 from sequoia.cli.benchmarks.arm_figures import Spread
 from sequoia.cli.benchmarks.asking import Asking
-from sequoia.cli.benchmarks.modes import Mode
+from sequoia.cli.benchmarks.modes import Mode, TreeWorkload
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
-from sequoia.cli.benchmarks.step_figures import PARTS, StepFigures, StepWorkload, measure
+from sequoia.cli.benchmarks.step_figures import PARTS, StepFigures, measure
 from sequoia.client import StageSeconds
 from sequoia.speculation_figures import TreeUsage
 from sequoia.topology import Topology
@@ -83,7 +83,7 @@ class RecordingClient:
 def asked_by(client: RecordingClient, modes: Sequence[Mode], num_rounds: int) -> list[StepFigures]:
     prompts = tuple(BenchPrompt("code", name, name) for name in "ab")
     trees = {"off": Topology.root_only(), "chain of 4": CHAIN}
-    workload = StepWorkload(tuple(modes), trees, Asking(prompts, True, num_rounds, 32))
+    workload = TreeWorkload(tuple(modes), trees, Asking(prompts, True, num_rounds, 32))
     return measure(client, workload, lambda done, total: None)
 
 

@@ -44,6 +44,12 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.steps",
         "what a step consists of: forwards of draft and target, work on logits and trees, everything else",
     ),
+    "ahead": Benchmark(
+        "sequoia.cli.benchmarks.ahead", "drafting ahead on against off: hits, steps, and seconds per token in pairs"
+    ),
+    "placement": Benchmark(
+        "sequoia.cli.benchmarks.placement", "colocated workers against split ones: seconds per token in pairs"
+    ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),

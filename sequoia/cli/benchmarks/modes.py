@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sequoia.acceptance import PRIOR
 from sequoia.cli.benchmarks.arm_measuring import OFF
+from sequoia.cli.benchmarks.asking import Asking
 from sequoia.cli.benchmarks.own_arms import named_shape
+from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.client import Client, Generation, Prompt, SpeculationFigures
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, GREEDY, RULES
@@ -18,6 +20,7 @@ from sequoia.topology import Topology
 # Fewer steps with the tree in an answer are those at its end.
 _LEAST_STEPS = 3
 _SEED = 0
+_NUM_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,29 @@ class Mode:
             ignore_eos=True,
             speculation=tree if tree.size > 1 else "off",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class TreeWorkload:
+    """Fixed trees, a root-only one for plain decoding, under some modes, on the same prompts."""
+
+    modes: tuple[Mode, ...]
+    trees: Mapping[str, Topology]
+    asking: Asking
+
+    @property
+    def cells(self) -> list[tuple[Mode, str]]:
+        """Every mode with every tree, by its name."""
+        return [(mode, shape) for mode in self.modes for shape in self.trees]
+
+    def warm_up(self, client: Client) -> None:
+        """A short answer of every cell, which does not count."""
+        for mode, shape in self.cells:
+            mode.ask(client, self.asking.form(self.asking.prompts[0]), self.trees[shape], _NUM_WARM_UP_TOKENS)
+
+    def answer(self, client: Client, mode: Mode, shape: str, prompt: BenchPrompt) -> Generation:
+        """That cell's to that prompt."""
+        return mode.ask(client, self.asking.form(prompt), self.trees[shape], self.asking.max_tokens)
 
 
 def add_modes(parser: argparse.ArgumentParser, defaults: Sequence[str]) -> None:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
 from sequoia.cli.benchmarks.arm_figures import Spread, spread
-from sequoia.cli.benchmarks.asking import Asking
-from sequoia.cli.benchmarks.modes import Mode, usage_of
+from sequoia.cli.benchmarks.modes import Mode, TreeWorkload, usage_of
 from sequoia.client import Client, StageSeconds
 from sequoia.speculation_figures import TreeUsage
 from sequoia.topology import Topology
-
-# Answered once by every mode and tree before anything is counted.
-_NUM_WARM_UP_TOKENS = 8
 
 # The parts of a step, in JSON and for people; together they are the whole of it.
 PARTS: dict[str, str] = {
@@ -26,15 +22,6 @@ PARTS: dict[str, str] = {
     "verify_work": "verifying logits",
     "overhead": "everything else",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StepWorkload:
-    """What is measured, and on what."""
-
-    modes: tuple[Mode, ...]
-    trees: Mapping[str, Topology]
-    asking: Asking
 
 
 @dataclass(frozen=True)
@@ -84,23 +71,20 @@ class StepFigures:
         return spread(seconds_of(each.stage_seconds) / each.num_steps for each in self.usages)
 
 
-def measure(client: Client, workload: StepWorkload, on_progress: Callable[[int, int], None]) -> list[StepFigures]:
+def measure(client: Client, workload: TreeWorkload, on_progress: Callable[[int, int], None]) -> list[StepFigures]:
     """All modes and trees answer a prompt one right after the other, the next of them first at each prompt.
 
     `on_progress` is called with (answers done, answers in all).
     """
-    asking = workload.asking
-    cells = [(mode, shape) for mode in workload.modes for shape in workload.trees]
+    asking, cells = workload.asking, workload.cells
     usages: dict[tuple[Mode, str], list[TreeUsage]] = {cell: [] for cell in cells}
-    for mode, shape in cells:
-        mode.ask(client, asking.form(asking.prompts[0]), workload.trees[shape], _NUM_WARM_UP_TOKENS)
+    workload.warm_up(client)
     for index, (_, prompt) in enumerate(asking.rounds()):
         first = index % len(cells)
         for turn, (mode, shape) in enumerate(cells[first:] + cells[:first]):
             on_progress(index * len(cells) + turn, asking.num_answers * len(cells))
-            tree = workload.trees[shape]
-            answer = mode.ask(client, asking.form(prompt), tree, asking.max_tokens)
-            usages[mode, shape] += _known([usage_of(answer.speculation, tree)])
+            answer = workload.answer(client, mode, shape, prompt)
+            usages[mode, shape] += _known([usage_of(answer.speculation, workload.trees[shape])])
     return [StepFigures(mode, shape, workload.trees[shape], tuple(usages[mode, shape])) for mode, shape in cells]
 
 

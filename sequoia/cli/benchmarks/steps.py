@@ -17,8 +17,8 @@ from sequoia.cli.benchmarks.arm_figures import Spread
 from sequoia.cli.benchmarks.arm_measuring import OFF
 from sequoia.cli.benchmarks.asking import add_asking, asking
 from sequoia.cli.benchmarks.bench_system import add_system, unplanned_system
-from sequoia.cli.benchmarks.modes import add_modes, add_shapes, modes, trees
-from sequoia.cli.benchmarks.step_figures import PARTS, StepFigures, StepWorkload, measure
+from sequoia.cli.benchmarks.modes import TreeWorkload, add_modes, add_shapes, modes, trees
+from sequoia.cli.benchmarks.step_figures import PARTS, StepFigures, measure
 from sequoia.cli.figures import check_plot, new_table
 from sequoia.cli.rule_timing import worker_to_dict
 from sequoia.cli.steps import Steps
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, show, draw."""
-    workload = StepWorkload(modes(arguments, _RULES), trees(arguments, _SHAPES), asking(arguments))
+    workload = TreeWorkload(modes(arguments, _RULES), trees(arguments, _SHAPES), asking(arguments))
     if arguments.plot is not None:
         check_plot(arguments.plot)
     stop_on_sigterm()
@@ -52,8 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     with unplanned_system(arguments, steps) as system, Client(system.address) as client:
         pair = client.describe_pair()
         _check_draft(pair, workload)
-        num_cells = len(workload.modes) * len(workload.trees)
-        with steps.step(f"{workload.asking.num_answers} prompts, {num_cells} answers each") as on_progress:
+        with steps.step(f"{workload.asking.num_answers} prompts, {len(workload.cells)} answers each") as on_progress:
             found = measure(client, workload, on_progress)
     if arguments.plot is not None:
         _draw(pair, found, arguments.plot)
@@ -92,7 +91,7 @@ def _percent(found: Spread | None) -> str:
     return "-" if found is None else "{1:.1%} ({0:.1%} to {2:.1%})".format(*found)
 
 
-def _check_draft(pair: DescribePairResponse, workload: StepWorkload) -> None:
+def _check_draft(pair: DescribePairResponse, workload: TreeWorkload) -> None:
     if not pair.HasField("draft") and any(tree.size > 1 for tree in workload.trees.values()):
         raise FailedPrecondition(f"there is no draft worker at present; only --shape {OFF} is possible", "draft")
 
@@ -105,7 +104,7 @@ def _draw(pair: DescribePairResponse, found: Sequence[StepFigures], file: Path) 
     plot(found, pair_title(target, draft.model, draft.quantization) if pair.HasField("draft") else target, file)
 
 
-def _to_dict(pair: DescribePairResponse, workload: StepWorkload, found: Sequence[StepFigures]) -> dict[str, Any]:
+def _to_dict(pair: DescribePairResponse, workload: TreeWorkload, found: Sequence[StepFigures]) -> dict[str, Any]:
     return {
         "target": worker_to_dict(pair.verify),
         "draft": worker_to_dict(pair.draft) if pair.HasField("draft") else None,
