@@ -32,6 +32,10 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.seeds",
         "how often a seeded token flips between trees, batches and rebuilt sessions; loads the target itself",
     ),
+    "drift": Benchmark(
+        "sequoia.cli.benchmarks.drift",
+        "what a quantised target does to the text, against the same one in bfloat16; loads the target itself",
+    ),
     "shapes": Benchmark(
         "sequoia.cli.benchmarks.shapes",
         "tokens per step by shape of the tree, predicted and replayed; loads the pair itself, or reads its traces",
