@@ -282,6 +282,13 @@ def test_a_draft_of_its_own_decides_itself_about_int8_unless_asked() -> None:
     assert DeploymentSettings(draft="d", draft_quantization="int8").worker_flags("draft")["quantization"] == "int8"
 
 
+def test_drafting_ahead_is_left_to_the_environment_unless_asked() -> None:
+    assert "draft-ahead" not in DeploymentSettings().worker_flags("draft")
+    asked = DeploymentSettings(draft_ahead="off")
+    assert asked.worker_flags("draft")["draft-ahead"] == "off"
+    assert "draft-ahead" not in asked.worker_flags("verify")
+
+
 def test_without_a_draft_there_is_one_worker() -> None:
     assert list(DeploymentSettings(has_draft=False).models) == ["verify"]
 

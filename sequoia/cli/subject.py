@@ -57,14 +57,8 @@ def load(
     num_layers = loaded.module.config.get_text_config().num_hidden_layers
     arithmetic = Arithmetic(engine, quantization, deterministic=deterministic, num_threads=num_cores())
     decoder = build_decoder(loaded, arithmetic, num_rows, files.cache_dir)
-    cache = KVCache(num_layers, 1 + NUM_NEIGHBOURS, num_rows)
-    return Subject(
-        Engine(decoder, cache, loaded.device, loaded.dtype),
-        decoder.name,
-        codec_of(loaded.tokenizer),
-        loaded.tokenizer.vocab_size,
-        num_rows,
-    )
+    runner = Engine(decoder, KVCache(num_layers, 1 + NUM_NEIGHBOURS, num_rows), loaded.device, loaded.dtype)
+    return Subject(runner, decoder.name, codec_of(loaded.tokenizer), loaded.tokenizer.vocab_size, num_rows)
 
 
 def codec_of(tokenizer: TokenizerDescription) -> TextCodec:

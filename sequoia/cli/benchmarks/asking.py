@@ -43,7 +43,7 @@ def add_asking(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, metavar="N", help=tokens)
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="answers a prompt (default %(default)s)")
     parser.add_argument("--raw", action="store_true", help="prompts are text to continue, no chat template")
-    parser.add_argument("--quick", action="store_true", help="few prompts, short answers: a first look")
+    parser.add_argument("--quick", action="store_true", help="few prompts, short answers, hasty plans: a first look")
 
 
 def asking(arguments: argparse.Namespace) -> Asking:

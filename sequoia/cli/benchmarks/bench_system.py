@@ -20,9 +20,10 @@ _QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
 
 @dataclass(frozen=True, slots=True)
 class BenchSystem:
-    """Where its coordinator is, and its processes by name: none of a system that ran already."""
+    """Where its coordinator is; of a system that was started here also its Redis, and its processes by name."""
 
     address: str
+    redis_url: str = ""
     process_ids: Mapping[str, int] = field(default_factory=dict)
 
     def peak_bytes(self, *, with_draft: bool) -> int | None:
@@ -38,37 +39,30 @@ def add_system(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def planned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
-    """The one at --address, or one that serves the models of the other flags, with plans, from start to stop."""
-    if arguments.address is not None:
-        yield BenchSystem(arguments.address)
-        return
-    settings = deployment_settings(arguments, "127.0.0.1:0", None)
-    with Deployment(settings, steps) as deployment:
-        if settings.has_draft:
-            _plan(deployment, steps, is_quick=arguments.quick)
-        yield _system(deployment)
-
-
-@contextmanager
-def unplanned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
-    """The same without plans, which requests that name their tree do not need."""
+def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The one at --address, or one that serves the models of the other flags, from start to stop."""
     if arguments.address is not None:
         yield BenchSystem(arguments.address)
         return
     with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as deployment:
-        yield _system(deployment)
+        process_ids = {name: each.pid for name, each in deployment.processes.items()}
+        yield BenchSystem(deployment.address, deployment.redis_url, process_ids)
 
 
-def _system(deployment: Deployment) -> BenchSystem:
-    return BenchSystem(deployment.address, {name: each.pid for name, each in deployment.processes.items()})
+@contextmanager
+def planned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The same, planned for if it was started here."""
+    with bench_system(arguments, steps) as system:
+        if system.redis_url and not arguments.no_draft:
+            _plan(system, steps, is_quick=arguments.quick)
+        yield system
 
 
-def _plan(deployment: Deployment, steps: Steps, *, is_quick: bool) -> None:
+def _plan(system: BenchSystem, steps: Steps, *, is_quick: bool) -> None:
     with steps.step("measuring the pair, planning its trees") as on_progress:
         planning = plan_pair(
-            deployment.address,
-            deployment.redis_url,
+            system.address,
+            system.redis_url,
             prompts=PROMPTS[:_QUICK_PLAN_PROMPTS] if is_quick else PROMPTS,
             max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,
             on_progress=on_progress,

@@ -16,7 +16,7 @@ from sequoia.cli.benchmarks.arguments import add_json, pair_title
 from sequoia.cli.benchmarks.arm_figures import Spread
 from sequoia.cli.benchmarks.arm_measuring import OFF
 from sequoia.cli.benchmarks.asking import add_asking, asking
-from sequoia.cli.benchmarks.bench_system import add_system, unplanned_system
+from sequoia.cli.benchmarks.bench_system import add_system, bench_system
 from sequoia.cli.benchmarks.modes import TreeWorkload, add_modes, add_shapes, modes, trees
 from sequoia.cli.benchmarks.step_figures import PARTS, StepFigures, measure
 from sequoia.cli.figures import check_plot, new_table
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
     stop_on_sigterm()
     steps = Steps(Console(stderr=True))
-    with unplanned_system(arguments, steps) as system, Client(system.address) as client:
+    with bench_system(arguments, steps) as system, Client(system.address) as client:
         pair = client.describe_pair()
         _check_draft(pair, workload)
         with steps.step(f"{workload.asking.num_answers} prompts, {len(workload.cells)} answers each") as on_progress:
