@@ -40,7 +40,8 @@ def answer(side: str, prompt: BenchPrompt, seconds: float, *, mode: Mode = GREED
         trees=(TreeUsage(CHAIN, 4, 8, stages),),
         num_ahead_hits=1,
         num_ahead_attempts=3,
-        num_steps=4,
+        num_steps=5,
+        num_drafted_steps=4,
         num_fallback_steps=0,
     )
     usage: Any = SimpleNamespace(time_per_output_token_seconds=seconds)
@@ -63,6 +64,7 @@ def test_the_ratio_is_the_median_of_pairs_whatever_the_order_of_the_answers() ->
 def test_steps_and_hits_are_told_by_side() -> None:
     found = compared([answer(side, prompt, 1.0) for prompt in PROMPTS for side in ("off", "on")])
     assert (found.first.name, found.first.num_ahead_hits, found.first.num_ahead_attempts) == ("on", 3, 9)
+    assert (found.first.num_drafted_steps, found.first.num_steps) == (12, 15)
     assert (found.second.draft_seconds, found.second.verify_seconds) == (Spread(2.0, 2.0, 2.0), Spread(3.0, 3.0, 3.0))
 
 

@@ -47,6 +47,16 @@ class SideFigures:
         """Of all answers."""
         return sum(each.num_ahead_attempts for each in self._figures)
 
+    @property
+    def num_steps(self) -> int:
+        """Of all answers, plain ones included: those meant to be plain, and those for which no tree came in time."""
+        return sum(each.num_steps for each in self._figures)
+
+    @property
+    def num_drafted_steps(self) -> int:
+        """Those of them that verified a tree."""
+        return sum(each.num_drafted_steps for each in self._figures)
+
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON; seconds of a step are None where no answer has enough of them."""
         return {
@@ -56,7 +66,8 @@ class SideFigures:
             "verify_seconds": _to_dict(self.verify_seconds),
             "ahead_hits": self.num_ahead_hits,
             "ahead_attempts": self.num_ahead_attempts,
-            "num_steps": sum(each.num_steps for each in self._figures),
+            "num_steps": self.num_steps,
+            "num_drafted_steps": self.num_drafted_steps,
             "num_fallback_steps": sum(each.num_fallback_steps for each in self._figures),
         }
 

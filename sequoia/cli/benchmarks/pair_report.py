@@ -66,13 +66,16 @@ def pair_table(found: Sequence[PairFigures]) -> Table:
     """Two rows a mode and tree, one a side."""
     first, second = found[0].first.name, found[0].second.name
     ratio = f"{second} / {first}"
-    table = new_table("rule", "shape", "side", "hits", "draft, ms", "verify, ms", "ms/token", ratio, "same text")
+    table = new_table(
+        "rule", "shape", "side", "hits", "drafted", "draft, ms", "verify, ms", "ms/token", ratio, "same text"
+    )
     for each in found:
         table.add_row(each.mode.name, each.shape, *_side(each.first), _shown(each.ratio, 1.0, 3), _same(each))
         table.add_row("", "", *_side(each.second), "", "", end_section=True)
     table.caption = (
         "medians (quartiles) over answers; draft, verify: of a step, in that worker; ms/token after the first token; "
-        f"{ratio}: the median of pairs that answer one prompt, above 1 where {first} is faster; hits of drafting ahead"
+        f"{ratio}: the median of pairs that answer one prompt, above 1 where {first} is faster; hits: of drafting "
+        "ahead; drafted: steps with a tree, the others are plain, mostly those before the draft has read the prompt"
     )
     return table
 
@@ -80,7 +83,7 @@ def pair_table(found: Sequence[PairFigures]) -> Table:
 def _side(side: SideFigures) -> tuple[str, ...]:
     hits = f"{side.num_ahead_hits} of {side.num_ahead_attempts}" if side.num_ahead_attempts else "-"
     times = (_shown(each, 1e3, 1) for each in (side.draft_seconds, side.verify_seconds, side.seconds_per_token))
-    return side.name, hits, *times
+    return side.name, hits, f"{side.num_drafted_steps} of {side.num_steps}", *times
 
 
 def _same(figures: PairFigures) -> str:
