@@ -9,7 +9,7 @@ from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
 
 _STAGES = ("draft", "verify", "network", "host")
-_PARTS = ("forwards", "work")  # of draft and verify
+_PARTS = ("forwards", "work", "draft_forwards", "draft_work")
 
 
 class Report:
@@ -41,6 +41,8 @@ class Report:
         seconds = self._lap()
         self._step.draft += response.worker_seconds
         self._step.network += max(0.0, seconds - response.worker_seconds)
+        self._step.draft_forwards += response.times.forwards
+        self._step.draft_work += response.times.work
         self._split(response.times)
 
     def fell_back(self, reason: str) -> None:
