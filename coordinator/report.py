@@ -69,7 +69,7 @@ class Report:
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
-            self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
+            self._count(Topology.of(tuple(draft.tree.topology.parents)), response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:

@@ -99,7 +99,7 @@ class Growth:
         if self._q_rows:
             token_ids, weights = zip(*self._q_rows, strict=True)
             q = DraftDistributions(np.stack(token_ids), np.stack(weights))
-        return TokenTree(Topology(tuple(self._parents)), tuple(self._tokens), q)
+        return TokenTree(self._shape, tuple(self._tokens), q)
 
     def rows_for(self, tokens: Tokens) -> list[int]:
         """KV rows, counted behind the committed ones, that hold a beginning of `tokens`."""
@@ -107,7 +107,7 @@ class Growth:
 
     def paths(self, nodes: Sequence[int], num_prompt_tokens: int) -> list[Path]:
         """What comes before the children of each node."""
-        tree = self.tree()
+        tree = TokenTree(self._shape, tuple(self._tokens))
         return [Path(self.committed, num_prompt_tokens, tree.path_tokens(node)) for node in nodes]
 
     def child_counts(self, nodes: Sequence[int]) -> list[int]:
@@ -133,7 +133,7 @@ class Growth:
     def segment(self, slot: KVSlot, nodes: Sequence[int]) -> Segment:
         """The forward of some nodes, behind the rows of those forwarded before."""
         stem = self._stem or Stem((), 0)
-        shape, behind = Topology(tuple(self._parents)), [*self.forwarded, *nodes]
+        shape, behind = self._shape, [*self.forwarded, *nodes]
         positions = len(self.committed) - 1 + np.array(shape.depths)
         visible = np.zeros((len(nodes), stem.first_row + len(behind)), np.bool_)
         visible[:, list(stem.path_rows)] = True
@@ -160,6 +160,10 @@ class Growth:
         slot.truncate(len(self.committed))
         self.forwarded.remove(0)
         self._stem = None
+
+    @property
+    def _shape(self) -> Topology:
+        return Topology.of(tuple(self._parents))
 
     def _planned_children(self, node: int) -> tuple[int, ...]:
         return self.topology.children[self._planned_nodes[node]]

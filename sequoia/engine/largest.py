@@ -14,13 +14,12 @@ _MOST_IN_A_BLOCK = 256
 _BLOCKS_PER_WANTED = 4
 
 
-def largest(row: Tensor, count: int) -> Int:
-    """Indices of the `count` largest entries of a row (n,), int64, by (value descending, index ascending).
+def largest(values: NDArray[np.floating], count: int) -> Int:
+    """Indices of the `count` largest of `values` (n,), int64, by (value descending, index ascending).
 
-    Fewer where fewer are above -inf; NaN is never among them. Maxima of disjoint blocks are entries too, so the
-    count-th largest of them is not above the count-th largest entry, and what is below it is passed over.
+    Fewer where fewer are above -inf; NaN is never among them. Maxima of disjoint blocks are values too, so the
+    count-th largest of them is not above the count-th largest value, and what is below it is passed over.
     """
-    values = on_host(row)
     count = min(count, len(values))
     if not count:
         return np.empty(0, np.int64)

@@ -114,7 +114,7 @@ def log_weights(adjusted: Tensor, sampling: Sampling) -> Tensor:
     if sampling.min_p > 0.0:
         scaled.masked_fill_(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < len(scaled):
-        scaled = _only(scaled, largest(scaled, sampling.top_k))
+        scaled = _only(scaled, largest(on_host(scaled), sampling.top_k))
     if sampling.top_p < 1.0:
         scaled = _only(scaled, _nucleus(scaled, sampling.top_p))
     return scaled
@@ -143,7 +143,7 @@ def coupled_token(adjusted: Tensor, sampling: Sampling, position: int, width: in
     """
     assert sampling.seed is not None, "the coupled rule needs a seed"
     logs = log_weights(adjusted, sampling)
-    ids = torch.from_numpy(largest(logs, width)).to(logs.device)
+    ids = torch.from_numpy(largest(on_host(logs), width)).to(logs.device)
     races = gumbel_noise(sampling.seed, position, ids).add_(logs[ids])
     best = int(races.argmax())
     if len(ids) < width:
@@ -166,7 +166,7 @@ def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_W
     token_ids, weights = np.zeros(shape, np.uint32), np.zeros(shape, np.float32)
     for row, (ids, logs) in enumerate(candidates):
         allowed = np.arange(len(ids)) * _MOST_DROP
-        floored = np.where(logs > -np.inf, np.maximum.accumulate(logs + allowed) - allowed, -np.inf)
+        floored = np.maximum.accumulate(logs + allowed) - allowed
         token_ids[row, : len(ids)], weights[row, : len(ids)] = ids, np.exp(floored)
     return DraftDistributions(token_ids, torch.from_numpy(weights).bfloat16().float().numpy())
 
@@ -191,39 +191,41 @@ def coupled_children(
     The children of one depth share `position`, and with it the noise.
     """
     assert sampling.seed is not None, "the coupled rule needs a seed"
+    candidates = [_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits]
+    every_id = np.concatenate([ids for ids, _ in candidates])
+    noise = gumbel_noise(sampling.seed, position, torch.from_numpy(every_id)).numpy()
+    ends = np.cumsum([len(ids) for ids, _ in candidates])
     children = []
-    for row, count in zip(logits, counts, strict=True):
-        ids, logs = _draft_candidates(row, sampling, COUPLED_WIDTH)
-        races = logs + gumbel_noise(sampling.seed, position, torch.from_numpy(ids)).numpy()
-        order = np.argsort(-races, kind="stable")[:count]
-        children.append(tuple(ids[order][np.isfinite(logs[order])].tolist()))
+    for (ids, logs), own, count in zip(candidates, np.split(noise, ends[:-1]), counts, strict=True):
+        order = np.argsort(-(logs + own), kind="stable")
+        children.append(tuple(ids[order[:count]].tolist()))
     return tuple(children)
 
 
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     """The `count` most likely tokens of one row (vocabulary,), by (logit descending, id ascending)."""
-    return tuple(largest(logits, count).tolist())
+    return tuple(largest(on_host(logits), count).tolist())
 
 
 def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Int, NDArray[np.float64]]:
-    """The likeliest tokens of a row (vocabulary,) and log q up to a constant, at most `width`, descending.
+    """The likeliest tokens of a row (vocabulary,) that no parameter cuts, and log q up to a constant; descending.
 
-    -inf where cut. A row with NaN has no candidates.
+    At most `width`, and none of a row with NaN.
     """
     values = on_host(logits)
-    ids = largest(logits, min(width, sampling.top_k or width))
-    logs = values[ids].astype(np.float64)
+    ids = largest(values, min(width, sampling.top_k or width))
     if not len(ids) or not math.isfinite(values.max()):
-        return ids[:0], logs[:0]
-    logs = (logs - logs[0]) / sampling.temperature
+        return ids[:0], np.empty(0)
+    peak = values[ids[0]]
+    logs = (values[ids].astype(np.float64) - peak) / sampling.temperature
     if sampling.min_p > 0.0:
-        logs[logs < math.log(sampling.min_p)] = -np.inf
+        logs = logs[logs >= math.log(sampling.min_p)]
     if sampling.top_p < 1.0:
         weights = np.exp(logs)
         is_cut = sampling.top_k or sampling.min_p
-        mass = weights.sum() if is_cut else np.exp((values - values[ids[0]]) / sampling.temperature).sum()
-        logs[weights.cumsum() - weights >= sampling.top_p * mass] = -np.inf
-    return ids, logs
+        mass = weights.sum() if is_cut else np.exp((values - peak) / np.float32(sampling.temperature)).sum()
+        logs = logs[weights.cumsum() - weights < sampling.top_p * mass]
+    return ids[: len(logs)], logs
 
 
 def _invert(weights: Tensor, uniform: float) -> int:
@@ -242,10 +244,10 @@ def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _nucleus(logs: Tensor, top_p: float) -> Int:
     """The fewest largest entries of log p (up to a constant) that hold `top_p` of the mass, without sorting all."""
-    weights = on_host(logs.exp())
+    values, weights = on_host(logs), on_host(logs.exp())
     wanted, width = top_p * weights.sum(), 256
     while True:
-        ids = largest(logs, width)
+        ids = largest(values, width)
         reached = np.flatnonzero(weights[ids].cumsum() >= wanted)
         if len(reached) or len(ids) < width:
             return ids[: reached[0] + 1] if len(reached) else ids
