@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sequoia.engine.largest import on_host
 from sequoia.engine.largest import largest as largest_of_host
+from sequoia.engine.largest import on_host
 
 
 def largest(row: torch.Tensor, count: int) -> np.ndarray:
