@@ -13,11 +13,11 @@ from coordinator.trees import max_tree_size
 from sequoia.acceptance import AcceptanceCounts
 from sequoia.client import AsyncClient, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition, Unavailable
-from sequoia.generation import TreeUsage
 from sequoia.hardware import LatencyProfile
 from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import PlanInputs, draft_seconds
 from sequoia.rules import Rule
+from sequoia.speculation_figures import TreeUsage
 from sequoia.topology import Topology
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.wire import profile_from_wire

@@ -9,7 +9,7 @@ from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
 
 _STAGES = ("draft", "verify", "network", "host")
-_PARTS = ("forwards", "work")  # of draft and verify
+_PARTS = ("forwards", "work", "draft_forwards", "draft_work")
 
 
 class Report:
@@ -41,6 +41,8 @@ class Report:
         seconds = self._lap()
         self._step.draft += response.worker_seconds
         self._step.network += max(0.0, seconds - response.worker_seconds)
+        self._step.draft_forwards += response.times.forwards
+        self._step.draft_work += response.times.work
         self._split(response.times)
 
     def fell_back(self, reason: str) -> None:
@@ -67,7 +69,7 @@ class Report:
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
-            self._count(Topology(tuple(draft.tree.topology.parents)), response.verdict)
+            self._count(Topology.of(tuple(draft.tree.topology.parents)), response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:

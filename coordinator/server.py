@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 from dataclasses import MISSING, dataclass
+
+import uvloop
 
 from coordinator.learning import Learning
 from coordinator.metrics import serve_metrics
@@ -51,7 +52,7 @@ def main() -> None:
     config = load(CoordinatorConfig, "coordinator", sys.argv[1:], os.environ)
     configure_logging("coordinator", config.log_level)
     try:
-        asyncio.run(_serve(config))
+        uvloop.run(_serve(config))
     except SequoiaError as error:
         fail(str(error))
 

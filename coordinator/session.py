@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 from coordinator.governor import PLAIN
 from coordinator.report import Report
@@ -12,8 +15,10 @@ from coordinator.streams import DraftStream, VerifyStream
 from coordinator.transcript import Step, Transcript
 from sequoia.v1 import draft_pb2, verify_pb2
 
-# Plain steps the verify worker runs by itself while the draft is missing: few, because it is looked for after them.
+# Plain steps the verify worker runs by itself while the draft is lost or late: few, for it is looked for after them.
 _FALLBACK_STEPS = 4
+
+Answers = tuple[draft_pb2.DraftResponse | None, verify_pb2.VerifyResponse]
 
 
 class Session:
@@ -39,9 +44,10 @@ class Session:
         self.report.opened()
         draft = None
         while (step := self._commit(draft, verdict)).finish_reason is None:
-            yield step
             self.report.host()
-            draft, verdict = await self._step()
+            async with _begun(self._step()) as following:
+                yield step
+                draft, verdict = await following
             self._observe(draft, verdict)
         yield step
 
@@ -59,7 +65,7 @@ class Session:
         if self._draft is not None:
             self._draft.close()
 
-    async def _step(self) -> tuple[draft_pb2.DraftResponse | None, verify_pb2.VerifyResponse]:
+    async def _step(self) -> Answers:
         """One target forward: over a tree where there is one, plain decoding otherwise."""
         prefix_len, most = len(self._transcript.token_ids) - 1, self._transcript.num_tokens_left - 1
         if self._verify.num_plain_steps_left:
@@ -71,7 +77,8 @@ class Session:
         draft = await self._draft.tree_or_none(self._transcript.token_ids, topology)
         if draft is None:
             self.report.fell_back(self._draft.reason)
-            return None, await self._verify.step(prefix_len, None, min(most, _FALLBACK_STEPS))
+            num_plain_steps = 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS)
+            return None, await self._verify.step(prefix_len, None, num_plain_steps)
         self.report.drafted(draft)
         self._speculation.drafted(draft.ahead)
         return draft, await self._verify.step(prefix_len, draft.tree, 0)
@@ -95,3 +102,14 @@ class Session:
         accepted = [draft.tree.token_ids[node] for node in response.verdict.accepted_nodes] if draft else []
         verdict = response.verdict
         return self._transcript.commit([*accepted, verdict.bonus_token_id], verdict.logprobs)
+
+
+@asynccontextmanager
+async def _begun(step: Coroutine[Any, Any, Answers]) -> AsyncIterator[asyncio.Future[Answers]]:
+    """A step that goes on while the one before it is written to the client; dropped when the client is gone."""
+    task = asyncio.ensure_future(step)
+    try:
+        yield task
+    finally:
+        if not task.cancel() and not task.cancelled():
+            task.exception()  # whoever awaited it has heard of it, and else nobody is left to

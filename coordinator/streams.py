@@ -112,6 +112,11 @@ class DraftStream:
         self.num_bytes = 0
         self.reason = ""
 
+    @property
+    def is_opening(self) -> bool:
+        """Whether the session is being opened: the draft reads the prompt, and will soon be there."""
+        return self._call is not None and self._pending is not None and not self._step
+
     def open(self, token_ids: Sequence[int]) -> None:
         """Start opening the session; nothing waits for it."""
         message = draft_pb2.DraftOpen(**self._opening.fields(token_ids), has_own_device=self._has_own_device)

@@ -116,9 +116,9 @@ class Growth:
         """What is grown so far, with the q rows of the nodes that have children."""
         q = None
         if self._q_rows:
-            token_ids, weights = zip(*self._q_rows, strict=True)
-            q = DraftDistributions(np.stack(token_ids), np.stack(weights))
-        return TokenTree(Topology(tuple(self._parents)), tuple(self._tokens), q)
+            token_ids, weights = (_stacked(rows) for rows in zip(*self._q_rows, strict=True))
+            q = DraftDistributions(token_ids, weights)
+        return TokenTree(self._shape, tuple(self._tokens), q)
 
     def rows_for(self, tokens: Tokens) -> list[int]:
         """KV rows, counted behind the committed ones, that hold a beginning of `tokens`."""
@@ -126,7 +126,7 @@ class Growth:
 
     def paths(self, nodes: Sequence[int], num_prompt_tokens: int) -> list[Path]:
         """What comes before the children of each node."""
-        tree = self.tree()
+        tree = TokenTree(self._shape, tuple(self._tokens))
         return [Path(self.committed, num_prompt_tokens, tree.path_tokens(node)) for node in nodes]
 
     def child_counts(self, nodes: Sequence[int]) -> list[int]:
@@ -155,8 +155,8 @@ class Growth:
 
     def segment(self, slot: KVSlot, nodes: Sequence[int]) -> Segment:
         """The forward of some nodes, behind the rows of those forwarded before."""
-        tokens, shape = tuple(self._tokens[node] for node in nodes), Topology(tuple(self._parents))
-        return nodes_segment(slot, shape, len(self.committed) - 1, tokens, nodes, self.forwarded, self._stem)
+        tokens = tuple(self._tokens[node] for node in nodes)
+        return nodes_segment(slot, self._shape, len(self.committed) - 1, tokens, nodes, self.forwarded, self._stem)
 
     def take_root(self, slot: KVSlot) -> None:
         """The guess came true: the rows of its path and of its root become the slot's next valid ones."""
@@ -168,12 +168,22 @@ class Growth:
         self._stem = None
 
     @property
+    def _shape(self) -> Topology:
+        return Topology.of(tuple(self._parents))
+
+    @property
     def planned_frontier(self) -> list[int]:
         """The planned nodes behind the frontier's."""
         return [self._planned_nodes[node] for node in self.frontier]
 
     def _planned_children(self, node: int) -> tuple[int, ...]:
         return self.topology.children[self._planned_nodes[node]]
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of several lengths as one array, filled up with zeros."""
+    width = max(map(len, rows))
+    return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
 
 
 @dataclass(frozen=True, slots=True)

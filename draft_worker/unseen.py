@@ -10,9 +10,10 @@ import numpy as np
 from torch import Tensor
 
 from draft_worker.growth import DEAD, NUM_SPARES, Chooser, Growth, Level, nodes_segment, undrawn
-from sequoia.engine.children import coupled_ranking, draft_weights, draft_width, drawn_ranking, top_ranking
+from sequoia.engine.children import DRAFT_WIDTH
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.rankings import coupled_ranking, draft_weights, drawn_ranking, top_ranking
 from sequoia.engine.transfer import Array, download, upload
 from sequoia.topology import DraftDistributions, Topology
 
@@ -31,7 +32,7 @@ class _Plan(NamedTuple):
     nodes: tuple[tuple[int, ...], ...]
     parent_rows: tuple[Tensor, ...]  # of each depth's nodes but the root: which of the nodes above is the parent
     ranks: tuple[Tensor, ...]  # among its children
-    exponentials: tuple[Tensor, ...]  # (nodes, width of q) float64 by depth; none where nothing is drawn
+    exponentials: tuple[Tensor, ...]  # (nodes, DRAFT_WIDTH) float64 by depth; none where nothing is drawn
 
 
 def grow_unseen(slot: KVSlot, growth: Growth, chooser: Chooser, logits: Tensor) -> Job[None]:
@@ -64,8 +65,7 @@ def _plan(shape: Topology, chooser: Chooser, like: Tensor) -> _Plan:
     ranks = [[shape.ranks[node] for node in below] for below in nodes[1:]]
     arrays: list[Array] = [np.array(each, np.int64) for each in (*rows, *ranks)]
     if chooser.decoding.rule.children == "drawn":
-        width = draft_width(chooser.vocab_size, chooser.decoding.sampling)
-        arrays += [chooser.generator.standard_exponential((len(each), width)) for each in nodes]
+        arrays += [chooser.generator.standard_exponential((len(each), DRAFT_WIDTH)) for each in nodes]
     uploaded = upload(arrays, like.device)
     below = len(rows)
     return _Plan(nodes, tuple(uploaded[:below]), tuple(uploaded[below : 2 * below]), tuple(uploaded[2 * below :]))
@@ -89,8 +89,7 @@ def _rank(logits: Tensor, growth: Growth, chooser: Chooser, depth: int, plan: _P
     if kind == "coupled":
         token_ids, num_tokens = coupled_ranking(logits, sampling, len(growth.committed) + depth)
         return Ranking(token_ids[:, :count], num_tokens)
-    token_ids = top_ranking(logits, count)
-    return Ranking(token_ids, token_ids.new_full((len(token_ids),), token_ids.shape[1]))
+    return Ranking(*top_ranking(logits, count))
 
 
 class _ReadRanking(NamedTuple):
@@ -115,5 +114,8 @@ def _level(ranking: _ReadRanking, rows: Sequence[int], counts: Sequence[int]) ->
         behind = (tokens[count : count + NUM_SPARES] for tokens, count in zip(ranked, counts, strict=True))
         return Level(children, tuple(behind))
     token_ids, weights = (each[list(rows)] for each in ranking.q)
-    q = DraftDistributions(token_ids.astype(np.uint32), weights)
+    # What q does not use lies behind what it uses, and holds any ids.
+    is_used = weights > 0.0
+    width = max(1, int(is_used.sum(axis=1).max(initial=0)))
+    q = DraftDistributions(np.where(is_used, token_ids, 0).astype(np.uint32)[:, :width], weights[:, :width])
     return Level(children, tuple(undrawn(q, row, tokens) for row, tokens in enumerate(children)), q)

@@ -21,9 +21,10 @@ from typing import Unpack
 import grpc
 
 from sequoia.errors import InvalidArgument, SequoiaError, Unavailable
-from sequoia.generation import Answer, Chunk, Generation, SpeculationFigures, StageSeconds, Usage
+from sequoia.generation import Answer, Chunk, Generation, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
 from sequoia.rpc import error_from, open_channel, open_sync_channel
+from sequoia.speculation_figures import SpeculationFigures, StageSeconds
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1.coordinator_pb2_grpc import CoordinatorServiceStub

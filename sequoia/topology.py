@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,9 +32,15 @@ class Topology:
             raise ValueError("nodes must be in level order: a node's depth is never less than the one before")
 
     @staticmethod
+    @lru_cache(maxsize=256)
+    def of(parents: tuple[int, ...]) -> Topology:
+        """The same tree for the same parents, so that a step does not derive again what the one before it did."""
+        return Topology(parents)
+
+    @staticmethod
     def root_only() -> Topology:
         """The tree of plain decoding."""
-        return Topology((-1,))
+        return Topology.of((-1,))
 
     @staticmethod
     def chain(levels: int) -> Topology:
@@ -93,7 +99,7 @@ class Topology:
         """The tree without the nodes below `max_levels` levels (at least 1, the root)."""
         if self.levels <= max_levels:
             return self
-        return Topology(tuple(p for p, d in zip(self.parents, self.depths, strict=True) if d < max_levels))
+        return Topology.of(tuple(p for p, d in zip(self.parents, self.depths, strict=True) if d < max_levels))
 
     def cut_to(self, max_size: int) -> Topology:
         """The tree without its last nodes in level order, so that at most `max_size` (at least 1) are left."""

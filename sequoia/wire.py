@@ -23,7 +23,7 @@ def topology_from_wire(message: tree_pb2.Topology, max_size: int, field: str = "
     if len(message.parents) > max_size:
         raise InvalidArgument(f"it has {len(message.parents)} nodes; at most {max_size} are served", field)
     try:
-        return Topology(tuple(message.parents))
+        return Topology.of(tuple(message.parents))
     except ValueError as error:
         raise InvalidArgument(str(error), field) from error
 

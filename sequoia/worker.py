@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import os
 import platform
@@ -15,6 +14,7 @@ from typing import Any
 
 import grpc
 import torch
+import uvloop
 from filelock import FileLock
 
 from sequoia.config import ENGINES, QUANTIZATIONS, num_cores, setting
@@ -171,7 +171,7 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
         workers = [_load(kind, config, thread) for kind, config in hosted]
         for worker in workers:
             worker.executor.call(partial(measure, worker))
-        asyncio.run(_serve(hosted, workers))
+        uvloop.run(_serve(hosted, workers))
 
 
 def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worker:

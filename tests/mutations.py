@@ -21,11 +21,12 @@ PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", 
 # The proofs that need no server; those that say most of a rule are run first.
 PROOFS = (
     *("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py"),
-    *("test_target_table.py", "test_children.py", "test_unseen.py"),
+    *("test_target_table.py", "test_rankings.py", "test_unseen.py"),
 )
 FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
 SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
+RANKINGS = "sequoia/engine/rankings.py"
 NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.py", "draft_worker/unseen.py"
 
 
@@ -43,7 +44,7 @@ class Fault:
 FAULTS = (
     Fault(
         "greedy", "ties go to the larger id", SAMPLING,
-        "return int(logits.argmax())", "return len(logits) - 1 - int(logits.flip(0).argmax())",
+        "token = int(values.argmax())", "token = len(values) - 1 - int(values[::-1].argmax())",
     ),
     Fault(
         "greedy", "a child is followed whose token is not the target's", VERIFICATION,
@@ -100,7 +101,7 @@ FAULTS = (
     ),
     Fault(
         "sequoia", "the nucleus is that of another temperature", SAMPLING,
-        "        p = scaled.softmax(0)\n        scaled", "        p = (scaled * 0.5).softmax(0)\n        scaled",
+        "on_host(logs), on_host(logs.exp())", "on_host(logs), on_host((logs * 0.5).exp())",
     ),
     Fault(
         "sequoia", "top-p cuts the residual instead of p", VERIFICATION,
@@ -144,8 +145,16 @@ FAULTS = (
     ),
     Fault(
         "coupled", "the drafter's noise is not the verifier's", CHILDREN,
-        "gumbel_noise(sampling.seed, position, ids)\n    order",
-        "gumbel_noise(sampling.seed + 1, position, ids)\n    order",
+        "gumbel_noise(sampling.seed, position, torch.from_numpy(every_id))",
+        "gumbel_noise(sampling.seed + 1, position, torch.from_numpy(every_id))",
+    ),
+    Fault(
+        "coupled", "the others race without noise", SAMPLING,
+        "math.log(mass) + float(gumbel_noise(sampling.seed, position, own[:1]))", "math.log(mass)",
+    ),
+    Fault(
+        "coupled", "the others' draw uses the noise of their race", SAMPLING,
+        "uniform_noise(sampling.seed, position, own[1:])", "uniform_noise(sampling.seed, position, own[:1])",
     ),
     Fault(
         "sample_and_walk", "after an accepted leaf the likeliest token, not a draw", VERIFICATION,
@@ -155,14 +164,14 @@ FAULTS = (
     ),
     Fault(
         "sample_and_walk", "tokens of probability 0 can be drawn", SAMPLING,
-        "self._generator.random() * total, right=True", "self._generator.random() * 0.0, right=False",
+        "uniform * float(cumulative[-1]), right=True", "0.0, right=False",
     ),
     Fault(
         "sample_and_walk", "the bonus token is one of the children's", VERIFICATION,
         "return Verdict(tuple(path), token)", "return Verdict(tuple(path), tree.token_ids[-1])",
     ),
     Fault(
-        "greedy", "read at once: ties of the draft go to the larger id", CHILDREN,
+        "greedy", "read at once: ties of the draft go to the larger id", RANKINGS,
         "(last - torch.arange(logits.shape[1]", "(torch.arange(logits.shape[1]",
     ),
     Fault(
@@ -179,7 +188,11 @@ FAULTS = (
     ),
     Fault(
         "coupled", "read at once: all depths share the root's noise", TABLE,
-        "noise.index_select(0, depths)", "noise.index_select(0, depths * 0)",
+        "(position + depth for depth in tree.topology.depths)", "(position for depth in tree.topology.depths)",
+    ),
+    Fault(
+        "coupled", "read at once: the others never win", TABLE,
+        "torch.where(race > best.values, drawn, ids", "torch.where(race > math.inf, drawn, ids",
     ),
     Fault(
         "sample_and_walk", "read at once: every node draws with the same numbers", SAMPLING,

@@ -59,15 +59,33 @@ def split_mix(seed: int, count: int) -> list[int]:
     return outputs
 
 
-def gumbel(seed: int, position: int, vocabulary: int) -> list[float]:
-    """The noise at a position."""
+def uniform(stream: int, index: int) -> float:
+    """The index-th output of SplitMix64 from that state, which may be before the first, in (0, 1)."""
+    state = (stream + (index - 1) * 0x9E3779B97F4A7C15) & MASK
+    return ((split_mix(state, 1)[0] >> 12) + 0.5) / 2**52
+
+
+def gumbel(u: float) -> float:
+    """Noise of a uniform number."""
+    return -math.log(-math.log(u))
+
+
+def coupled(p: Sequence[float], seed: int, position: int, width: int = 256) -> tuple[int, float]:
+    """The token at a position, and by how much it wins: the likeliest tokens with their noise, the others as one."""
     stream = split_mix(seed, position + 1)[-1]
-    uniforms = [((bits >> 12) + 0.5) / 2**52 for bits in split_mix(stream, vocabulary)]
-    return [-math.log(-math.log(u)) for u in uniforms]
-
-
-def coupled(p: Sequence[float], seed: int, position: int) -> tuple[int, float]:
-    """argmax(log p + noise), and by how much it wins."""
-    noise = gumbel(seed, position, len(p))
-    races = sorted(((math.log(p[t]) + noise[t], -t) for t in range(len(p)) if p[t] > 0.0), reverse=True)
-    return -races[0][1], races[0][0] - races[1][0] if len(races) > 1 else math.inf
+    order = sorted((t for t in range(len(p)) if p[t] > 0.0), key=lambda t: (-p[t], t))
+    first, others = order[:width], sorted(order[width:])
+    races = [(math.log(p[t]) + gumbel(uniform(stream, t + 1)), t) for t in first]
+    mass = math.fsum(p[t] for t in others)
+    if others:
+        races.append((math.log(mass) + gumbel(uniform(stream, 0)), -1))
+    races.sort(reverse=True)
+    gap = races[0][0] - races[1][0] if len(races) > 1 else math.inf
+    if races[0][1] >= 0:
+        return races[0][1], gap
+    left = uniform(stream, -1) * mass
+    for token in others:
+        left -= p[token]
+        if left < 0.0:
+            break
+    return token, gap

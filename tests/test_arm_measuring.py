@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from sequoia.cli.benchmarks.arm_measuring import Arm, ArmAnswer, Measured, measure
+from sequoia.cli.benchmarks.asking import Asking
 from sequoia.cli.benchmarks.peer_process import PeerFailed
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 
-PROMPTS = [BenchPrompt("code", name, "") for name in "abc"]
+PROMPTS = tuple(BenchPrompt("code", name, "") for name in "abc")
 
 
 @dataclass
@@ -32,7 +33,7 @@ class ScriptedArm:
 
 def measured(arms: list[ScriptedArm], num_rounds: int = 1) -> Measured:
     typed: list[Arm] = [*arms]
-    return measure(typed, PROMPTS, num_rounds, 32, lambda done, total: None)
+    return measure(typed, Asking(PROMPTS, False, num_rounds, 32), lambda done, total: None)
 
 
 def test_every_arm_takes_every_place() -> None:

@@ -82,7 +82,7 @@ async def test_generate_prints_one_json_object(address: str, capsys: pytest.Capt
     assert (printed["text"], printed["token_ids"], printed["finish_reason"]) == ("héllo", [5, 6], "length")
     assert set(printed) == {"text", "token_ids", "finish_reason", "rule", "seed", "usage", "speculation"}
     assert printed["speculation"]["tree"] == {"size": 1, "levels": 1}
-    stages = {"draft", "verify", "network", "host", "prefill", "forwards", "work"}
+    stages = {"draft", "verify", "network", "host", "prefill", "forwards", "work", "draft_forwards", "draft_work"}
     assert set(printed["speculation"]["seconds"]) == stages
 
 
@@ -280,6 +280,13 @@ def test_the_default_draft_is_the_target_in_int8() -> None:
 def test_a_draft_of_its_own_decides_itself_about_int8_unless_asked() -> None:
     assert DeploymentSettings(draft="d").worker_flags("draft")["quantization"] == "auto"
     assert DeploymentSettings(draft="d", draft_quantization="int8").worker_flags("draft")["quantization"] == "int8"
+
+
+def test_drafting_ahead_is_left_to_the_environment_unless_asked() -> None:
+    assert "draft-ahead" not in DeploymentSettings().worker_flags("draft")
+    asked = DeploymentSettings(draft_ahead="off")
+    assert asked.worker_flags("draft")["draft-ahead"] == "off"
+    assert "draft-ahead" not in asked.worker_flags("verify")
 
 
 def test_without_a_draft_there_is_one_worker() -> None:

@@ -21,7 +21,7 @@ from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
 NEVER_AHEAD = {"ahead_hits": 0, "ahead_misses": 0, "hit_draft_seconds": 0.0}
-STAGES = ("draft", "verify", "network", "host", "prefill", "forwards", "work")
+STAGES = ("draft", "verify", "network", "host", "prefill", "forwards", "work", "draft_forwards", "draft_work")
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
     pb.GenerateResponse(request_id="r1", text="lo wor", token_ids=[11, 12, 13]),
@@ -177,6 +177,8 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
                 "prefill": 0.4,
                 "forwards": 0.0,
                 "work": 0.0,
+                "draft_forwards": 0.0,
+                "draft_work": 0.0,
             },
             "num_drafted_steps": 2,
             "num_drafted_tokens": 6,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny_models import ARCHITECTURES, write_tiny_model
 
-from sequoia.cli.seed_stability import NUM_WAYS, Stability, load, measure
+from sequoia.cli.seed_stability import NUM_WAYS, Stability, measure
+from sequoia.cli.subject import load
 from sequoia.sampling import Sampling
 
 PROMPTS = (tuple(range(30, 60)), tuple(range(100, 117)))

@@ -16,7 +16,8 @@ from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sequoia.cli.seed_stability import NUM_WAYS, load, measure
+from sequoia.cli.seed_stability import NUM_WAYS, measure
+from sequoia.cli.subject import load
 from sequoia.config import cpu_flags
 from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder

@@ -15,9 +15,17 @@ from test_exactness import chi_square_z
 from test_verification import PAIRS, VOCABULARY, shapes
 
 from sequoia.engine.children import draft_distributions, draw_children
-from sequoia.engine.sampling import Path, RandomChoices, adjusted_logits, log_weights, target_distribution
+from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, streams
+from sequoia.engine.sampling import (
+    Path,
+    RandomChoices,
+    adjusted_logits,
+    coupled_token,
+    log_weights,
+    target_distribution,
+)
 from sequoia.engine.siblings import candidates
-from sequoia.engine.target_table import ReadTarget, TargetTable, log_weights_of_rows, restrict
+from sequoia.engine.target_table import ReadTarget, TargetTable, coupled_tokens, log_weights_of_rows, restrict
 from sequoia.engine.verification import Targets, reject_recursively, traverse, verify_tree
 from sequoia.errors import Internal
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
@@ -47,6 +55,18 @@ def test_many_rows_have_the_weights_of_each(sampling: Sampling) -> None:
     rows = logits_of(12, 300, seed=0).double()
     expected = torch.stack([log_weights(row, sampling) for row in rows])
     torch.testing.assert_close(log_weights_of_rows(rows, sampling), expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1, 3, 256])
+@pytest.mark.parametrize("sampling", [Sampling(1.5), Sampling(0.8, 0.9), Sampling(1.0, top_k=5)], ids=str)
+def test_coupled_tokens_of_rows_are_those_of_each_row_whoever_races_alone(sampling: Sampling, width: int) -> None:
+    """Also where the others win, and where ties decide who is among them."""
+    rows, sampling = logits_of(200, 50, seed=4).double(), replace(sampling, seed=9)
+    keys, own = torch.from_numpy(streams(9, range(200)))[:, None], torch.tensor([OTHERS, DRAW_FROM_OTHERS])
+    found = coupled_tokens(log_weights_of_rows(rows, sampling), keys, own, width).tolist()
+    assert found == [coupled_token(row, sampling, position, width) for position, row in enumerate(rows)]
+    num_others = [(row > row[token]).sum() >= width for row, token in zip(rows, found, strict=True)]
+    assert bool(sum(num_others) > 0) == (width < 5)
 
 
 class Later:

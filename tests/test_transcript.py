@@ -18,7 +18,7 @@ from sequoia.v1.draft_pb2 import (
     DraftResponse,
 )
 from sequoia.v1.sampling_pb2 import TokenLogprobs
-from sequoia.v1.tree_pb2 import TokenTree, Topology
+from sequoia.v1.tree_pb2 import TokenTree, Topology, WorkerTimes
 from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
 from sequoia.v1.worker_pb2 import TokenizerFiles
 
@@ -129,3 +129,16 @@ def test_hits_and_misses_of_drafting_ahead_are_told_by_tree() -> None:
     [usage] = report.message.trees
     assert (usage.num_steps, usage.num_ahead_hits, usage.num_ahead_misses) == (3, 1, 1)
     assert (usage.stages.draft, usage.hit_draft_seconds) == (2.25, 0.25)
+
+
+def test_what_the_draft_spent_is_told_apart_from_what_verifying_did() -> None:
+    report, chain = Report(), topology.Topology.chain(2)
+    tree = TokenTree(topology=Topology(parents=chain.parents), token_ids=[0, 0])
+    response = DraftResponse(tree=tree, times=WorkerTimes(forwards=0.5, work=0.125))
+    report.host()
+    report.drafted(response)
+    times = WorkerTimes(forwards=2.0, work=1.0)
+    report.verified(VerifyResponse(verdict=Verdict(bonus_token_id=9), times=times), response, chain)
+    [usage] = report.message.trees
+    assert (usage.stages.forwards, usage.stages.work) == (2.5, 1.125)
+    assert (usage.stages.draft_forwards, usage.stages.draft_work) == (0.5, 0.125)

@@ -32,6 +32,10 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.seeds",
         "how often a seeded token flips between trees, batches and rebuilt sessions; loads the target itself",
     ),
+    "drift": Benchmark(
+        "sequoia.cli.benchmarks.drift",
+        "what a quantised target does to the text, against the same one in bfloat16; loads the target itself",
+    ),
     "shapes": Benchmark(
         "sequoia.cli.benchmarks.shapes",
         "tokens per step by shape of the tree, predicted and replayed; loads the pair itself, or reads its traces",
@@ -39,6 +43,16 @@ BENCHMARKS = {
     "roofline": Benchmark(
         "sequoia.cli.benchmarks.roofline",
         "how far forwards are from what memory and matrix products allow at that moment; loads the models itself",
+    ),
+    "steps": Benchmark(
+        "sequoia.cli.benchmarks.steps",
+        "what a step consists of: forwards of draft and target, work on logits and trees, everything else",
+    ),
+    "ahead": Benchmark(
+        "sequoia.cli.benchmarks.ahead", "drafting ahead on against off: hits, steps, and seconds per token in pairs"
+    ),
+    "placement": Benchmark(
+        "sequoia.cli.benchmarks.placement", "colocated workers against split ones: seconds per token in pairs"
     ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),

@@ -39,6 +39,7 @@ class DeploymentSettings:
     target_cores: int | None = None  # cores that the split workers are pinned to; None: all, or what the other leaves
     draft_cores: int | None = None
     log_dir: Path | None = None
+    draft_ahead: str | None = None  # auto, on or off; None: as the environment has it
 
     @property
     def models(self) -> dict[str, str]:
@@ -71,6 +72,8 @@ class DeploymentSettings:
         }
         if self.context_length is not None:
             flags["context-length"] = self.context_length
+        if name == "draft" and self.draft_ahead is not None:
+            flags["draft-ahead"] = self.draft_ahead
         flags["quantization"] = self._draft_quantization if name == "draft" else self.target_quantization
         if flags["quantization"] in ("int8", "int4"):
             flags["device"] = "cpu"  # where there is a GPU, it is the target's

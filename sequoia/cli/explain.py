@@ -75,7 +75,7 @@ def _read_plan(file: Path) -> TreePlan:
 
 def _of_running_pair(arguments: argparse.Namespace, built_in: Topology) -> Explanation:
     from sequoia.client import Client
-    from sequoia.generation import state_name
+    from sequoia.speculation_figures import state_name
 
     with Client(address_of(arguments)) as client:
         response = client.explain(temperature=arguments.temperature or 0.0, rule=arguments.rule)

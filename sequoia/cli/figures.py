@@ -15,7 +15,8 @@ from sequoia.planner import PricedTree, TreePlan
 from sequoia.rules import ParameterError
 
 if TYPE_CHECKING:
-    from sequoia.generation import Generation, StageSeconds
+    from sequoia.generation import Generation
+    from sequoia.speculation_figures import StageSeconds
 
 
 def figures_table(generation: Generation) -> Table:
@@ -39,7 +40,7 @@ def figures_table(generation: Generation) -> Table:
 
 def shares(stages: StageSeconds) -> str:
     """How the steps' wall time divides over the stages, prefill left out."""
-    total = stages.draft + stages.verify + stages.network + stages.host
+    total = stages.total
     named = (("draft", stages.draft), ("verify", stages.verify), ("network", stages.network), ("host", stages.host))
     return ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in named) if total else "no steps"
 

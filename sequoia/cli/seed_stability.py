@@ -9,24 +9,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
-from sequoia.config import num_cores
+from sequoia.cli.subject import CHUNK, NUM_NEIGHBOURS, Subject, prefill
 from sequoia.engine.attention import tree_segment
-from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine
-from sequoia.engine.kv_cache import KVCache, KVSlot
-from sequoia.engine.model import load_model
+from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.sampling import coupled_token
-from sequoia.engine.sources import resolve
 from sequoia.sampling import Sampling
 from sequoia.topology import TokenTree, Topology
 
 # Levels of the true continuation inside the trees: what a good draft proposes.
 _TRUE_LEVELS = 4
-_CHUNK = 256
-_NUM_NEIGHBOURS = 3
 _TREE_SIZES = (4, 16, 64)
 NUM_WAYS = len(_TREE_SIZES) + 3
 
@@ -43,38 +37,6 @@ class Stability:
     num_flips: int
     max_logit_difference: float
     seconds_per_token: float
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A target, ready to run."""
-
-    engine: Engine
-    tokenizer: Tokenizer
-    vocab_size: int
-
-
-def load(
-    model: str,
-    *,
-    dtype: str,
-    engine: str = "auto",
-    quantization: str = "none",
-    deterministic: bool = False,
-    context_length: int = 1024,
-) -> Subject:
-    """The model by reference, with KV memory for four sessions. Raises InvalidArgument naming `model`."""
-    torch.set_num_threads(num_cores())
-    files = resolve(model)
-    loaded = load_model(files, dtype=dtype, device="auto")
-    num_layers = loaded.module.config.get_text_config().num_hidden_layers
-    arithmetic = Arithmetic(engine, quantization, deterministic=deterministic, num_threads=num_cores())
-    decoder = build_decoder(loaded, arithmetic, context_length, files.cache_dir)
-    cache = KVCache(num_layers, 1 + _NUM_NEIGHBOURS, context_length)
-    engine_of_target = Engine(decoder, cache, loaded.device, loaded.dtype)
-    return Subject(
-        engine_of_target, Tokenizer.from_buffer(loaded.tokenizer.tokenizer_json), loaded.tokenizer.vocab_size
-    )
 
 
 @dataclass
@@ -128,7 +90,7 @@ class _Tally:
 
 def _write(engine: Engine, slot: KVSlot, text: Text, sampling: Sampling, num_tokens: int, vocab_size: int) -> None:
     """The text, one token a forward."""
-    _prefill(engine, slot, text.prompt[:-1])
+    prefill(engine, slot, text.prompt[:-1])
     root = text.prompt[-1]
     while len(text.tokens) < num_tokens:
         [rows] = engine.forward([tree_segment(slot, (), TokenTree.root_only(root))])
@@ -145,7 +107,7 @@ def _ways(engine: Engine, vocab_size: int) -> dict[str, Callable[[KVSlot, Text],
     }
     return {
         **trees,
-        f"a batch of {1 + _NUM_NEIGHBOURS}": lambda slot, text: _in_batches(engine, slot, text),
+        f"a batch of {1 + NUM_NEIGHBOURS}": lambda slot, text: _in_batches(engine, slot, text),
         "rebuilt sessions": lambda slot, text: _rebuilt(engine, slot, text),
     }
 
@@ -177,7 +139,7 @@ class _Trees:
 
 def _in_trees(engine: Engine, slot: KVSlot, text: Text, trees: _Trees) -> Rows:
     """Trees that hold the text's next tokens among random others, kept as if they had been accepted."""
-    _prefill(engine, slot, text.prompt[:-1])
+    prefill(engine, slot, text.prompt[:-1])
     tokens = [text.prompt[-1], *text.tokens]
     start = 0
     while start < len(text.tokens):
@@ -191,10 +153,10 @@ def _in_trees(engine: Engine, slot: KVSlot, text: Text, trees: _Trees) -> Rows:
 
 def _in_batches(engine: Engine, slot: KVSlot, text: Text) -> Rows:
     """One token a forward, beside other sessions that decode the same text from other places on."""
-    _prefill(engine, slot, text.prompt[:-1])
+    prefill(engine, slot, text.prompt[:-1])
     tokens = [text.prompt[-1], *text.tokens]
     with ExitStack() as stack:
-        others = [stack.enter_context(engine.cache.slot()) for _ in range(_NUM_NEIGHBOURS)]
+        others = [stack.enter_context(engine.cache.slot()) for _ in range(NUM_NEIGHBOURS)]
         for index, token in enumerate(tokens[:-1]):
             roots = [(slot, token), *((other, tokens[-1 - index]) for other in others[:index])]
             rows, *_ = engine.forward([tree_segment(each, (), TokenTree.root_only(root)) for each, root in roots])
@@ -207,15 +169,8 @@ def _rebuilt(engine: Engine, slot: KVSlot, text: Text) -> Rows:
     """Prompt and text fed again in chunks, as a session is that was lost and opened elsewhere."""
     tokens = (*text.prompt, *text.tokens)[:-1]
     first = len(text.prompt) - 1
-    for start in range(0, len(tokens), _CHUNK):
-        part = tokens[start : start + _CHUNK]
+    for start in range(0, len(tokens), CHUNK):
+        part = tokens[start : start + CHUNK]
         [rows] = engine.forward([tree_segment(slot, (), TokenTree(Topology.chain(len(part)), part))])
         slot.keep(range(len(part)))
         yield rows[max(0, first - start) :]
-
-
-def _prefill(engine: Engine, slot: KVSlot, tokens: tuple[int, ...]) -> None:
-    for start in range(0, len(tokens), _CHUNK):
-        part = tokens[start : start + _CHUNK]
-        engine.forward([tree_segment(slot, part, TokenTree.root_only(0))])
-        slot.keep(range(len(part)))

@@ -15,13 +15,16 @@ _FIRST = 0xBF58476D1CE4E5B9
 _SECOND = 0x94D049BB133111EB
 # 52 bits and a half: 53 would round the largest up to 1.
 _BITS = 52
+# Ids without a token: all tokens that have no noise of their own, and the draw of one of them.
+OTHERS, DRAW_FROM_OTHERS = -1, -2
 
 
 def noise_bits(seed: int, position: int, token_ids: Tensor) -> Tensor:
     """The integers behind the noise, same shape as `token_ids` (int64), as int64 in two's complement.
 
-    SplitMix64 of SplitMix64: token t gets the t-th output (from 0) of a generator seeded with the position-th output
-    of one seeded with `seed` (0 to 2**64 - 1). Integer arithmetic only, so the bits are equal on CPU and CUDA.
+    SplitMix64 of SplitMix64: token t gets the t-th output (from 0; -1 and -2 are those before) of a generator seeded
+    with the position-th output of one seeded with `seed` (0 to 2**64 - 1). Integer arithmetic only, so the bits are
+    equal on CPU and CUDA.
     """
     return _bits((token_ids + 1).mul_(_signed(_GOLDEN)).add_(_stream(seed, position)))
 
@@ -32,8 +35,8 @@ def uniform_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
 
 
 def gumbel_noise(seed: int, position: int, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel, -log(-log(u)), float64: argmax(log p + noise) over all tokens is a draw from p."""
-    return _gumbel(noise_bits(seed, position, token_ids))
+    """Standard Gumbel, -log(-log(u)), float64: argmax(log p + noise) is a draw from p (Gumbel-max)."""
+    return uniform_noise(seed, position, token_ids).log_().neg_().log_().neg_()
 
 
 def streams(seed: int, positions: Iterable[int]) -> NDArray[np.int64]:
@@ -41,9 +44,14 @@ def streams(seed: int, positions: Iterable[int]) -> NDArray[np.int64]:
     return np.array([_stream(seed, position) for position in positions], np.int64)
 
 
+def uniform_rows(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """`uniform_noise` of several positions at once: `streams` as (rows, 1) by ids (tokens,) or (rows, tokens)."""
+    return _uniform(_bits((token_ids + 1).mul_(_signed(_GOLDEN)) + keys))
+
+
 def gumbel_rows(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """`gumbel_noise` of several positions at once: `streams` as (rows, 1) by (tokens,) -> (rows, tokens) float64."""
-    return _gumbel(_bits((token_ids + 1).mul_(_signed(_GOLDEN)) + keys))
+    """`gumbel_noise` of several positions at once: (rows, tokens) float64."""
+    return uniform_rows(keys, token_ids).log_().neg_().log_().neg_()
 
 
 def _stream(seed: int, position: int) -> int:
@@ -59,10 +67,6 @@ def _bits(counters: Tensor) -> Tensor:
 
 def _uniform(bits: Tensor) -> Tensor:
     return _shifted(bits, 64 - _BITS).double().add_(0.5).mul_(2.0**-_BITS)
-
-
-def _gumbel(bits: Tensor) -> Tensor:
-    return _uniform(bits).log_().neg_().log_().neg_()
 
 
 def _mix(value: int) -> int:

@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sequoia.engine.noise import gumbel_noise, gumbel_rows, streams
+from sequoia.engine.largest import largest, on_host
+from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, gumbel_noise, gumbel_rows, streams, uniform_noise
 from sequoia.engine.transfer import upload
 from sequoia.errors import Internal
 from sequoia.sampling import Sampling
+from sequoia.topology import Int
+
+# Tokens with noise of their own, of p and of q. In q those further down seldom win the race.
+COUPLED_WIDTH = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +75,7 @@ class RandomChoices:
 
     def draw(self, weights: Tensor) -> int:
         """By inversion; an index of weight 0 is never drawn."""
-        cumulative = weights.cumsum(0)
-        total = float(cumulative[-1])
-        index = int(torch.searchsorted(cumulative, self._generator.random() * total, right=True))
-        return index if index < len(weights) else int(weights.nonzero()[-1])
+        return _invert(weights, self._generator.random())
 
     def race(self, logs: Tensor) -> Tensor:
         """By noise on each, with a fresh key: the host waits for nothing, and an index of weight 0 never wins."""
@@ -113,33 +115,57 @@ def log_weights(adjusted: Tensor, sampling: Sampling) -> Tensor:
     Ties at a cut are resolved by (logit descending, id ascending). Raises Internal when the logits have no finite
     largest value, as with NaN.
     """
-    scaled = (adjusted - _peak(adjusted)) / sampling.temperature
+    scaled = (adjusted - finite_peak(on_host(adjusted).max())).div_(sampling.temperature)
     if sampling.min_p > 0.0:
-        scaled = scaled.masked_fill(scaled < math.log(sampling.min_p), -math.inf)
+        scaled.masked_fill_(scaled < math.log(sampling.min_p), -math.inf)
     if 0 < sampling.top_k < len(scaled):
-        scaled = scaled.masked_fill(~largest(scaled, scaled.topk(sampling.top_k).values), -math.inf)
+        scaled = _only(scaled, largest(on_host(scaled), sampling.top_k))
     if sampling.top_p < 1.0:
-        p = scaled.softmax(0)
-        scaled = scaled.masked_fill(~largest(p, _nucleus(p, sampling.top_p)), -math.inf)
+        scaled = _only(scaled, _nucleus(scaled, sampling.top_p))
     return scaled
 
 
 def target_distribution(adjusted: Tensor, sampling: Sampling) -> Tensor:
     """p of one row of adjusted logits (vocabulary,): float64, sums to 1."""
-    return log_weights(adjusted, sampling).softmax(0)
+    weights = log_weights(adjusted, sampling).exp_()
+    return weights.div_(weights.sum())
 
 
 def argmax(logits: Tensor) -> int:
     """The most likely token of a row (vocabulary,); ties go to the smaller id. Raises Internal on NaN."""
-    _peak(logits)
-    return int(logits.argmax())
+    values = on_host(logits)
+    token = int(values.argmax())
+    finite_peak(values[token])
+    return token
 
 
-def coupled_token(adjusted: Tensor, sampling: Sampling, position: int) -> int:
-    """argmax(log p + noise): a draw from p that is the same whatever the draft, the tree, or the process."""
+def coupled_token(adjusted: Tensor, sampling: Sampling, position: int, width: int = COUPLED_WIDTH) -> int:
+    """A draw from p that is the same whatever the draft, the tree, or the process.
+
+    The `width` likeliest tokens race, each with log p + its noise, and against them all other tokens as one, with the
+    log of their mass and noise of its own, which is how the best of their races is distributed (Gumbel-max). If the
+    others win, one of them is drawn by inversion. So only a few tokens' noise is ever computed.
+    """
     assert sampling.seed is not None, "the coupled rule needs a seed"
-    ids = torch.arange(len(adjusted), device=adjusted.device)
-    return int(gumbel_noise(sampling.seed, position, ids).add_(log_weights(adjusted, sampling)).argmax())
+    logs = log_weights(adjusted, sampling)
+    ids = torch.from_numpy(largest(on_host(logs), width)).to(logs.device)
+    races = gumbel_noise(sampling.seed, position, ids).add_(logs[ids])
+    best = int(races.argmax())
+    if len(ids) < width:
+        return int(ids[best])
+    others = logs.exp_().index_fill_(0, ids, 0.0)
+    mass = float(others.sum())
+    own = torch.tensor([OTHERS, DRAW_FROM_OTHERS], device=logs.device)
+    if mass <= 0.0 or math.log(mass) + float(gumbel_noise(sampling.seed, position, own[:1])) <= float(races[best]):
+        return int(ids[best])
+    return _invert(others, float(uniform_noise(sampling.seed, position, own[1:])))
+
+
+def _invert(weights: Tensor, uniform: float) -> int:
+    """The index where the running sum of weights (n,) first exceeds that share of their total."""
+    cumulative = weights.cumsum(0)
+    index = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
+    return index if index < len(weights) else int(weights.nonzero()[-1])
 
 
 def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,34 +175,26 @@ def _known(values: Mapping[int, float], like: Tensor) -> tuple[Tensor, Tensor]:
     return ids, numbers
 
 
-def _nucleus(p: Tensor, top_p: float) -> Tensor:
-    """The fewest largest probabilities, descending, that hold `top_p` of the mass. Never sorts the vocabulary."""
-    width = 256
+def _nucleus(logs: Tensor, top_p: float) -> Int:
+    """The fewest largest entries of log p (up to a constant) that hold `top_p` of the mass, without sorting all."""
+    values, weights = on_host(logs), on_host(logs.exp())
+    wanted, width = top_p * weights.sum(), 256
     while True:
-        largest = p.topk(min(width, len(p))).values
-        reached = (largest.cumsum(0) >= top_p).nonzero()
-        if len(reached) or width >= len(p):
-            return largest[: int(reached[0]) + 1] if len(reached) else largest
+        ids = largest(values, width)
+        reached = np.flatnonzero(weights[ids].cumsum() >= wanted)
+        if len(reached) or len(ids) < width:
+            return ids[: reached[0] + 1] if len(reached) else ids
         width *= 8
 
 
-def largest(values: Tensor, kept: Tensor) -> Tensor:
-    """Mask of the `len(kept)` largest of `values`, where `kept` holds them in descending order; ties by smaller id."""
-    threshold = kept[-1]
-    mask = values > threshold
-    ties = (values == threshold).nonzero()[:, 0]
-    mask[ties[: len(kept) - int(mask.sum())]] = True
-    return mask
+def _only(logs: Tensor, ids: Int) -> Tensor:
+    """The entries at `ids`, and -inf elsewhere."""
+    kept = torch.from_numpy(ids).to(logs.device)
+    return torch.full_like(logs, -math.inf).index_copy_(0, kept, logs[kept])
 
 
-def _peak(logits: Tensor) -> Tensor:
-    """The largest logit; NaN anywhere makes it NaN."""
-    peak = logits.max()
-    check_peak(float(peak))
-    return peak
-
-
-def check_peak(peak: float) -> None:
-    """Raises Internal when the target's largest logit is no finite number."""
-    if not math.isfinite(peak):
-        raise Internal(f"the target model's largest logit is {peak}; its weights or dtype are broken")
+def finite_peak(largest_logit: float) -> float:
+    """The largest logit of a row; NaN anywhere makes it NaN. Raises Internal when it is no finite number."""
+    if not math.isfinite(largest_logit):
+        raise Internal(f"the target model's largest logit is {largest_logit}; its weights or dtype are broken")
+    return float(largest_logit)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sequoia.engine.logprobs import token_logprobs
-from sequoia.engine.noise import gumbel_rows, streams
-from sequoia.engine.sampling import Choices, Path, adjusted_logits, check_peak
+from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, gumbel_rows, streams, uniform_rows
+from sequoia.engine.sampling import COUPLED_WIDTH, Choices, Path, adjusted_logits, finite_peak
 from sequoia.engine.siblings import Ids, Reals
 from sequoia.engine.transfer import download, upload
 from sequoia.rules import COUPLED
@@ -69,7 +69,7 @@ class TargetTable:
 
     def token(self, node: int) -> int:
         """The target's own token after `node`, for a rule that walks along it. Raises Internal on broken logits."""
-        check_peak(float(self._peaks[node]))
+        finite_peak(float(self._peaks[node]))
         return int(self._tokens[node])
 
     def target(self, node: int) -> ReadTarget:
@@ -140,9 +140,34 @@ def _candidate_columns(tree: TokenTree, q: DraftDistributions) -> tuple[Ids, Ids
 
 
 def _coupled_tokens(weights: Tensor, tree: TokenTree, sampling: Sampling, position: int) -> Tensor:
-    """(size,): argmax(log p + noise) after every node; the nodes of one depth share the noise."""
+    """`sampling.coupled_token` after every node, (size,); the nodes of one depth share the noise."""
     assert sampling.seed is not None, "the coupled rule needs a seed"
-    by_depth = streams(sampling.seed, (position + depth for depth in range(tree.topology.levels)))
-    keys, depths = upload((by_depth[:, None], np.array(tree.topology.depths)), weights.device)
-    noise = gumbel_rows(keys, torch.arange(weights.shape[1], device=weights.device))
-    return noise.index_select(0, depths).add_(weights).argmax(1)
+    nodes = streams(sampling.seed, (position + depth for depth in tree.topology.depths))
+    keys, own = upload((nodes[:, None], np.array([OTHERS, DRAW_FROM_OTHERS])), weights.device)
+    return coupled_tokens(weights, keys, own)
+
+
+def coupled_tokens(weights: Tensor, keys: Tensor, own: Tensor, width: int = COUPLED_WIDTH) -> Tensor:
+    """For rows of log p (rows, vocabulary), 0 at the largest, with `streams` (rows, 1): a token each, (rows,).
+
+    `own` are the ids OTHERS and DRAW_FROM_OTHERS.
+    """
+    width = min(width, weights.shape[1])
+    is_likely = _largest(weights, weights.topk(width).values[:, -1:], width)
+    ids = weights.masked_fill(~is_likely, -math.inf).topk(width).indices
+    best = (gumbel_rows(keys, ids) + weights.gather(1, ids)).max(1, keepdim=True)
+    others = weights.exp().scatter(1, ids, 0.0)
+    race = others.sum(1, keepdim=True).log() + gumbel_rows(keys, own[:1])
+    drawn = _inverted(others, uniform_rows(keys, own[1:]))
+    return torch.where(race > best.values, drawn, ids.gather(1, best.indices))[:, 0]
+
+
+def _inverted(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """For each row (rows, n) the index where the running sum exceeds that share (rows, 1) of the total, (rows, 1).
+
+    A parallel sum may be uneven by rounding: where it points at a weight of 0, the last one before it that has some.
+    """
+    cumulative, last = weights.cumsum(1), weights.shape[1] - 1
+    index = torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True).clamp(max=last)
+    ids = torch.arange(last + 1, device=weights.device).expand_as(weights)
+    return torch.where(weights > 0.0, ids, 0).cummax(1).values.gather(1, index)

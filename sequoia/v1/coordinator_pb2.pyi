@@ -180,7 +180,7 @@ class RankCounts(_message.Message):
     def __init__(self, num_offered: _Optional[_Iterable[int]] = ..., num_accepted: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class StageSeconds(_message.Message):
-    __slots__ = ("draft", "verify", "network", "host", "prefill", "forwards", "work")
+    __slots__ = ("draft", "verify", "network", "host", "prefill", "forwards", "work", "draft_forwards", "draft_work")
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     NETWORK_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +188,8 @@ class StageSeconds(_message.Message):
     PREFILL_FIELD_NUMBER: _ClassVar[int]
     FORWARDS_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_WORK_FIELD_NUMBER: _ClassVar[int]
     draft: float
     verify: float
     network: float
@@ -195,7 +197,9 @@ class StageSeconds(_message.Message):
     prefill: float
     forwards: float
     work: float
-    def __init__(self, draft: _Optional[float] = ..., verify: _Optional[float] = ..., network: _Optional[float] = ..., host: _Optional[float] = ..., prefill: _Optional[float] = ..., forwards: _Optional[float] = ..., work: _Optional[float] = ...) -> None: ...
+    draft_forwards: float
+    draft_work: float
+    def __init__(self, draft: _Optional[float] = ..., verify: _Optional[float] = ..., network: _Optional[float] = ..., host: _Optional[float] = ..., prefill: _Optional[float] = ..., forwards: _Optional[float] = ..., work: _Optional[float] = ..., draft_forwards: _Optional[float] = ..., draft_work: _Optional[float] = ...) -> None: ...
 
 class DescribePairRequest(_message.Message):
     __slots__ = ()

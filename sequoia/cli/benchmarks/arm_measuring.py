@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from sequoia.cli.benchmarks.asking import Asking
 from sequoia.cli.benchmarks.peer_process import PeerFailed
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.client import StageSeconds
@@ -75,21 +76,14 @@ class Measured:
     unavailable: dict[str, str]
 
 
-def measure(
-    arms: Sequence[Arm],
-    prompts: Sequence[BenchPrompt],
-    num_rounds: int,
-    max_tokens: int,
-    on_progress: Callable[[int, int], None],
-) -> Measured:
+def measure(arms: Sequence[Arm], asking: Asking, on_progress: Callable[[int, int], None]) -> Measured:
     """Each prompt begins with the next arm; `on_progress` is called with (answers done, answers in all)."""
     turns = _Turns(list(arms))
-    turns.take(prompts[0], _NUM_WARM_UP_TOKENS, first=0)
+    turns.take(asking.prompts[0], _NUM_WARM_UP_TOKENS, first=0)
     samples: list[Sample] = []
-    asked = [(number, prompt) for number in range(num_rounds) for prompt in prompts]
-    for index, (number, prompt) in enumerate(asked):
-        on_progress(index * len(turns.arms), len(asked) * len(turns.arms))
-        answers = turns.take(prompt, max_tokens, first=index)
+    for index, (number, prompt) in enumerate(asking.rounds()):
+        on_progress(index * len(turns.arms), asking.num_answers * len(turns.arms))
+        answers = turns.take(prompt, asking.max_tokens, first=index)
         samples += [Sample(name, prompt, number, answer) for name, answer in answers.items()]
     return Measured(tuple(each for each in samples if each.arm not in turns.unavailable), turns.unavailable)
 

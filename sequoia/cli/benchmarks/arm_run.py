@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from sequoia.cli.benchmarks.arm_figures import figures_of
 from sequoia.cli.benchmarks.arm_measuring import OFF, Arm, Measured, measure
 from sequoia.cli.benchmarks.arm_report import ArmDescription, Report
+from sequoia.cli.benchmarks.asking import Asking
 from sequoia.cli.benchmarks.bench_system import BenchSystem
 from sequoia.cli.benchmarks.own_arms import OwnArm, plan_in_force, ways
 from sequoia.cli.benchmarks.peer_arms import PeerArm, Peers, Workplace, started_peers
@@ -18,7 +19,7 @@ from sequoia.cli.benchmarks.peer_process import PeerFailed
 from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.rule_timing import worker_to_dict
-from sequoia.client import Client, Message, Prompt
+from sequoia.client import Client, Prompt
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.v1.worker_pb2 import WorkerDescription
 
@@ -32,10 +33,11 @@ class ArmWorkload:
     arms: tuple[str, ...]  # ours, beside plain decoding
     shapes: tuple[str, ...]
     peers: tuple[str, ...]
-    prompts: tuple[BenchPrompt, ...]
-    is_raw: bool  # prompts are text to continue, no chat template
-    num_rounds: int
-    max_tokens: int
+    asking: Asking
+
+    def to_dict(self) -> dict[str, object]:
+        """Ready for JSON."""
+        return {"arms": self.arms, "shapes": self.shapes, "peers": self.peers, **asdict(self.asking)}
 
 
 def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -> Report:
@@ -45,9 +47,9 @@ def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -
         with _peers(pair, workload, workplace) as (peers, work):
             own, missing = _own_arms(client, workload, work)
             arms: list[Arm] = [*own, *peers.arms]
-            doing = f"{len(arms)} arms, {len(workload.prompts) * workload.num_rounds} prompts"
+            doing = f"{len(arms)} arms, {workload.asking.num_answers} prompts"
             with workplace.steps.step(doing) as on_progress:
-                measured = measure(arms, workload.prompts, workload.num_rounds, workload.max_tokens, on_progress)
+                measured = measure(arms, workload.asking, on_progress)
             descriptions = {each.name: _own_description(each, pair, system) for each in own}
             descriptions |= {each.name: _peer_description(each, work) for each in peers.arms if work}
     unavailable = {**missing, **peers.unavailable, **measured.unavailable}
@@ -67,21 +69,19 @@ def _peers(
     except PeerFailed as error:
         yield Peers(unavailable=dict.fromkeys(workload.peers, str(error))), None
         return
-    work = PeerWork(models, encode(models, workload.prompts, workload.is_raw), workload.max_tokens)
+    asking = workload.asking
+    work = PeerWork(models, encode(models, asking.prompts, asking.is_raw), asking.max_tokens)
     with started_peers(workload.peers, work, workplace) as peers:
         yield peers, work
 
 
 def _own_arms(client: Client, workload: ArmWorkload, work: PeerWork | None) -> tuple[list[OwnArm], dict[str, str]]:
     """Ours, and why others are none. Beside peers, everybody gets the same token ids."""
-    prompts: Mapping[BenchPrompt, Prompt] = work.prompts if work else _as_asked(workload)
+    asking = workload.asking
+    prompts: Mapping[BenchPrompt, Prompt] = work.prompts if work else {p: asking.form(p) for p in asking.prompts}
     found = ways(plan_in_force(client), workload.arms, workload.shapes)
     arms = [OwnArm(name, how, client, prompts) for name, how in found.items() if how is not None]
     return arms, {name: _NO_PLAN for name, how in found.items() if how is None}
-
-
-def _as_asked(workload: ArmWorkload) -> dict[BenchPrompt, Prompt]:
-    return {each: each.text if workload.is_raw else [Message("user", each.text)] for each in workload.prompts}
 
 
 def _own_description(arm: OwnArm, pair: DescribePairResponse, system: BenchSystem) -> ArmDescription:
@@ -115,7 +115,7 @@ def _report(
             "target": worker_to_dict(pair.verify),
             "draft": worker_to_dict(pair.draft) if pair.HasField("draft") else None,
         },
-        workload=asdict(workload),
+        workload=workload.to_dict(),
         figures=tuple(figures_of(measured.samples, eos_token_ids)),
         descriptions=descriptions,
         unavailable=unavailable,

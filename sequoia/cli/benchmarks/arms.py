@@ -12,37 +12,31 @@ from tempfile import TemporaryDirectory
 from rich.console import Console
 
 from sequoia.cli.benchmarks import arm_report
-from sequoia.cli.benchmarks.arguments import add_json, check_least, pair_title
+from sequoia.cli.benchmarks.arguments import add_json, pair_title
 from sequoia.cli.benchmarks.arm_report import Report
 from sequoia.cli.benchmarks.arm_run import ArmWorkload, run_arms
-from sequoia.cli.benchmarks.bench_system import bench_system
+from sequoia.cli.benchmarks.asking import add_asking, asking
+from sequoia.cli.benchmarks.bench_system import add_system, planned_system
 from sequoia.cli.benchmarks.own_arms import CHAIN, PLAN, named_shape
 from sequoia.cli.benchmarks.peer_arms import Workplace
 from sequoia.cli.benchmarks.peer_catalog import ALL, PEERS
 from sequoia.cli.benchmarks.process_memory import available_bytes
-from sequoia.cli.benchmarks.prompt_set import prompt_set
 from sequoia.cli.figures import check_plot
 from sequoia.cli.steps import Steps
-from sequoia.cli.up import add_model_arguments, stop_on_sigterm
+from sequoia.cli.up import stop_on_sigterm
 from sequoia.config import num_cores
 from sequoia.engine.sources import default_cache_dir
 
 _ARMS = (PLAN, CHAIN)
-_MAX_TOKENS, _QUICK_MAX_TOKENS, _QUICK_PROMPTS = 64, 24, 1
 _MEMORY_SHARE = 0.8
 _GIB = 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags."""
-    _add_system_arguments(parser.add_argument_group("the system", "one that runs already, or one to start"))
+    add_system(parser)
     _add_arm_arguments(parser.add_argument_group("arms", "plain decoding (off) is always one"))
-    parser.add_argument("--prompts", type=int, metavar="N", help="per category (default: all; 1 with --quick)")
-    tokens = f"per answer, at most (default {_MAX_TOKENS}; {_QUICK_MAX_TOKENS} with --quick)"
-    parser.add_argument("--max-tokens", type=int, metavar="N", help=tokens)
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="answers a prompt (default %(default)s)")
-    parser.add_argument("--raw", action="store_true", help="prompts are text to continue, no chat template")
-    parser.add_argument("--quick", action="store_true", help="few prompts, short answers, a hasty plan: a first look")
+    add_asking(parser)
     add_json(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the arms by category into this .png or .svg")
 
@@ -54,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
     stop_on_sigterm()
     steps = Steps(Console(stderr=True))
-    with _workplace(arguments, steps) as workplace, bench_system(arguments, steps) as system:
+    with _workplace(arguments, steps) as workplace, planned_system(arguments, steps) as system:
         report = run_arms(system, workload, workplace)
     if arguments.plot is not None:
         _draw(report, arguments.plot)
@@ -63,11 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         Console().print(*arm_report.tables(report), sep="\n")
     return 0
-
-
-def _add_system_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--address", help="of a running coordinator (default: start a system of the models below)")
-    add_model_arguments(group)
 
 
 def _add_arm_arguments(group: argparse._ArgumentGroup) -> None:
@@ -95,22 +84,10 @@ def _names(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
 
 def _workload(arguments: argparse.Namespace) -> ArmWorkload:
     """Raises InvalidArgument naming the flag that is wrong."""
-    if arguments.max_tokens is None:
-        arguments.max_tokens = _QUICK_MAX_TOKENS if arguments.quick else _MAX_TOKENS
-    if arguments.prompts is None and arguments.quick:
-        arguments.prompts = _QUICK_PROMPTS
-    check_least(arguments, rounds=1, max_tokens=2, **({} if arguments.prompts is None else {"prompts": 1}))
+    asked = asking(arguments)
     for shape in arguments.shapes:
         named_shape(shape)
-    return ArmWorkload(
-        arms=arguments.arms,
-        shapes=tuple(arguments.shapes),
-        peers=arguments.peers,
-        prompts=prompt_set(arguments.prompts),
-        is_raw=arguments.raw,
-        num_rounds=arguments.rounds,
-        max_tokens=arguments.max_tokens,
-    )
+    return ArmWorkload(arguments.arms, tuple(arguments.shapes), arguments.peers, asked)
 
 
 @contextmanager

@@ -13,21 +13,29 @@ from coordinator.planner_job import plan_pair
 from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.steps import Steps
-from sequoia.cli.up import deployment_settings
+from sequoia.cli.up import add_model_arguments, deployment_settings
 
 _QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
 
 
 @dataclass(frozen=True, slots=True)
 class BenchSystem:
-    """Where its coordinator is, and its processes by name: none of a system that ran already."""
+    """Where its coordinator is; of a system that was started here also its Redis, and its processes by name."""
 
     address: str
+    redis_url: str = ""
     process_ids: Mapping[str, int] = field(default_factory=dict)
 
     def peak_bytes(self, *, with_draft: bool) -> int | None:
         """Of its processes; the draft worker's is left out where no draft is needed."""
         return peak_bytes(pid for name, pid in self.process_ids.items() if with_draft or name != "draft")
+
+
+def add_system(parser: argparse.ArgumentParser) -> None:
+    """--address, and the flags of the models to serve without one."""
+    group = parser.add_argument_group("the system", "one that runs already, or one to start")
+    group.add_argument("--address", help="of a running coordinator (default: start a system of the models below)")
+    add_model_arguments(group)
 
 
 @contextmanager
@@ -36,18 +44,25 @@ def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchS
     if arguments.address is not None:
         yield BenchSystem(arguments.address)
         return
-    settings = deployment_settings(arguments, "127.0.0.1:0", None)
-    with Deployment(settings, steps) as deployment:
-        if settings.has_draft:
-            _plan(deployment, steps, is_quick=arguments.quick)
-        yield BenchSystem(deployment.address, {name: each.pid for name, each in deployment.processes.items()})
+    with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as deployment:
+        process_ids = {name: each.pid for name, each in deployment.processes.items()}
+        yield BenchSystem(deployment.address, deployment.redis_url, process_ids)
 
 
-def _plan(deployment: Deployment, steps: Steps, *, is_quick: bool) -> None:
+@contextmanager
+def planned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
+    """The same, planned for if it was started here."""
+    with bench_system(arguments, steps) as system:
+        if system.redis_url and not arguments.no_draft:
+            _plan(system, steps, is_quick=arguments.quick)
+        yield system
+
+
+def _plan(system: BenchSystem, steps: Steps, *, is_quick: bool) -> None:
     with steps.step("measuring the pair, planning its trees") as on_progress:
         planning = plan_pair(
-            deployment.address,
-            deployment.redis_url,
+            system.address,
+            system.redis_url,
             prompts=PROMPTS[:_QUICK_PLAN_PROMPTS] if is_quick else PROMPTS,
             max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,
             on_progress=on_progress,

@@ -13,7 +13,7 @@ from sequoia.cli.benchmarks.peer_process import PeerFailed
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.errors import SequoiaError
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
-from sequoia.v1.worker_pb2 import TokenizerFiles, WorkerDescription
+from sequoia.v1.worker_pb2 import WorkerDescription
 
 # A context is as long as the longest prompt and its answer, and a multiple of this: engines round.
 _CONTEXT_STEP = 256
@@ -106,20 +106,14 @@ def _codec(folder: Path, reference: str) -> TextCodec:
     """The tokenizer as the verify worker describes it."""
     from transformers import AutoConfig, GenerationConfig
 
+    from sequoia.cli.subject import codec_of
     from sequoia.engine.sources import ModelFiles
     from sequoia.engine.tokenizer import describe_tokenizer
 
     config = AutoConfig.from_pretrained(folder)
     has_generation = (folder / "generation_config.json").exists()
     generation = GenerationConfig.from_pretrained(folder) if has_generation else None
-    found = describe_tokenizer(ModelFiles(reference, folder, None, "", folder), config, generation)
-    files = TokenizerFiles(
-        tokenizer_json=found.tokenizer_json,
-        chat_template=found.chat_template,
-        eos_token_ids=found.eos_token_ids,
-        special_tokens=found.special_tokens,
-    )
-    return TextCodec.from_files(files)
+    return codec_of(describe_tokenizer(ModelFiles(reference, folder, None, "", folder), config, generation))
 
 
 def _gguf_type(file: str | None) -> str:

@@ -18,7 +18,7 @@ from sequoia.cli.benchmarks.arguments import add_json, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.steps import Steps
-from sequoia.client import Client, Speculation, SpeculationFigures, StageSeconds
+from sequoia.client import Client, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition
 from sequoia.optimal_tree import optimal_tree
 from sequoia.planner import MAX_LEVELS, PricedTree, TreePlan, price
@@ -186,15 +186,11 @@ def _totals(tree: Topology | None, answers: Sequence[SpeculationFigures]) -> Flo
     for row, figures in zip(rows, answers, strict=True):
         if tree is None:
             num_tokens = figures.num_steps + figures.num_accepted_tokens
-            row[:] = figures.num_steps, num_tokens, _seconds(figures.stage_seconds)
+            row[:] = figures.num_steps, num_tokens, figures.stage_seconds.total
         for usage in figures.trees:
             if usage.topology == tree and usage.num_steps >= _LEAST_STEPS:
-                row[:] = usage.num_steps, usage.num_tokens, _seconds(usage.stage_seconds)
+                row[:] = usage.num_steps, usage.num_tokens, usage.stage_seconds.total
     return rows
-
-
-def _seconds(stages: StageSeconds) -> float:
-    return stages.draft + stages.verify + stages.network + stages.host
 
 
 def _kept(plan: TreePlan, temperature: float, trees: dict[str, Topology], totals: dict[str, Float]) -> list[Kept]:

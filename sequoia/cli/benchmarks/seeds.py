@@ -36,15 +36,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Load the target, measure, print."""
     check_least(arguments, prompts=1, tokens=1)
     # Imported here: `--help` needs no torch.
-    from sequoia.cli import seed_stability
+    from sequoia.cli import seed_stability, subject
 
     steps = Steps(Console(stderr=True))
     with steps.step(f"loading {arguments.target}"):
-        subject = seed_stability.load(
+        target = subject.load(
             arguments.target, dtype=arguments.dtype, engine=arguments.engine, deterministic=arguments.deterministic
         )
-    prompts = [tuple(subject.tokenizer.encode(prompt).ids) for prompt in PROMPTS[: arguments.prompts]]
-    measuring = seed_stability.measure(subject, prompts, Sampling(seed=0), arguments.tokens)
+    prompts = [target.codec.encode(prompt) for prompt in PROMPTS[: arguments.prompts]]
+    measuring = seed_stability.measure(target, prompts, Sampling(seed=0), arguments.tokens)
     found: list[Stability] = []
     with steps.step("computing the same tokens in several ways") as on_progress:
         for each in measuring:

@@ -8,17 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sequoia.engine.children import (
-    coupled_children,
-    coupled_ranking,
-    draft_distributions,
-    draft_weights,
-    draft_width,
-    draw_children,
-    drawn_ranking,
-    top_children,
-    top_ranking,
-)
+from sequoia.engine.children import DRAFT_WIDTH, coupled_children, draft_distributions, draw_children, top_children
+from sequoia.engine.rankings import coupled_ranking, draft_weights, drawn_ranking, top_ranking
 from sequoia.sampling import Sampling
 
 
@@ -26,14 +17,15 @@ from sequoia.sampling import Sampling
 @pytest.mark.parametrize("count", [1, 5, 60, 90])
 def test_top_tokens_of_rows_are_those_of_each_row_ties_included(count: int, dtype: torch.dtype) -> None:
     rows = torch.randn(20, 60, generator=torch.Generator().manual_seed(count)).mul(3).round().to(dtype)
-    found = top_ranking(rows, count)
+    found, counts = top_ranking(rows, count)
+    assert counts.tolist() == [min(count, 60)] * 20
     assert found.tolist() == [list(top_children(row, count)) for row in rows]
     assert found.shape == (20, min(count, 60))
 
 
 def test_the_order_of_logits_is_kept_from_the_smallest_to_the_largest() -> None:
     logits = torch.tensor([[0.0, -0.0, 1e-45, -1e-45, math.inf, -math.inf, 3e38, -3e38, 1.0, -1.0]])
-    assert top_ranking(logits, 10).tolist() == [[4, 6, 8, 2, 0, 1, 3, 9, 7, 5]]
+    assert top_ranking(logits, 10)[0].tolist() == [[4, 6, 8, 2, 0, 1, 3, 9, 7, 5]]
 
 
 @pytest.mark.parametrize(
@@ -41,13 +33,13 @@ def test_the_order_of_logits_is_kept_from_the_smallest_to_the_largest() -> None:
 )
 def test_draws_of_rows_are_those_of_each_row_with_the_same_numbers(sampling: Sampling) -> None:
     logits = torch.randn(12, 100, generator=torch.Generator().manual_seed(0)) * 4
-    q, width = draft_distributions(logits, sampling), draft_width(100, sampling)
+    q = draft_distributions(logits, sampling)
     ids, weights = draft_weights(logits, sampling)
-    exponentials = torch.from_numpy(np.random.default_rng(5).standard_exponential((12, width)))
+    exponentials = torch.from_numpy(np.random.default_rng(5).standard_exponential((12, DRAFT_WIDTH)))
     ranked, counts = drawn_ranking(ids, weights, exponentials)
     generator = np.random.default_rng(5)
     for row in range(12):
-        assert tuple(ranked[row, : counts[row]].tolist()) == draw_children(q, row, width, generator)
+        assert tuple(ranked[row, : counts[row]].tolist()) == draw_children(q, row, DRAFT_WIDTH, generator)
 
 
 def test_the_coupled_race_of_rows_is_that_of_each_row() -> None:
