@@ -146,6 +146,17 @@ def test_a_tree_shrinks_where_q_has_fewer_tokens_than_children(bench: Bench) -> 
     assert tree.topology == Topology((-1, 0, 0))
 
 
+def test_levels_whose_q_hold_different_numbers_of_tokens_make_one_tree(bench: Bench) -> None:
+    with bench.session(Sampling(temperature=0.9, top_p=0.5)) as session:
+        session.commit(0, PROMPT)
+        tree = bench.run(session.grow(TREE)).tree
+    assert tree.q is not None
+    assert len({int(count) for count in (tree.q.weights > 0).sum(axis=1)}) > 1
+    assert (
+        tree.q.weights.shape == tree.q.token_ids.shape == (len(tree.topology.internal_nodes), tree.q.weights.shape[1])
+    )
+
+
 def test_padding_of_the_vocabulary_is_never_proposed(bench: Bench) -> None:
     with bench.session(COOL, vocab_size=50) as session:
         session.commit(0, PROMPT[:10])
