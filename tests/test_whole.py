@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -196,6 +195,7 @@ def native(folder: Path, quantization: str = "none", num_threads: int = 1) -> En
     return Engine(decoder, KVCache(2, 4, 256), model.device, model.dtype)
 
 
+DEEP = Topology.chain(20)  # its paths are longer than the sliding windows
 MODELS = [
     ("llama", "none"),
     ("llama", "int8"),
@@ -215,6 +215,10 @@ def engines(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> t
 @pytest.fixture(scope="module")
 def llama(folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
     return native(folders("llama")), native(folders("llama"))
+
+
+def test_paths_longer_than_a_sliding_window_are_those_of_the_levels(engines: tuple[Engine, Engine]) -> None:
+    assert_same_steps(engines, "greedy", DEEP)
 
 
 @pytest.mark.parametrize("shape", ["tree", "chain", "third child goes on"])
@@ -341,43 +345,6 @@ def test_other_engines_grow_no_whole_trees(folders: Callable[[str], Path], llama
     assert llama[0].can_grow
     for name in ("lean", "graphs", "transformers"):
         assert not load_engine(folders("llama"), engine=name).can_grow
-
-
-# ---- the largest of a row ----
-
-
-def largest_in_c(values: np.ndarray, count: int) -> list[int]:
-    ids = np.full(count, -1, np.int64)
-    function = library(CACHE_DIR).sequoia_largest
-    function.restype = ctypes.c_int64
-    found = function(
-        ctypes.c_void_p(values.ctypes.data),
-        ctypes.c_int64(len(values)),
-        ctypes.c_int32(count),
-        ctypes.c_void_p(ids.ctypes.data),
-    )
-    assert (ids[found:] == -1).all()
-    return ids[:found].tolist()
-
-
-def rows_of_all_kinds() -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(2)
-    for size in (1, 2, 15, 16, 17, 63, 64, 65, 257, 1300, 5000, 40000):
-        normal = generator.standard_normal(size).astype(np.float32)
-        yield from (normal, np.sort(normal), np.sort(normal)[::-1].copy(), np.zeros(size, np.float32))
-        yield generator.integers(-3, 3, size).astype(np.float32)
-        yield np.where(generator.random(size) < 0.5, np.float32(-0.0), np.float32(0.0))
-        yield (normal * np.float32(1e-42)).astype(np.float32)
-        for broken in (-np.inf, np.inf, np.nan):
-            for share in (0.02, 0.9, 1.0):
-                yield np.where(generator.random(size) < share, np.float32(broken), normal)
-
-
-@pytest.mark.parametrize("count", [1, 2, 11, 32, 256, 1000, 6000])
-def test_the_largest_are_those_of_a_full_sort(count: int) -> None:
-    for values in rows_of_all_kinds():
-        wanted = [index for index in np.argsort(-values, kind="stable").tolist() if values[index] > -np.inf]
-        assert largest_in_c(values, count) == wanted[:count]
 
 
 # ---- the executor ----

@@ -81,8 +81,8 @@ static void rank_level(const Model *model, const Tree *tree, const Ranker *ranke
         int64_t node = living[i];
         Ranked ranked = {grown->token_ids + node * ranker->width, grown->num_tokens + node,
                          grown->q_ids + node * DRAFT_WIDTH, grown->q_weights + node * DRAFT_WIDTH};
-        rank_row(ranker, logits + (int64_t)i * model->head.outputs, tree->root_position + 1 + level,
-                 exponentials + (int64_t)i * DRAFT_WIDTH, &ranked);
+        sequoia_rank(ranker, logits + (int64_t)i * model->head.outputs, tree->root_position + 1 + level,
+                     exponentials + (int64_t)i * DRAFT_WIDTH, &ranked);
     }
     grown->ranking_seconds += omp_get_wtime() - started;
 }

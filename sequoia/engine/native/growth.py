@@ -72,7 +72,7 @@ class Grower:
             ctypes.byref(model),
             ctypes.byref(scratch),
             ctypes.byref(tree),
-            ctypes.byref(_ranker(wanted, self._padded_vocab_size)),
+            ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
             ctypes.c_void_p(root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
@@ -106,7 +106,8 @@ def _place(wanted: WholeTree) -> tuple[int, int, int]:
     return wanted.slot.first_row, wanted.slot.length, wanted.slot.length - 1
 
 
-def _ranker(wanted: WholeTree, padded_vocab_size: int) -> _Ranker:
+def ranker_for(wanted: WholeTree, padded_vocab_size: int) -> ctypes.Structure:
+    """`Ranker` of ranking.h."""
     sampling, width = wanted.sampling, _WIDTHS[wanted.children]
     return _Ranker(
         _KINDS[wanted.children],

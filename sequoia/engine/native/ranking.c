@@ -225,18 +225,9 @@ static void rank_drawn(const Ranker *ranker, const float *logits, const double *
     rank_by(ranker, times, ids, used, ranked);
 }
 
-void rank_row(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
-              const Ranked *ranked) {
+void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
+                  const Ranked *ranked) {
     if (ranker->kind == TOP) rank_top(ranker, logits, ranked);
     else if (ranker->kind == COUPLED) rank_coupled(ranker, logits, position, ranked);
     else rank_drawn(ranker, logits, exponentials, ranked);
-}
-
-/* Ids of the `count` largest of values (size,), falling, into `ids` (count,). Returns how many; for tests. */
-int64_t sequoia_largest(const float *values, int64_t size, int32_t count, int64_t *ids) {
-    int64_t num_tokens;
-    Ranker ranker = {.kind = TOP, .width = count, .vocab_size = size};
-    Ranked ranked = {.token_ids = ids, .num_tokens = &num_tokens};
-    rank_top(&ranker, values, &ranked);
-    return num_tokens;
 }

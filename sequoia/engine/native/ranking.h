@@ -28,7 +28,7 @@ typedef struct {
 } Ranked;
 
 /* Rank one row of logits. `position` is that of the tokens ranked; `exponentials`: (DRAFT_WIDTH,), DRAWN only. */
-void rank_row(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
-              const Ranked *ranked);
+void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
+                  const Ranked *ranked);
 
 #endif
