@@ -11,6 +11,7 @@ import numpy as np
 from draft_worker.ahead import Ahead
 from draft_worker.growth import Chooser, Growth, Tokens, grow_levels
 from draft_worker.unseen import grow_unseen
+from draft_worker.whole import grow_whole
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
@@ -28,6 +29,7 @@ class DraftLimits:
     vocab_size: int  # tokens the tokenizer knows: padding of the draft's logits may lie outside the target's
     context_length: int  # longest session, in tokens
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
+    grows_whole: bool = False  # the engine grows a tree in one turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,11 @@ class DraftSession:
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
         growth = Growth(topology, self._committed)
-        if growth.frontier and self._limits.reads_once and self._chooser.can_grow_unseen(growth):
+        is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(growth)
+        # Levels of several sessions share forwards, which is quicker than a tree after another.
+        if is_unseen and self._limits.grows_whole and self._slot.is_alone:
+            yield from grow_whole(self._slot, growth, self._chooser, logits)
+        elif is_unseen and self._limits.reads_once:
             yield from grow_unseen(self._slot, growth, self._chooser, logits)
         elif growth.frontier:
             growth.add(self._chooser.level(growth, growth.frontier, logits))

@@ -9,7 +9,7 @@ from typing import Any
 from draft_worker.account import Account
 from draft_worker.drafter import Drafted, Drafter, DraftLimits, DraftSession
 from draft_worker.idle import IdleTime
-from sequoia.engine.executor import Spent, timed
+from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
@@ -22,8 +22,14 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
-        described, reads_once = worker.description, worker.executor.engine.reads_once
-        limits = DraftLimits(worker.prefill_chunk, described.vocab_size, described.context_length, reads_once)
+        described, engine = worker.description, worker.executor.engine
+        limits = DraftLimits(
+            worker.prefill_chunk,
+            described.vocab_size,
+            described.context_length,
+            reads_once=engine.reads_once,
+            grows_whole=engine.can_grow,
+        )
         self._drafter = Drafter(worker.executor, limits)
         self._account = Account(worker.draft_ahead)
 

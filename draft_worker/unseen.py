@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.rankings import coupled_ranking, draft_weights, drawn_ranking, top_ranking
 from sequoia.engine.transfer import Array, download, upload
+from sequoia.engine.whole_tree import nodes_by_depth
 from sequoia.topology import DraftDistributions, Topology
 
 
@@ -55,12 +56,12 @@ def grow_unseen(slot: KVSlot, growth: Growth, chooser: Chooser, logits: Tensor) 
     for nodes, ranking in zip(plan.nodes, _read(rankings), strict=True):
         live = dict(zip(growth.planned_frontier, growth.frontier, strict=True))
         rows = [row for row, node in enumerate(nodes) if node in live]
-        level = _level(ranking, rows, growth.child_counts(growth.frontier))
+        level = read_level(ranking, rows, growth.child_counts(growth.frontier))
         growth.add(level, [live.get(node, DEAD) for node in nodes])
 
 
 def _plan(shape: Topology, chooser: Chooser, like: Tensor) -> _Plan:
-    nodes = tuple(_nodes_by_depth(shape))
+    nodes = tuple(nodes_by_depth(shape))
     rows = [[above.index(shape.parents[node]) for node in below] for above, below in pairwise(nodes)]
     ranks = [[shape.ranks[node] for node in below] for below in nodes[1:]]
     arrays: list[Array] = [np.array(each, np.int64) for each in (*rows, *ranks)]
@@ -69,14 +70,6 @@ def _plan(shape: Topology, chooser: Chooser, like: Tensor) -> _Plan:
     uploaded = upload(arrays, like.device)
     below = len(rows)
     return _Plan(nodes, tuple(uploaded[:below]), tuple(uploaded[below : 2 * below]), tuple(uploaded[2 * below :]))
-
-
-def _nodes_by_depth(shape: Topology) -> Iterator[tuple[int, ...]]:
-    """Nodes with children, in the order in which a growth comes to them."""
-    nodes: tuple[int, ...] = (0,)
-    while nodes:
-        yield nodes
-        nodes = tuple(child for node in nodes for child in shape.children[node] if shape.children[child])
 
 
 def _rank(logits: Tensor, growth: Growth, chooser: Chooser, depth: int, plan: _Plan) -> Ranking:
@@ -92,7 +85,7 @@ def _rank(logits: Tensor, growth: Growth, chooser: Chooser, depth: int, plan: _P
     return Ranking(*top_ranking(logits, count))
 
 
-class _ReadRanking(NamedTuple):
+class ReadRanking(NamedTuple):
     """A `Ranking` on the host."""
 
     token_ids: Array
@@ -100,13 +93,13 @@ class _ReadRanking(NamedTuple):
     q: tuple[Array, ...]
 
 
-def _read(rankings: Sequence[Ranking]) -> list[_ReadRanking]:
+def _read(rankings: Sequence[Ranking]) -> list[ReadRanking]:
     """All of them in one copy."""
     arrays = iter(download([tensor for each in rankings for tensor in (each.token_ids, each.num_tokens, *each.q)]))
-    return [_ReadRanking(next(arrays), next(arrays), tuple(next(arrays) for _ in each.q)) for each in rankings]
+    return [ReadRanking(next(arrays), next(arrays), tuple(next(arrays) for _ in each.q)) for each in rankings]
 
 
-def _level(ranking: _ReadRanking, rows: Sequence[int], counts: Sequence[int]) -> Level:
+def read_level(ranking: ReadRanking, rows: Sequence[int], counts: Sequence[int]) -> Level:
     """The children of the nodes in some rows, `counts[i]` of them or as many as there are, as `choose_level` has it."""
     ranked = [tuple(ranking.token_ids[row, : ranking.num_tokens[row]].tolist()) for row in rows]
     children = tuple(tokens[:count] for tokens, count in zip(ranked, counts, strict=True))

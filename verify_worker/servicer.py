@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
-from sequoia.engine.executor import Spent, timed
+from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.sampling import Decoding

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -19,12 +17,14 @@ from torch import Tensor
 from sequoia.engine.attention import PackedBatch, Segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.whole_tree import GrownTree, WholeTree
 
 Result = TypeVar("Result")
 
 # A job is plain Python that yields the segment it wants forwarded next and receives that segment's logits,
 # (wanted tokens, vocabulary) in the model's dtype. Jobs of several sessions share forwards without knowing it.
-Job = Generator[Segment, Tensor, Result]
+# For a whole tree, where the engine `can_grow`, it receives a GrownTree.
+Job = Generator[Segment | WholeTree, Any, Result]
 
 
 class Engine:
@@ -59,37 +59,25 @@ class Engine:
         self.num_forward_tokens += batch.num_tokens
         return list(logits.split([len(s.logit_tokens) for s in segments]))
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether whole trees can be asked for."""
+        return self._decoder.grow is not None
 
-@dataclass(slots=True)
-class Spent:
-    """Where a job's time on the engine's thread went, in seconds."""
-
-    forwards: float = 0.0  # waiting for them included
-    work: float = 0.0  # between them
-
-
-def timed(job: Job[Result], spent: Spent) -> Job[Result]:
-    """The same job, which adds its time to `spent`."""
-    logits: Tensor | None = None
-    while True:
-        started = time.perf_counter()
-        try:
-            segment = next(job) if logits is None else job.send(logits)
-        except StopIteration as end:
-            return end.value
-        finally:
-            waiting = time.perf_counter()
-            spent.work += waiting - started
-        try:
-            logits = yield segment
-        finally:
-            spent.forwards += time.perf_counter() - waiting
+    @torch.inference_mode()
+    def grow(self, tree: WholeTree) -> GrownTree:
+        """All forwards of a tree, and the rankings between them."""
+        assert self._decoder.grow is not None, "this engine grows no whole trees"
+        grown = self._decoder.grow(tree, self.cache)
+        self.num_forwards += grown.num_forwards
+        self.num_forward_tokens += grown.num_living - 1
+        return grown
 
 
 class _Task(Generic[Result]):
     """A job on its way: whose engine it needs, what it wants forwarded next, and who waits for its result."""
 
-    wanted: Segment
+    wanted: Segment | WholeTree
 
     def __init__(self, executor: Executor, job: Job[Result], *, is_idle: bool) -> None:
         self.executor, self.job, self.is_idle = executor, job, is_idle
@@ -100,10 +88,10 @@ class _Task(Generic[Result]):
         """Whether nobody waits any more."""
         return self.future.cancelled()
 
-    def advance(self, logits: Tensor | None) -> bool:
+    def advance(self, answer: Tensor | GrownTree | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
         try:
-            self.wanted = self.job.send(logits) if logits is not None else next(self.job)
+            self.wanted = self.job.send(answer) if answer is not None else next(self.job)
             return True
         except StopIteration as end:
             self._finish(self.future.set_result, end.value)
@@ -194,12 +182,12 @@ class EngineThread:
 
     def _forward(self, turn: list[_Task[Any]]) -> None:
         try:
-            logits = turn[0].executor.engine.forward([task.wanted for task in turn])
+            answers = _answers(turn[0].executor.engine, [task.wanted for task in turn])
         except Exception as error:  # noqa: BLE001 - it belongs to those who await the jobs of this turn
             for task in turn:
                 task.fail(error)
             return
-        self._tasks.extend(task for task, rows in zip(turn, logits, strict=True) if task.advance(rows))
+        self._tasks.extend(task for task, answer in zip(turn, answers, strict=True) if task.advance(answer))
 
 
 class Executor:
@@ -231,12 +219,22 @@ class Executor:
         return self._submit(job, is_idle=True)
 
     def fitting(self, tasks: Sequence[_Task[Any]]) -> list[_Task[Any]]:
-        """The first of the tasks, and as many behind it as share its forward."""
-        totals = accumulate(task.wanted.num_tokens for task in tasks)
+        """The first of the tasks, and as many behind it as share its forward; a whole tree shares none."""
+        if isinstance(tasks[0].wanted, WholeTree):
+            return [tasks[0]]
+        sharing = [(task, task.wanted.num_tokens) for task in tasks if isinstance(task.wanted, Segment)]
+        totals = accumulate(num_tokens for _, num_tokens in sharing)
         num_fitting = sum(total <= self._max_forward_tokens for total in totals)
-        return list(tasks[: max(num_fitting, 1)])
+        return [task for task, _ in sharing[: max(num_fitting, 1)]]
 
     def _submit(self, job: Job[Result], *, is_idle: bool = False) -> Future[Result]:
         task = _Task(self, job, is_idle=is_idle)
         self._thread.submit(task)
         return task.future
+
+
+def _answers(engine: Engine, wanted: Sequence[Segment | WholeTree]) -> Sequence[Tensor | GrownTree]:
+    """To several segments, or to one whole tree."""
+    if isinstance(wanted[0], WholeTree):
+        return [engine.grow(wanted[0])]
+    return engine.forward([each for each in wanted if isinstance(each, Segment)])

@@ -41,6 +41,7 @@ class GraphsDecoder:
     """
 
     name = "graphs"
+    grow = None
     rows_are_independent = False
 
     def __init__(self, lean: LeanDecoder, device: torch.device) -> None:

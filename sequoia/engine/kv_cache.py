@@ -81,6 +81,11 @@ class KVSlot:
         self.first_row = index * cache.slot_rows
         self.length = 0
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other session has a slot."""
+        return self._cache.num_slots_used == 1
+
     def keep(self, rows: Sequence[int]) -> None:
         """Make `rows` (ascending, counted from `length`) the next valid ones; all others behind are dropped."""
         source = [self.length + row for row in rows]

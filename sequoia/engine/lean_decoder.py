@@ -42,6 +42,7 @@ class LeanDecoder:
     """Any device and dtype. `pack` makes a linear layer's product, `attention` is a function of the registry."""
 
     name = "lean"
+    grow = None
 
     def __init__(
         self,

@@ -7,71 +7,12 @@
  * Activations between the layers are float32. A linear layer rounds its input to bfloat16 (bfloat16 weights) or to
  * integers of 8 or 16 bits with one scale a group (integer weights), so that the products of a group are exact.
  */
-#include <immintrin.h>
+#include "decoder.h"
+
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { PANEL = 32, TILE = 12, WIDE_TILE = 6, LANES = 16, CACHE_LINE = 16 /* int32 */ };
-enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
-enum { SILU = 0, GELU_TANH = 1 };
-
-/* Weights lie in panels of 32 outputs, the last one filled up with zeros.
- * bfloat16: (panels, inputs / 2, 32, 2). INT8: (panels, inputs / 4, 32, 4), each weight + 128. INT4: (panels,
- * inputs / 8, 32, 4), each weight + 8, inputs i..i+3 in the low half of the bytes and i+4..i+7 in the high half. */
-typedef struct {
-    int32_t kind;
-    int32_t activation_bits; /* 8 or 16; integer weights only */
-    int32_t inputs;
-    int32_t outputs;
-    int32_t group; /* inputs that share a scale; integer weights only */
-    int32_t unused;
-    const void *weights;
-    const uint16_t *scales; /* (panels, inputs / group, 32) bfloat16; integer weights only */
-    const float *bias;      /* (panels * 32,) or NULL */
-} Linear;
-
-typedef struct {
-    Linear qkv, out, gate_up, down;
-    const float *attention_norm, *mlp_norm;                      /* (hidden,) */
-    const float *query_norm, *key_norm;                          /* (head size,) or NULL */
-    const float *attention_output_norm, *mlp_output_norm;        /* (hidden,) or NULL */
-    const float *rotations;                                      /* (positions, 2, head size / 2): cosines, sines */
-    uint16_t *keys, *values;                                     /* (kv heads, pool rows, head size) bfloat16 */
-    int64_t window;                                              /* positions that are seen; 0: all */
-} Layer;
-
-typedef struct {
-    int32_t num_layers, hidden, intermediate, heads, kv_heads, head_size, activation, num_threads;
-    int64_t pool_rows;
-    float epsilon, attention_scale, embedding_scale, unused;
-    const uint16_t *embedding; /* (vocabulary, hidden) bfloat16 */
-    const float *output_norm;  /* (hidden,) */
-    Linear head;
-    const Layer *layers;
-} Model;
-
-/* Token t is written to pool row write_rows[t]. It sees pool rows first_rows[t] .. first_rows[t] + prefix_lens[t] - 1,
- * at the positions 0, 1, ..., and then own_rows[own_starts[t] .. own_starts[t + 1]), which are pool rows too. */
-typedef struct {
-    int32_t num_tokens, num_wanted;
-    const int64_t *token_ids, *positions, *write_rows, *first_rows, *prefix_lens, *own_starts, *own_rows;
-    const int64_t *wanted; /* tokens whose logits are asked for */
-    int64_t most_rows;     /* that a token sees */
-} Batch;
-
-/* What a forward needs besides: the caller's memory. */
-typedef struct {
-    float *residual; /* (tokens, hidden) */
-    float *wide;     /* (tokens, widest linear) */
-    float *narrow;   /* (tokens, widest input) */
-    float *scores;   /* (threads, 4, most_rows + 16) */
-    uint32_t *packed; /* (tokens, widest input): a linear's input, see `pack_row` */
-    float *input_scales; /* (tokens, widest input / 32) */
-    int32_t *input_sums; /* (tokens, widest input / 32, 2) */
-    int32_t *taken;      /* (linear layers, threads, 16), zero: how many of its panels are taken */
-} Scratch;
+enum { PANEL = 32, TILE = 12, WIDE_TILE = 6 };
 
 /* ---- rows and tiles ---- */
 
@@ -102,10 +43,6 @@ static inline __m512 load_bfloat16(const uint16_t *from) {
 
 static inline void store_bfloat16(uint16_t *to, __m512 x) {
     _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x));
-}
-
-static inline __mmask16 first_lanes(int64_t count) {
-    return count >= LANES ? (__mmask16)0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
 /* ---- a linear layer's input ---- */
@@ -328,22 +265,6 @@ static void multiply(const Linear *linear, const Scratch *scratch, int *call, in
 }
 
 /* ---- element by element ---- */
-
-static inline __m512 exponential(__m512 x) {
-    /* Of these two the second operand is the answer when one is NaN: broken numbers must not come out whole. */
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(p, n);
-}
 
 static inline __m512 activated(__m512 x, int activation) {
     __m512 one = _mm512_set1_ps(1.0f), inner = x;
@@ -594,7 +515,6 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     add_rows(model, scratch, &layer->down, layer->mlp_output_norm, call, rows);
 }
 
-/* Logits, (wanted, vocabulary) float32. */
 void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scratch, float *logits) {
     int hidden = model->hidden;
 #pragma omp parallel num_threads(model->num_threads)

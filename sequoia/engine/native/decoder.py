@@ -12,9 +12,11 @@ from torch import Tensor
 
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.native.growth import Grower
 from sequoia.engine.native.panels import Linear, fits, in_huge_pages, pack
 from sequoia.engine.native.scratch import Scratch, ScratchAddresses
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+from sequoia.engine.whole_tree import GrownTree, WholeTree
 
 _LANES = 16
 _HEADS_AT_ONCE = 4  # of the attention, as in decoder.c
@@ -115,7 +117,7 @@ class NativeDecoder:
         linears = [linear for layer in layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         self._widest = max(linear.outputs for linear in linears)
         self._longest = max(linear.inputs for linear in linears)
-        self._scratch = Scratch()
+        self._scratch, self._grower = Scratch(), Grower(library, self._vocab_size)
 
     def attach(self, cache: KVCache) -> None:
         """Allocate the cache's rows and read and write them from now on."""
@@ -147,6 +149,12 @@ class NativeDecoder:
             ctypes.byref(self._model), ctypes.byref(wire), ctypes.byref(scratch), ctypes.c_void_p(logits.data_ptr())
         )
         return logits
+
+    def grow(self, wanted: WholeTree, cache: KVCache) -> GrownTree:
+        """One C call for all levels; rows and rankings are those of as many forwards."""
+        most_rows = wanted.slot.length + len(wanted.levels)
+        scratch = self._room(max(map(len, wanted.levels)), most_rows)
+        return self._grower(self._model, scratch, wanted)
 
     def _room(self, num_tokens: int, most_rows: int) -> ScratchAddresses:
         return self._scratch.room(

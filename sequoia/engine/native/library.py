@@ -15,7 +15,8 @@ from filelock import FileLock
 from sequoia.config import cpu_flags
 from sequoia.errors import SequoiaError
 
-_SOURCE = Path(__file__).with_name("decoder.c")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "growth.c", "ranking.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("decoder.h", "ranking.h"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
 # No contraction: a product and a sum are fused where the source says so, in every tile alike.
@@ -47,7 +48,8 @@ def _built(folder: Path) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if not compiler:
         raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
-    recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode() + _SOURCE.read_bytes()
+    recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode()
+    recipe += b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
     target = folder / f"decoder-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "build.lock"):
@@ -59,7 +61,7 @@ def _built(folder: Path) -> Path:
 def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
-        _run([compiler, *_OPTIONS, str(_SOURCE), "-o", str(output), "-lm"])
+        _run([compiler, *_OPTIONS, *map(str, _SOURCES), "-o", str(output), "-lm"])
         output.replace(target)
 
 

@@ -1,0 +1,64 @@
+"""A whole tree as one request to the engine: what is to be grown, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sequoia.engine.kv_cache import KVSlot
+from sequoia.sampling import Sampling
+from sequoia.topology import Int, Topology
+
+
+@dataclass(frozen=True)
+class WholeTree:
+    """A tree to be grown in one turn of the engine, from its root's logits.
+
+    The root's row is the slot's last valid one. Nodes with children that have a token are forwarded level by level,
+    into the rows behind it, in level order. The parameters must not depend on the tokens of a path.
+    """
+
+    slot: KVSlot
+    topology: Topology
+    root_logits: Tensor  # (1, padded vocabulary) float32
+    children: str  # how the rule chooses them: top, coupled or drawn
+    sampling: Sampling
+    vocab_size: int  # tokens that may be chosen
+    num_ranked: int  # tokens a node at most, children and spares
+    # For draws: (nodes with children, DRAFT_WIDTH) float64, a row for each of them that has a token, in their order.
+    exponentials: NDArray[np.float64] | None = None
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes with children, by depth."""
+        return tuple(nodes_by_depth(self.topology))
+
+
+@dataclass(frozen=True, slots=True)
+class GrownTree:
+    """What each node with children, in level order, may have as children."""
+
+    token_ids: Int  # (nodes, num_ranked), in the order of the ranks; those behind `num_tokens` are any
+    num_tokens: Int  # (nodes,); -1: the node has no token, because q had fewer than it takes
+    q: tuple[NDArray[np.uint32], NDArray[np.float32]] | None  # for draws: ids and weights (nodes, DRAFT_WIDTH)
+    num_forwards: int
+    ranking_seconds: float  # that were not spent in forwards
+
+    @property
+    def num_living(self) -> int:
+        """Nodes with a token, the root included."""
+        return int((self.num_tokens >= 0).sum())
+
+
+def nodes_by_depth(topology: Topology) -> Iterator[tuple[int, ...]]:
+    """Nodes with children, depth by depth, in the order in which a growth comes to them."""
+    nodes: tuple[int, ...] = (0,)
+    while nodes:
+        yield nodes
+        children = (child for node in nodes for child in topology.children[node])
+        nodes = tuple(child for child in children if topology.children[child])
