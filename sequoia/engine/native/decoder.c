@@ -129,6 +129,16 @@ static inline __attribute__((always_inline)) void finish(const int height, const
                         bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
 }
 
+/* The two cache lines that the loop comes to 24 words later, into the first cache, and those of 128 words later into the
+ * second: one distance alone cannot cover the memory's latency with the few misses that a core may have under way. */
+static inline void fetch_ahead(const void *w, size_t word) {
+    const char *near = (const char *)w + 24 * word, *far = (const char *)w + 128 * word;
+    _mm_prefetch(near, _MM_HINT_T0);
+    _mm_prefetch(near + 64, _MM_HINT_T0);
+    _mm_prefetch(far, _MM_HINT_T1);
+    _mm_prefetch(far + 64, _MM_HINT_T1);
+}
+
 static inline __attribute__((always_inline)) void multiply_bfloat16(const int height, const Linear *linear,
                                                                     const uint32_t *x, int panel, float *y, int add) {
     int words = linear->inputs / 2;
@@ -138,8 +148,7 @@ static inline __attribute__((always_inline)) void multiply_bfloat16(const int he
     for (int i = 0; i < height; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int word = 0; word < words; word++, w += 64, x += height) {
         __m512bh left = (__m512bh)_mm512_loadu_si512(w), right = (__m512bh)_mm512_loadu_si512(w + 32);
-        _mm_prefetch((const char *)(w + 64 * 16), _MM_HINT_T0);
-        _mm_prefetch((const char *)(w + 64 * 16 + 32), _MM_HINT_T0);
+        fetch_ahead(w, 64 * sizeof *w);
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
             __m512bh input = (__m512bh)_mm512_set1_epi32((int)x[i]);
@@ -175,8 +184,7 @@ static inline __attribute__((always_inline)) void multiply_integers(const int he
         }
         for (int word = 0; word < group_words; word += four ? 2 : 1, w += 128) {
             __m512i left = _mm512_loadu_si512(w), right = _mm512_loadu_si512(w + 64);
-            _mm_prefetch((const char *)(w + 128 * 16), _MM_HINT_T0);
-            _mm_prefetch((const char *)(w + 128 * 16 + 64), _MM_HINT_T0);
+            fetch_ahead(w, 128 * sizeof *w);
 #pragma GCC unroll 2
             for (int half = 0; half < (four ? 2 : 1); half++) {
                 __m512i a = left, b = right;
