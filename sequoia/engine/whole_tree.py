@@ -25,7 +25,7 @@ class WholeTree:
 
     slot: KVSlot
     topology: Topology
-    root_logits: Tensor  # (1, padded vocabulary) float32
+    root_logits: Tensor  # (1, padded vocabulary) float32, contiguous
     children: str  # how the rule chooses them: top, coupled or drawn
     sampling: Sampling
     vocab_size: int  # tokens that may be chosen

@@ -129,8 +129,8 @@ static inline __attribute__((always_inline)) void finish(const int height, const
                         bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
 }
 
-/* The two cache lines that the loop comes to 24 words later, into the first cache, and those of 128 words later into the
- * second: one distance alone cannot cover the memory's latency with the few misses that a core may have under way. */
+/* The two cache lines that the loop comes to 24 words later, into the first cache, and those of 128 words later, into
+ * the second: one distance alone cannot cover the memory's latency with the few misses that a core may have under way. */
 static inline void fetch_ahead(const void *w, size_t word) {
     const char *near = (const char *)w + 24 * word, *far = (const char *)w + 128 * word;
     _mm_prefetch(near, _MM_HINT_T0);

@@ -25,7 +25,8 @@ typedef struct {
     int64_t *num_tokens; /* (nodes,): those ranked; -1: the node has no token, as its parent has fewer than its rank */
     uint32_t *q_ids;     /* (nodes, DRAFT_WIDTH); DRAWN only */
     float *q_weights;
-    double ranking_seconds;
+    int64_t num_forwards;
+    double ranking_seconds; /* that were not spent in them */
 } Grown;
 
 /* The caller's memory. */
@@ -93,6 +94,7 @@ void sequoia_grow(const Model *model, const Scratch *scratch, const Tree *tree, 
                   const double *exponentials, const float *root_logits, const Memory *memory, Grown *grown) {
     int64_t num_counters = (4 * (int64_t)model->num_layers + 1) * model->num_threads * CACHE_LINE, num_ranked = 1;
     memory->living[0] = 0;
+    grown->num_forwards = 0;
     grown->ranking_seconds = 0.0;
     rank_level(model, tree, ranker, exponentials, root_logits, memory->living, 1, 0, grown);
     for (int64_t level = 1; level < tree->num_levels; level++) {
@@ -101,6 +103,7 @@ void sequoia_grow(const Model *model, const Scratch *scratch, const Tree *tree, 
         Batch batch = make_batch(tree, memory, level, count, num_ranked - 1);
         memset(scratch->taken, 0, (size_t)num_counters * sizeof *scratch->taken);
         sequoia_forward(model, &batch, scratch, memory->logits);
+        grown->num_forwards++;
         rank_level(model, tree, ranker, exponentials + num_ranked * DRAFT_WIDTH, memory->logits, memory->living, count,
                    level, grown);
         num_ranked += count;

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ class _Tree(ctypes.Structure):
 class _Grown(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "num_tokens", "q_ids", "q_weights")),
+        ("num_forwards", ctypes.c_int64),
         ("ranking_seconds", ctypes.c_double),
     )
 
@@ -57,39 +57,36 @@ class Grower:
 
     def __call__(self, model: ctypes.Structure, scratch: ctypes.Structure, wanted: WholeTree) -> GrownTree:
         """Write the rows of the tree's nodes. `scratch` has room for a forward of its widest level."""
-        num_nodes = sum(map(len, wanted.levels))
         plan = _plan(wanted)
-        tree = _Tree(num_nodes, len(wanted.levels), *map(_address, plan), *_place(wanted))
+        num_nodes, num_levels = len(plan[0]), len(wanted.levels)
         token_ids, num_tokens = np.empty((num_nodes, wanted.num_ranked), np.int64), np.empty(num_nodes, np.int64)
         is_drawn = wanted.children == "drawn"
         q_shape = (num_nodes if is_drawn else 0, DRAFT_WIDTH)
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(_address, (token_ids, num_tokens)), *map(_address, q))
-        numbers = self._numbers(num_nodes, len(wanted.levels))
-        root_logits = wanted.root_logits.contiguous()
-        logits = self._room(max(map(len, wanted.levels)))
+        logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(tree),
+            ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted))),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
-            ctypes.c_void_p(root_logits.data_ptr()),
+            ctypes.c_void_p(wanted.root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
             ctypes.byref(grown),
         )
-        num_forwards = sum(bool((num_tokens[start:end] >= 0).any()) for start, end in pairwise(plan[2])) - 1
-        return GrownTree(token_ids, num_tokens, q if is_drawn else None, num_forwards, grown.ranking_seconds)
+        return GrownTree(token_ids, num_tokens, q if is_drawn else None, grown.num_forwards, grown.ranking_seconds)
 
     def _room(self, num_rows: int) -> Tensor:
         if self._logits.numel() < num_rows * self._padded_vocab_size:
             self._logits = torch.empty(num_rows * self._padded_vocab_size)
         return self._logits
 
-    @staticmethod
-    def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
-        sizes = (_BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
-        return tuple(np.empty(size, np.int64) for size in sizes)
+
+def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
+    """The integers of `Memory` of growth.c."""
+    sizes = (_BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
+    return tuple(np.empty(size, np.int64) for size in sizes)
 
 
 def _plan(wanted: WholeTree) -> tuple[Int, Int, Int]:
