@@ -119,7 +119,7 @@ def take_weights(module: PreTrainedModel, num_positions: int) -> DecoderWeights:
     head: Any = module.get_output_embeddings()
     return DecoderWeights(
         shape=read_shape(module),
-        embedding=_take_weight(body.embed_tokens),
+        embedding=_take_parameter(body.embed_tokens, "weight"),
         output_norm=norm.weight(body.norm),
         head=_take((head,)),
         rotations=rotations,
@@ -131,7 +131,7 @@ class _Norms(NamedTuple):
     offset: float  # Gemma multiplies by 1 + weight
 
     def weight(self, norm: Any) -> Tensor:
-        return norm.weight.detach().float() + self.offset
+        return _take_parameter(norm, "weight").float() + self.offset
 
     def optional(self, norm: Any) -> Tensor | None:
         return None if norm is None else self.weight(norm)
@@ -163,18 +163,22 @@ def _layer_kinds(config: Any) -> list[str]:
 
 
 def _take(linears: Sequence[nn.Linear]) -> LinearWeights:
-    weights = [_take_weight(linear) for linear in linears]
-    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-    if biases and len(biases) < len(linears):
-        biases = [w.new_zeros(len(w)) if x.bias is None else x.bias for w, x in zip(weights, linears, strict=True)]
+    weights = [_take_parameter(linear, "weight") for linear in linears]
+    has_bias = any(linear.bias is not None for linear in linears)
+    biases = [_take_bias(linear, len(weight)) for linear, weight in zip(linears, weights, strict=True) if has_bias]
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     return LinearWeights(weight, torch.cat(biases) if biases else None)
 
 
-def _take_weight(layer: Any) -> Tensor:
-    weight: Tensor = layer.weight.detach()
-    layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
-    return weight
+def _take_bias(linear: nn.Linear, outputs: int) -> Tensor:
+    return linear.weight.new_zeros(outputs) if linear.bias is None else _take_parameter(linear, "bias")
+
+
+def _take_parameter(layer: Any, name: str) -> Tensor:
+    """What the module no longer has: one tensor left in it would keep the whole file of weights in memory."""
+    taken: Tensor = getattr(layer, name).detach()
+    setattr(layer, name, nn.Parameter(taken.new_empty(0), requires_grad=False))
+    return taken
 
 
 @torch.inference_mode()

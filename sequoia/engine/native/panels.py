@@ -73,7 +73,9 @@ def rounded(weight: Tensor, bits: int) -> Tensor:
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """A copy that is read at full bandwidth: with pages of 4 kB a forward spends its time looking them up."""
     size = tensor.numel() * tensor.element_size()
-    memory = mmap.mmap(-1, -(-max(size, 1) // _HUGE_PAGE) * _HUGE_PAGE)
+    # Private: Python's default is shared memory, for which most systems have no huge pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, -(-max(size, 1) // _HUGE_PAGE) * _HUGE_PAGE, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel())

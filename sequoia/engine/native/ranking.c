@@ -75,8 +75,8 @@ static inline int append(uint64_t *keys, int size, __m512 values, __mmask16 lane
     return size + __builtin_popcount(high);
 }
 
-/* Keys of the `count` (at least 1) largest of `values`, falling, into `keys` with room for count + ROOM; returns how many there are:
- * -inf and NaN are none. `is_broken` tells whether there is a NaN.
+/* Keys of the `count` (at least 1) largest of `values`, falling, into `keys` with room for count + ROOM; returns how
+ * many there are: -inf and NaN are none. `is_broken` tells whether there is a NaN.
  *
  * Ids ascend, so an entry that is only as large as the count-th largest of those before it is never wanted. */
 static int largest(const float *values, int64_t size, int count, uint64_t *keys, int *is_broken) {
