@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
+from sequoia.engine.native.library import NativeUnavailable, library
 from sequoia.engine.sources import resolve
+
+CACHE_DIR = resolve("smollm2-135m").cache_dir
+
+
+def _why_not_native() -> str:
+    try:
+        library(CACHE_DIR)
+    except NativeUnavailable as error:
+        return str(error)
+    return ""
+
+
+needs_native = pytest.mark.skipif(bool(_why_not_native()), reason=f"no native engine here: {_why_not_native()}")
 
 
 def load_engine(

@@ -56,7 +56,9 @@ def test_greedy_output_equals_generate_on_every_architecture(every_tiny_system: 
         )
         assert list(found.token_ids) == greedy(module, prompt, 64)
         num_accepted += found.speculation.num_accepted_tokens
-        assert found.speculation.num_drafted_steps, found.speculation.fallback_reason
+        # While the draft reads the prompt, and for no other reason: the steps that one fallback once ran on for.
+        assert found.speculation.fallback_reason in ("", "draft: not ready yet")
+        assert found.speculation.num_fallback_steps <= 5
     assert num_accepted > 50, "a draft that is never accepted proves nothing"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import load_engine
+from engines import CACHE_DIR, load_engine, needs_native
 from safetensors.torch import load_file, save_file
 from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from torch import Tensor
@@ -34,18 +34,9 @@ from sequoia.topology import TokenTree, Topology
 
 # Wider and deeper than the sliding window of the tiny models (with the prompt before it).
 SHAPE = Topology((-1, 0, 0, 0, 1, 1, 2, 4, 7, 8))
-CACHE_DIR = resolve("smollm2-135m").cache_dir
 
 
-def why_not() -> str:
-    try:
-        library(CACHE_DIR)
-    except NativeUnavailable as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no native engine here: {why_not()}")
+pytestmark = needs_native
 
 
 @pytest.fixture(scope="module", params=READABLE_ARCHITECTURES)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from engines import CACHE_DIR, needs_native
 
 from sequoia.engine.children import DRAFT_WIDTH, coupled_children, draft_distributions, draw_children
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.native.growth import ranker_for
-from sequoia.engine.native.library import NativeUnavailable, library
-from sequoia.engine.sources import resolve
+from sequoia.engine.native.library import library
 from sequoia.engine.whole_tree import WholeTree
 from sequoia.sampling import Sampling
 from sequoia.topology import Topology
 
-CACHE_DIR: Path = resolve("smollm2-135m").cache_dir
 SAMPLINGS = [
     Sampling(1.0, seed=4),
     Sampling(0.02, seed=5),
@@ -32,15 +30,7 @@ SAMPLINGS = [
 ]
 
 
-def why_not() -> str:
-    try:
-        library(CACHE_DIR)
-    except NativeUnavailable as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no native engine here: {why_not()}")
+pytestmark = needs_native
 
 
 class Ranked(NamedTuple):

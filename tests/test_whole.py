@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engines import load_engine
+from engines import load_engine, needs_native
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from torch import Tensor
@@ -24,7 +24,6 @@ from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
-from sequoia.engine.native.library import NativeUnavailable, library
 from sequoia.engine.sources import resolve
 from sequoia.engine.spent import Spent, timed
 from sequoia.engine.whole_tree import GrownTree, WholeTree
@@ -33,7 +32,6 @@ from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology
 from sequoia.worker import feed
 
-CACHE_DIR = resolve("smollm2-135m").cache_dir
 PROMPT = tuple(range(30, 60))
 SHAPES = {
     "tree": Topology((-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
@@ -67,15 +65,7 @@ KINDS: dict[str, tuple[Rule, Sampling]] = {
 }
 
 
-def why_not() -> str:
-    try:
-        library(CACHE_DIR)
-    except NativeUnavailable as error:
-        return str(error)
-    return ""
-
-
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=f"no native engine here: {why_not()}")
+pytestmark = needs_native
 
 
 class Grown:
