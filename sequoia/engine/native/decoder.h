@@ -59,7 +59,7 @@ typedef struct {
     float *wide;     /* (tokens, widest linear) */
     float *narrow;   /* (tokens, widest input) */
     float *scores;   /* (threads, 4, most_rows + 16) */
-    uint32_t *packed; /* (tokens, widest input): a linear's input, see `pack_row` */
+    uint32_t *packed; /* (tokens in whole tiles of 16, widest input / 2): a linear's input, see `pack_row` */
     float *input_scales; /* (tokens, widest input / 32) */
     int32_t *input_sums; /* (tokens, widest input / 32, 2) */
     int32_t *taken;      /* (linear layers, threads, 16), zero: how many of its panels are taken */
@@ -67,6 +67,14 @@ typedef struct {
 
 static inline __mmask16 first_lanes(int64_t count) {
     return count >= LANES ? (__mmask16)0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
+}
+
+static inline __m512 load_bfloat16(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)from)), 16));
+}
+
+static inline void store_bfloat16(uint16_t *to, __m512 x) {
+    _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 static inline __m512 exponential(__m512 x) {

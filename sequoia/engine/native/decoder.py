@@ -14,7 +14,7 @@ from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.native.growth import Grower
 from sequoia.engine.native.panels import Linear, fits, in_huge_pages, pack
-from sequoia.engine.native.scratch import Scratch, ScratchAddresses
+from sequoia.engine.native.scratch import Scratch, ScratchAddresses, packed_words
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
 from sequoia.engine.whole_tree import GrownTree, WholeTree
 
@@ -162,7 +162,7 @@ class NativeDecoder:
             wide=num_tokens * self._widest,
             narrow=num_tokens * self._longest,
             scores=self._num_threads * _HEADS_AT_ONCE * (most_rows + _LANES),
-            packed=num_tokens * self._longest,
+            packed=packed_words(num_tokens, self._longest),
             input_scales=num_tokens * self._longest // 32,
             input_sums=num_tokens * self._longest // 16,
             taken=(4 * self.shape.num_layers + 1) * self._num_threads,

@@ -15,8 +15,8 @@ from filelock import FileLock
 from sequoia.config import cpu_flags
 from sequoia.errors import SequoiaError
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "growth.c", "ranking.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("decoder.h", "ranking.h"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "growth.c", "linear.c", "ranking.c"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("amx.h", "decoder.h", "linear.h", "ranking.h"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
 # No contraction: a product and a sum are fused where the source says so, in every tile alike.
@@ -39,9 +39,11 @@ def library(cache_dir: Path) -> ctypes.CDLL:
         raise NativeUnavailable(f"the CPU lacks {', '.join(missing)}")
     built = _built(cache_dir / "native")
     try:
-        return ctypes.CDLL(str(built))
+        loaded = ctypes.CDLL(str(built))
     except OSError as error:
         raise NativeUnavailable(f"{built} cannot be loaded: {error}") from error
+    loaded.sequoia_use_amx(1)
+    return loaded
 
 
 def _built(folder: Path) -> Path:

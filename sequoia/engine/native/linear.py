@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sequoia.engine.native.panels import pack
-from sequoia.engine.native.scratch import Scratch
+from sequoia.engine.native.scratch import Scratch, packed_words
 from sequoia.engine.weights import LinearWeights
 
 
@@ -28,7 +28,7 @@ class NativeLinear:
         rows = rows.contiguous()
         output = torch.empty(len(rows), linear.outputs)
         scratch = self._scratch.room(
-            packed=len(rows) * linear.inputs,
+            packed=packed_words(len(rows), linear.inputs),
             input_scales=len(rows) * linear.inputs // 32,
             input_sums=len(rows) * linear.inputs // 16,
             taken=self._num_threads,

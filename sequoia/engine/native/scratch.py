@@ -9,6 +9,12 @@ from torch import Tensor
 
 _NAMES = ("residual", "wide", "narrow", "scores", "packed", "input_scales", "input_sums", "taken")
 _CACHE_LINE = 16  # numbers of 4 bytes
+_TILE_ROWS = 16  # as in linear.c
+
+
+def packed_words(num_rows: int, inputs: int) -> int:
+    """How many words of 4 bytes a linear layer's packed input takes: 2 bytes a value, in whole tiles of 16 rows."""
+    return -(-num_rows // _TILE_ROWS) * _TILE_ROWS * inputs // 2
 
 
 class ScratchAddresses(ctypes.Structure):
