@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ def test_every_way_to_compute_a_token_gives_the_same_bits(folder: Path, quantiza
     assert {(each.max_logit_difference, each.num_flips) for each in found} == {(0.0, 0)}
 
 
+@pytest.fixture(params=[True, False], ids=["amx", "avx512"])
+def products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On AMX tiles, and without them; a process uses one of the two."""
+    loaded = library(CACHE_DIR)
+    if loaded.sequoia_use_amx(int(request.param)) != request.param:
+        pytest.skip("this CPU has no AMX")
+    yield
+    loaded.sequoia_use_amx(1)
+
+
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("activation_bits", [16, 8])
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (50, 160), (32, 384)])
@@ -141,6 +153,7 @@ def test_linear_layer_is_the_product_of_what_it_rounds_to(
     assert errors.max() < tolerance
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize(("bits", "activation_bits"), [(16, 16), (8, 16), (8, 8), (4, 16), (4, 8)])
 def test_row_is_the_same_bits_in_every_number_of_rows(bits: int, activation_bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -152,6 +165,22 @@ def test_row_is_the_same_bits_in_every_number_of_rows(bits: int, activation_bits
         assert torch.equal(multiply(rows[-count:]), whole[-count:])
 
 
+@pytest.mark.parametrize("activation_bits", [16, 8])
+def test_quantised_rows_are_the_same_bits_with_and_without_amx(activation_bits: int) -> None:
+    """Sums of integers are exact in any order; sums of bfloat16 products are not, so they differ."""
+    loaded = library(CACHE_DIR)
+    generator = torch.Generator().manual_seed(0)
+    weights = LinearWeights(torch.randn(70, 320, generator=generator, dtype=torch.bfloat16), None)
+    multiply = NativeLinear(loaded, weights, 8, activation_bits, num_threads=2)
+    rows = torch.randn(37, 320, generator=generator)
+    with_amx = multiply(rows)
+    loaded.sequoia_use_amx(0)
+    without = multiply(rows)
+    loaded.sequoia_use_amx(1)
+    assert torch.equal(with_amx, without)
+
+
+@pytest.mark.usefixtures("products")
 def test_rows_of_zeros_give_the_bias() -> None:
     weights = LinearWeights(torch.ones(32, 64, dtype=torch.bfloat16), torch.arange(32.0))
     for bits, activation_bits in ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8)):
