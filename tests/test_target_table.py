@@ -6,15 +6,19 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engines import CACHE_DIR, needs_native
 from enumeration import Context, Enumerator, TargetP, drawn_tree, padded_law, supported, target_p, total_variation
 from test_exactness import chi_square_z
 from test_verification import PAIRS, VOCABULARY, shapes
 
 from sequoia.engine.children import draft_distributions, draw_children
+from sequoia.engine.native.library import library
+from sequoia.engine.native.targets import native_rows
 from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, streams
 from sequoia.engine.sampling import (
     Path,
@@ -26,7 +30,15 @@ from sequoia.engine.sampling import (
 )
 from sequoia.engine.siblings import candidates
 from sequoia.engine.target_table import ReadTarget, TargetTable, coupled_tokens, log_weights_of_rows, restrict
-from sequoia.engine.verification import Targets, reject_recursively, traverse, verify_tree
+from sequoia.engine.verification import (
+    MakeTarget,
+    TargetRows,
+    Targets,
+    TreeTarget,
+    reject_recursively,
+    traverse,
+    verify_tree,
+)
 from sequoia.errors import Internal
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
@@ -148,7 +160,7 @@ def test_verdicts_without_chance_are_those_of_the_lazy_walk(rule: Rule, penaltie
         tree = tree_of(logits, TREE, np.random.default_rng(seed))
         decoding, choices = Decoding(rule, sampling, 2), RandomChoices(np.random.default_rng(0))
         lazy, at_once = (
-            verify_tree(tree, logits, decoding, (9, 9, 3), choices, reads_once=each) for each in (False, True)
+            verify_tree(tree, logits, decoding, (9, 9, 3), choices, each) for each in (TargetRows, TargetTable)
         )
         assert (lazy.accepted_nodes, lazy.bonus_token_id) == (at_once.accepted_nodes, at_once.bonus_token_id)
         for ours, theirs in zip(at_once.logprobs, lazy.logprobs, strict=True):
@@ -180,13 +192,22 @@ def test_the_table_holds_p_at_the_candidates_and_the_mass_of_the_rest(rule: Rule
             assert p[table.target(node).token_id] > 0.0
 
 
+def native_target(*arguments: Any) -> TreeTarget:
+    return native_rows(library(CACHE_DIR))(*arguments)
+
+
+MAKERS = [TargetTable, pytest.param(native_target, marks=needs_native)]
+
+
+@pytest.mark.parametrize("make_target", MAKERS)
+@pytest.mark.parametrize("top_k", [0, 9])
 @pytest.mark.parametrize("rule", [SEQUOIA, TRAVERSAL, SAMPLE_AND_WALK], ids=lambda rule: rule.name)
-def test_first_two_tokens_have_the_targets_joint_law(rule: Rule) -> None:
+def test_first_two_tokens_have_the_targets_joint_law(rule: Rule, top_k: int, make_target: MakeTarget) -> None:
     """Chi-square of 4000 pairs on a vocabulary of 12, of which q holds 6: z above 3.72 is a false alarm of 1e-4.
 
     The logits of a node depend on its token alone. Seeds are fixed.
     """
-    draws, vocabulary, sampling = 4000, 12, Sampling(0.9, top_k=9)
+    draws, vocabulary, sampling = 4000, 12, Sampling(0.9, top_k=top_k)
     target, draft = logits_of(vocabulary, vocabulary, 5) / 2, logits_of(vocabulary, vocabulary, 6) / 2
     laws = [target_distribution(row.double(), sampling).tolist() for row in target]
     joint = {(a, b): laws[3][a] * laws[a][b] for a in range(vocabulary) for b in range(vocabulary)}
@@ -197,7 +218,7 @@ def test_first_two_tokens_have_the_targets_joint_law(rule: Rule) -> None:
     for _ in range(draws):
         tree = grown(draft, topology, generator)
         rows = target[list(tree.token_ids)]
-        tokens = verify_tree(tree, rows, Decoding(rule, sampling, 1), (3,), choices, reads_once=True).tokens(tree)
+        tokens = verify_tree(tree, rows, Decoding(rule, sampling, 1), (3,), choices, make_target).tokens(tree)
         second = int(generator.choice(vocabulary, p=laws[tokens[0]]))
         found[(*tokens, second)[:2]] += 1
     assert set(found) <= {pair for pair, p in joint.items() if p > 0.0}
@@ -228,7 +249,7 @@ def test_broken_logits_are_an_error_and_never_a_token(rule: Rule) -> None:
             Decoding(rule, sampling, 1),
             (3,),
             RandomChoices(np.random.default_rng(0)),
-            reads_once=True,
+            TargetTable,
         )
 
 
@@ -236,5 +257,5 @@ def test_broken_logits_of_a_node_that_nobody_visits_harm_nobody() -> None:
     logits = torch.zeros(2, 8)
     logits[0, 2], logits[1] = 1.0, torch.nan
     tree, decoding = TokenTree(Topology((-1, 0)), (3, 4)), Decoding(GREEDY, Sampling(0.0), 1)
-    verdict = verify_tree(tree, logits, decoding, (3,), RandomChoices(np.random.default_rng(0)), reads_once=True)
+    verdict = verify_tree(tree, logits, decoding, (3,), RandomChoices(np.random.default_rng(0)), TargetTable)
     assert verdict.tokens(tree) == (2,)

@@ -12,7 +12,7 @@ from sequoia.engine.attention import tree_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.sampling import Choices, RandomChoices
-from sequoia.engine.verification import verify_tree
+from sequoia.engine.verification import MakeTarget, TargetRows, verify_tree
 from sequoia.errors import InvalidArgument
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, Verdict
@@ -25,7 +25,7 @@ class VerifyLimits:
 
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the logits has no probability
-    reads_once: bool = False  # see `verify_tree`
+    make_target: MakeTarget = TargetRows
 
 
 class VerifySession:
@@ -61,9 +61,7 @@ class VerifySession:
         chain = pending[num_fed:]
         logits = yield tree_segment(self._slot, chain, tree)
         rows = logits[:, : self._limits.vocab_size]
-        verdict = verify_tree(
-            tree, rows, self._decoding, self._committed, self._choices, reads_once=self._limits.reads_once
-        )
+        verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices, self._limits.make_target)
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)
         return verdict

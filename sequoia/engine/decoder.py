@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.verification import MakeTarget
 from sequoia.engine.whole_tree import GrownTree, WholeTree
 
 
@@ -29,12 +30,17 @@ class Decoder(Protocol):
     def grow(self) -> Callable[[WholeTree, KVCache], GrownTree] | None:
         """Grows a whole tree in one call; None where only forwards can be had."""
 
+    @property
+    def make_target(self) -> MakeTarget | None:
+        """The quickest way to verify this model's logits; None where it is the engine's own."""
+
 
 class TransformersDecoder:
     """The model's own modules: every architecture, at 10 ms of overhead for 30 layers."""
 
     name = "transformers"
     grow = None
+    make_target = None
 
     def __init__(self, module: PreTrainedModel, *, rows_are_independent: bool = False) -> None:
         self._module, self.rows_are_independent = module, rows_are_independent

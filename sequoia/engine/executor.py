@@ -17,6 +17,8 @@ from torch import Tensor
 from sequoia.engine.attention import PackedBatch, Segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.target_table import TargetTable
+from sequoia.engine.verification import MakeTarget, TargetRows
 from sequoia.engine.whole_tree import GrownTree, WholeTree
 
 Result = TypeVar("Result")
@@ -63,6 +65,11 @@ class Engine:
     def can_grow(self) -> bool:
         """Whether whole trees can be asked for."""
         return self._decoder.grow is not None
+
+    @property
+    def make_target(self) -> MakeTarget:
+        """How trees are verified: as the decoder has it, or all nodes at once, or those that are visited."""
+        return self._decoder.make_target or (TargetTable if self.reads_once else TargetRows)
 
     @torch.inference_mode()
     def grow(self, tree: WholeTree) -> GrownTree:

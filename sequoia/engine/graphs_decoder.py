@@ -42,6 +42,7 @@ class GraphsDecoder:
 
     name = "graphs"
     grow = None
+    make_target = None
     rows_are_independent = False
 
     def __init__(self, lean: LeanDecoder, device: torch.device) -> None:

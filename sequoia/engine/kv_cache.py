@@ -23,12 +23,13 @@ class KVLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate as many rows as the pool has, in the shapes and dtype the model produces."""
-        self.allocate(key_states[0], value_states[0])
+        keys, values = (x.new_empty((x.shape[1], self._pool.num_rows, x.shape[3])) for x in (key_states, value_states))
+        self.use(keys, values)
 
-    def allocate(self, keys: Tensor, values: Tensor) -> None:
-        """As many rows as the pool has, of the kind of these: (kv heads, any number, head size)."""
-        self.keys, self.values = (x.new_empty((x.shape[0], self._pool.num_rows, x.shape[2])) for x in (keys, values))
-        for pool in (self.keys, self.values):
+    def use(self, keys: Tensor, values: Tensor) -> None:
+        """Keep keys and values in these, (kv heads, pool rows, head size) each."""
+        self.keys, self.values = keys, values
+        for pool in self.rows:
             pool[:, self._pool.zero_row] = 0.0
         self.is_initialized = True
 
@@ -47,18 +48,6 @@ class KVLayer(CacheLayerMixin):
         keys.index_copy_(1, self._pool.write_rows, key_states[0])
         values.index_copy_(1, self._pool.write_rows, value_states[0])
         return keys, values
-
-    @torch.inference_mode()
-    def clear(self, start: int, end: int) -> None:
-        """Fill rows with zeros."""
-        for pool in self.rows:
-            pool[:, start:end] = 0.0
-
-    @torch.inference_mode()
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy rows within the pool; the source is read whole before anything is written."""
-        for pool in self.rows:
-            pool.index_copy_(1, target, pool.index_select(1, source))
 
     def get_seq_length(self) -> int:
         """Unused: the lengths belong to the slots."""
@@ -119,6 +108,7 @@ class KVCache(Cache):
         self.write_rows = torch.empty(0, dtype=torch.int64)
         self._free = list(reversed(range(num_slots)))
         self._layers = [KVLayer(self) for _ in range(num_layers)]
+        self._whole: Tensor | None = None
         super().__init__(layers=[*self._layers])
 
     @property
@@ -147,11 +137,12 @@ class KVCache(Cache):
         return [layer.rows for layer in self._layers]
 
     def allocate(self, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Allocate the rows of every layer."""
-        kind = torch.empty((num_kv_heads, 0, head_size), dtype=dtype, device=device)
+        """Allocate the rows of every layer, all in one tensor: a move is one operation then, not one a layer."""
+        shape = (len(self._layers), 2, num_kv_heads, self.num_rows, head_size)
+        self._whole = torch.empty(shape, dtype=dtype, device=device)
         self.write_rows = torch.empty(0, dtype=torch.int64, device=device)
-        for layer in self._layers:
-            layer.allocate(kind, kind)
+        for layer, (keys, values) in zip(self._layers, self._whole, strict=True):
+            layer.use(keys, values)
 
     @contextmanager
     def slot(self) -> Iterator[KVSlot]:
@@ -164,13 +155,20 @@ class KVCache(Cache):
         finally:
             self._free.append(index)
 
+    @torch.inference_mode()
     def clear(self, start: int, end: int) -> None:
         """Fill pool rows with zeros in every layer."""
-        for layer in self._layers:
-            layer.clear(start, end)
+        for pool in self._pools:
+            pool[..., start:end, :] = 0.0
 
+    @torch.inference_mode()
     def move(self, source: list[int], target: list[int]) -> None:
-        """Copy pool rows in every layer."""
+        """Copy pool rows in every layer; the source is read whole before anything is written."""
         source_rows, target_rows = upload((np.array(source), np.array(target)), self.write_rows.device)
-        for layer in self._layers:
-            layer.move(source_rows, target_rows)
+        for pool in self._pools:
+            pool.index_copy_(-2, target_rows, pool.index_select(-2, source_rows))
+
+    @property
+    def _pools(self) -> list[Tensor]:
+        """All rows, each tensor (..., pool rows, head size)."""
+        return [pool for rows in self.rows for pool in rows] if self._whole is None else [self._whole]

@@ -43,6 +43,7 @@ class LeanDecoder:
 
     name = "lean"
     grow = None
+    make_target = None
 
     def __init__(
         self,

@@ -62,6 +62,10 @@ class Choices(Protocol):
         """For each row of logs (rows, n) an index with probability proportional to exp(logs): (rows,) int64."""
         ...
 
+    def uniform(self) -> float:
+        """A number uniform in [0, 1): the share of a distribution that is before what is drawn."""
+        ...
+
 
 class RandomChoices:
     """Choices from a generator; every call uses fresh random numbers in float64."""
@@ -71,17 +75,21 @@ class RandomChoices:
 
     def accept(self, numerator: float, denominator: float) -> bool:
         """Strict, because the uniform number can be 0 and an impossible token must never pass."""
-        return self._generator.random() * denominator < numerator
+        return self.uniform() * denominator < numerator
 
     def draw(self, weights: Tensor) -> int:
         """By inversion; an index of weight 0 is never drawn."""
-        return _invert(weights, self._generator.random())
+        return _invert(weights, self.uniform())
 
     def race(self, logs: Tensor) -> Tensor:
         """By noise on each, with a fresh key: the host waits for nothing, and an index of weight 0 never wins."""
         key = int(self._generator.integers(2**64, dtype=np.uint64))
         [keys] = upload((streams(key, range(len(logs)))[:, None],), logs.device)
         return gumbel_rows(keys, torch.arange(logs.shape[1], device=logs.device)).add_(logs).argmax(1)
+
+    def uniform(self) -> float:
+        """In steps of 2**-53."""
+        return float(self._generator.random())
 
 
 def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path) -> Tensor:

@@ -45,7 +45,7 @@ class ReadTarget:
 
 
 class TargetTable:
-    """`verification.TargetRows`, of all nodes and at once. `logits`: (size, vocabulary), on any device."""
+    """A `verification.TreeTarget` of all nodes at once, read in one copy from any device."""
 
     def __init__(
         self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ from sequoia.engine.sampling import (
     target_distribution,
 )
 from sequoia.engine.siblings import Siblings, Target, WholeTarget
-from sequoia.engine.target_table import TargetTable
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenLogprobs, TokenTree, Verdict
@@ -32,8 +32,28 @@ from sequoia.topology import TokenLogprobs, TokenTree, Verdict
 Targets = Callable[[int], Target]  # node -> p after it
 
 
+class TreeTarget(Protocol):
+    """What the target makes of every node of a tree, each along its own path."""
+
+    def token(self, node: int) -> int:
+        """The target's own token after `node`, for a rule that walks along it."""
+        ...
+
+    def target(self, node: int) -> Target:
+        """p after `node`, for a rule that rejects."""
+        ...
+
+    def logprobs(self, nodes: Sequence[int], token_ids: Sequence[int], count: int) -> tuple[TokenLogprobs, ...]:
+        """Of a token after each node; at temperature 0 what is processed are the adjusted logits."""
+        ...
+
+
+# From a tree, its logits (size, vocabulary), the decoding, all committed tokens (the last is the root), and choices.
+MakeTarget = Callable[[TokenTree, Tensor, Decoding, tuple[int, ...], Choices], TreeTarget]
+
+
 class TargetRows:
-    """What the target makes of every node of a tree, each along its own path; computed for the nodes asked for."""
+    """A `TreeTarget` that is computed for the nodes asked for."""
 
     def __init__(
         self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices
@@ -53,7 +73,7 @@ class TargetRows:
         assert rule is SAMPLE_AND_WALK, rule
         return self._choices.draw(self._p(node))
 
-    def target(self, node: int) -> WholeTarget:
+    def target(self, node: int) -> Target:
         """p after `node`, for a rule that rejects."""
         return WholeTarget(self._p(node))
 
@@ -79,16 +99,13 @@ def verify_tree(
     decoding: Decoding,
     committed: tuple[int, ...],
     choices: Choices,
-    *,
-    reads_once: bool = False,
+    make_target: MakeTarget = TargetRows,
 ) -> Verdict:
     """The verdict on a tree whose nodes have the target's logits (size, vocabulary).
 
-    `committed` are all committed tokens; the last is the tree's root. `reads_once`: for all nodes on the logits' device
-    and read from there in one copy, instead of node by node for the few that are visited. Raises Internal when the
-    logits are broken.
+    `committed` are all committed tokens; the last is the tree's root. Raises Internal when the logits are broken.
     """
-    target = (TargetTable if reads_once else TargetRows)(tree, logits, decoding, committed, choices)
+    target = make_target(tree, logits, decoding, committed, choices)
     verdict = _verdict(tree, target, decoding.rule, choices)
     if (count := decoding.sampling.num_logprobs) is None:
         return verdict
@@ -96,7 +113,7 @@ def verify_tree(
     return replace(verdict, logprobs=logprobs)
 
 
-def _verdict(tree: TokenTree, rows: TargetRows | TargetTable, rule: Rule, choices: Choices) -> Verdict:
+def _verdict(tree: TokenTree, rows: TreeTarget, rule: Rule, choices: Choices) -> Verdict:
     if rule is SEQUOIA:
         return reject_recursively(tree, rows.target, choices)
     if rule is TRAVERSAL:

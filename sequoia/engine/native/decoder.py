@@ -15,6 +15,7 @@ from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.native.growth import Grower
 from sequoia.engine.native.panels import Linear, fits, in_huge_pages, pack
 from sequoia.engine.native.scratch import Scratch, ScratchAddresses, packed_words
+from sequoia.engine.native.targets import native_rows
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
 from sequoia.engine.whole_tree import GrownTree, WholeTree
 
@@ -118,6 +119,7 @@ class NativeDecoder:
         self._widest = max(linear.outputs for linear in linears)
         self._longest = max(linear.inputs for linear in linears)
         self._scratch, self._grower = Scratch(), Grower(library, self._vocab_size)
+        self.make_target = native_rows(library)
 
     def attach(self, cache: KVCache) -> None:
         """Allocate the cache's rows and read and write them from now on."""

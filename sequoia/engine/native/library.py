@@ -15,8 +15,9 @@ from filelock import FileLock
 from sequoia.config import cpu_flags
 from sequoia.errors import SequoiaError
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("decoder.c", "growth.c", "linear.c", "ranking.c"))
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("amx.h", "decoder.h", "linear.h", "ranking.h"))
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "growth", "linear", "ranking", "target"))
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "decoder", "linear", "ranking"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
 # No contraction: a product and a sum are fused where the source says so, in every tile alike.

@@ -11,21 +11,10 @@
 
 #include "decoder.h"
 
-enum { COUPLED_WIDTH = 256, BLOCK = 4 * LANES, ROOM = 1024 };
+enum { BLOCK = 4 * LANES };
 static const double MOST_DROP = 10 * 0.693147180559945309417; /* as in children.py */
 
 /* ---- the largest of a row ---- */
-
-/* Keys order a row's entries: the order of the values above, the falling order of the ids below. */
-static inline float value_of(uint64_t key) {
-    uint32_t bits = (uint32_t)(key >> 32);
-    bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline uint32_t id_of(uint64_t key) { return ~(uint32_t)key; }
 
 static inline __m512i keys_of(__m256 values, __m256i ids) {
     /* The sum makes -0 and 0 one. */
@@ -75,11 +64,8 @@ static inline int append(uint64_t *keys, int size, __m512 values, __mmask16 lane
     return size + __builtin_popcount(high);
 }
 
-/* Keys of the `count` (at least 1) largest of `values`, falling, into `keys` with room for count + ROOM; returns how
- * many there are: -inf and NaN are none. `is_broken` tells whether there is a NaN.
- *
- * Ids ascend, so an entry that is only as large as the count-th largest of those before it is never wanted. */
-static int largest(const float *values, int64_t size, int count, uint64_t *keys, int *is_broken) {
+/* Ids ascend, so an entry that is only as large as the count-th largest of those before it is never wanted. */
+int sequoia_largest(const float *values, int64_t size, int count, uint64_t *keys, int *is_broken) {
     __m512 threshold = _mm512_set1_ps(-INFINITY);
     int found = 0;
     *is_broken = 0;
@@ -98,7 +84,7 @@ static int largest(const float *values, int64_t size, int count, uint64_t *keys,
             *is_broken |= numbers != above[i];
             if (numbers) found = append(keys, found, parts[i], numbers, block + i * LANES);
         }
-        if (found > count + ROOM - BLOCK) {
+        if (found > count + RANKING_ROOM - BLOCK) {
             select_largest(keys, found, count);
             found = count;
             uint64_t least = keys[0];
@@ -144,8 +130,8 @@ static int nucleus(const Ranker *ranker, const float *values, float peak, const 
 
 /* The likeliest tokens that no parameter cuts, and log q up to a constant; falling. Returns how many there are. */
 static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, double *logs) {
-    uint64_t keys[COUPLED_WIDTH + ROOM];
-    int is_broken, count = largest(values, ranker->vocab_size, ranker->num_candidates, keys, &is_broken);
+    uint64_t keys[COUPLED_WIDTH + RANKING_ROOM];
+    int is_broken, count = sequoia_largest(values, ranker->vocab_size, ranker->num_candidates, keys, &is_broken);
     if (is_broken || !count || isinf(value_of(keys[0]))) return 0;
     float peak = value_of(keys[0]);
     int kept = 0;
@@ -158,17 +144,6 @@ static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, 
 }
 
 /* ---- rankings ---- */
-
-static inline uint64_t mixed(uint64_t x) { /* SplitMix64's output function */
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-}
-
-static double gumbel(uint64_t stream, uint32_t id) {
-    uint64_t bits = mixed(((uint64_t)id + 1) * 0x9E3779B97F4A7C15u + stream);
-    return -log(-log(((double)(bits >> 12) + 0.5) * 0x1p-52));
-}
 
 /* The tokens of the `ranker->width` smallest of `times`, which are used up; of equal ones the first. */
 static void rank_by(const Ranker *ranker, double *times, const uint32_t *ids, int count, const Ranked *ranked) {
@@ -184,8 +159,8 @@ static void rank_by(const Ranker *ranker, double *times, const uint32_t *ids, in
 }
 
 static void rank_top(const Ranker *ranker, const float *logits, const Ranked *ranked) {
-    uint64_t keys[ranker->width + ROOM];
-    int is_broken, count = largest(logits, ranker->vocab_size, ranker->width, keys, &is_broken);
+    uint64_t keys[ranker->width + RANKING_ROOM];
+    int is_broken, count = sequoia_largest(logits, ranker->vocab_size, ranker->width, keys, &is_broken);
     for (int rank = 0; rank < count; rank++) ranked->token_ids[rank] = id_of(keys[rank]);
     *ranked->num_tokens = count;
 }
@@ -194,8 +169,8 @@ static void rank_coupled(const Ranker *ranker, const float *logits, int64_t posi
     uint32_t ids[COUPLED_WIDTH];
     double logs[COUPLED_WIDTH], times[COUPLED_WIDTH];
     int count = candidates(ranker, logits, ids, logs);
-    uint64_t stream = mixed(ranker->seed + ((uint64_t)position + 1) * 0x9E3779B97F4A7C15u);
-    for (int i = 0; i < count; i++) times[i] = -(logs[i] + gumbel(stream, ids[i]));
+    uint64_t stream = noise_stream(ranker->seed, position);
+    for (int i = 0; i < count; i++) times[i] = -(logs[i] + gumbel_of(uniform(stream, ids[i])));
     rank_by(ranker, times, ids, count, ranked);
 }
 

@@ -1,10 +1,53 @@
-/* The tokens that a tree's nodes may have as children, from their logits. */
+/* The tokens that a tree's nodes may have as children, from their logits; and what that shares with `target.c`. */
 #ifndef SEQUOIA_RANKING_H
 #define SEQUOIA_RANKING_H
 
+#include <math.h>
 #include <stdint.h>
+#include <string.h>
 
-enum { DRAFT_WIDTH = 32 }; /* candidates of q, as in children.py */
+enum { DRAFT_WIDTH = 32 };    /* candidates of q, as in children.py */
+enum { COUPLED_WIDTH = 256 }; /* tokens with noise of their own, as in sampling.py */
+enum { RANKING_ROOM = 1024 }; /* keys that `sequoia_largest` needs room for, beside those wanted */
+/* ---- noise: noise.py ---- */
+
+static const uint64_t GOLDEN = 0x9E3779B97F4A7C15u, OTHERS = -1, DRAW_FROM_OTHERS = -2;
+
+static inline uint64_t mixed(uint64_t x) { /* SplitMix64's output function */
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    return x ^ (x >> 31);
+}
+
+static inline uint64_t noise_stream(uint64_t seed, int64_t position) {
+    return mixed(seed + ((uint64_t)position + 1) * GOLDEN);
+}
+
+static inline double uniform(uint64_t stream, uint64_t id) {
+    return ((double)(mixed((id + 1) * GOLDEN + stream) >> 12) + 0.5) * 0x1p-52;
+}
+
+static inline double gumbel_of(double uniform) { return -log(-log(uniform)); }
+
+/* ---- the largest of a row ---- */
+
+/* Keys order a row's entries: the order of the values above, the falling order of the ids below. */
+static inline float value_of(uint64_t key) {
+    uint32_t bits = (uint32_t)(key >> 32);
+    bits ^= bits >> 31 ? 0x80000000u : 0xffffffffu;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline uint32_t id_of(uint64_t key) { return ~(uint32_t)key; }
+
+/* Keys of the `count` (at least 1) largest of `values`, falling, into `keys` with room for count + RANKING_ROOM. Returns
+ * how many there are: -inf and NaN are none. `is_broken` tells whether there is a NaN. */
+int sequoia_largest(const float *values, int64_t size, int count, uint64_t *keys, int *is_broken);
+
+/* ---- rankings ---- */
+
 enum { TOP = 0, COUPLED = 1, DRAWN = 2 };
 
 /* By what a tree's nodes are ranked. */
