@@ -167,11 +167,27 @@ static void rank_top(const Ranker *ranker, const float *logits, const Ranked *ra
 
 static void rank_coupled(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked) {
     uint32_t ids[COUPLED_WIDTH];
-    double logs[COUPLED_WIDTH], times[COUPLED_WIDTH];
-    int count = candidates(ranker, logits, ids, logs);
+    double logs[COUPLED_WIDTH], races[COUPLED_WIDTH], scale = INFINITY; /* exp(-race) of the last one ranked */
+    int count = candidates(ranker, logits, ids, logs), num_ranked = 0;
+    int most = ranker->width < COUPLED_WIDTH ? ranker->width : COUPLED_WIDTH;
     uint64_t stream = noise_stream(ranker->seed, position);
-    for (int i = 0; i < count; i++) times[i] = -(logs[i] + gumbel_of(uniform(stream, ids[i])));
-    rank_by(ranker, times, ids, count, ranked);
+    for (int i = 0; i < count; i++) {
+        double u = uniform(stream, ids[i]);
+        if (!may_win(u, exp(logs[i]), scale)) continue;
+        double race = logs[i] + gumbel_of(u);
+        int place = num_ranked;
+        while (place && races[place - 1] < race) place--;
+        if (place == most) continue;
+        if (num_ranked < most) num_ranked++;
+        for (int behind = num_ranked - 1; behind > place; behind--) {
+            races[behind] = races[behind - 1];
+            ranked->token_ids[behind] = ranked->token_ids[behind - 1];
+        }
+        races[place] = race;
+        ranked->token_ids[place] = ids[i];
+        if (num_ranked == most) scale = exp(-races[most - 1]);
+    }
+    *ranked->num_tokens = num_ranked;
 }
 
 static float rounded_to_bfloat16(float x) {

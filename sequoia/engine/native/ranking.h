@@ -29,6 +29,13 @@ static inline double uniform(uint64_t stream, uint64_t id) {
 
 static inline double gumbel_of(double uniform) { return -log(-log(uniform)); }
 
+/* Whether a token of that weight (or more tokens, of that mass) may beat a race, of which `scale` is exp(-race): it does
+ * if -log(uniform) < weight * scale, and 1 - uniform is not above -log(uniform). So most of a race is run without a
+ * logarithm. Numbers that double cannot tell from 0 or infinity may. */
+static inline int may_win(double uniform, double weight, double scale) {
+    return weight == 0.0 || !(1.0 - uniform > weight * scale * (1.0 + 1e-9));
+}
+
 /* ---- the largest of a row ---- */
 
 /* Keys order a row's entries: the order of the values above, the falling order of the ids below. */

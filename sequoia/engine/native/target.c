@@ -222,13 +222,6 @@ int64_t sequoia_draw(const Parameters *wanted, float *logits, const int64_t *ids
     return token;
 }
 
-/* Whether a token of that weight (or more tokens, of that mass) may beat the best so far, for which `scale` is
- * exp(-race): it does if -log(uniform) < weight * scale, and 1 - uniform is not above -log(uniform). So most of a race is
- * run without a logarithm. */
-static inline int may_win(double uniform, double weight, double scale) {
-    return 1.0 - uniform <= weight * scale * (1.0 + 1e-9);
-}
-
 /* The coupled rule's token at a position: `sampling.coupled_token`. Returns it, BROKEN or UNKNOWN. */
 int64_t sequoia_coupled(const Parameters *wanted, float *logits, int64_t position) {
     Support support;
