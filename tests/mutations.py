@@ -60,8 +60,8 @@ FAULTS = (
     ),
     Fault(
         "sequoia", "<= for < where the uniform number can be 0", SAMPLING,
-        "return self._generator.random() * denominator < numerator",
-        "return self._generator.random() * denominator <= numerator",
+        "return self.uniform() * denominator < numerator",
+        "return self.uniform() * denominator <= numerator",
     ),
     Fault(
         "sequoia", "a rejected sibling stays in q", VERIFICATION,
@@ -75,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         "sequoia", "one uniform number serves every choice", SAMPLING,
-        "return self._generator.random() * denominator < numerator",
+        "return self.uniform() * denominator < numerator",
         "self._u = getattr(self, '_u', 0.0) or self._generator.random()\n"
         "        return self._u * denominator < numerator",
     ),
