@@ -15,7 +15,7 @@ import pytest
 import torch
 from engines import load_engine, needs_native
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
+from tiny_models import write_narrow_model, write_tiny_model
 from torch import Tensor
 
 from draft_worker.drafter import DraftLimits, DraftSession
@@ -170,7 +170,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(architecture: str) -> Path:
         if architecture not in found:
             found[architecture] = tmp_path_factory.mktemp(architecture)
-            write_tiny_model(found[architecture], architecture, num_layers=2)
+            if architecture == "narrow":
+                write_narrow_model(folder("llama"), found[architecture], [0, 1, *range(25, 390, 2)])
+            else:
+                write_tiny_model(found[architecture], architecture, num_layers=2)
         return found[architecture]
 
     return folder
@@ -182,7 +185,7 @@ def native(folder: Path, quantization: str = "none", num_threads: int = 1) -> En
     is_draft = quantization == "int8"
     arithmetic = Arithmetic("native", quantization, is_draft, num_threads=num_threads)
     decoder = build_decoder(model, arithmetic, 256, files.cache_dir)
-    return Engine(decoder, KVCache(2, 4, 256), model.device, model.dtype)
+    return Engine(decoder, KVCache(2, 4, 256), model.device, model.dtype, vocabulary=model.vocabulary)
 
 
 DEEP = Topology.chain(20)  # its paths are longer than the sliding windows
@@ -193,6 +196,7 @@ MODELS = [
     ("gemma3", "int8"),
     ("gemma3", "none"),
     ("mistral", "none"),
+    ("narrow", "int8"),
 ]
 
 
@@ -249,10 +253,18 @@ def test_q_that_runs_out_leaves_nodes_out_and_their_rows_too(llama: tuple[Engine
     assert {tree.topology for tree in trees} == {Topology((-1, 0))}
 
 
+@pytest.mark.parametrize("model", ["llama", "narrow"])
 @pytest.mark.parametrize("kind", ["greedy", "coupled hot", "sequoia hot"])
-def test_padding_of_the_vocabulary_is_never_proposed(llama: tuple[Engine, Engine], kind: str) -> None:
-    trees = assert_same_steps(llama, kind, SHAPES["wide"], vocab_size=101)
+def test_padding_of_the_vocabulary_is_never_proposed(folders: Callable[[str], Path], kind: str, model: str) -> None:
+    pair = native(folders(model)), native(folders(model))
+    trees = assert_same_steps(pair, kind, SHAPES["wide"], vocab_size=101)
     assert all(max(tree.token_ids[1:]) < 101 for tree in trees)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_of_few_tokens_grows_them_by_the_ids_of_all(folders: Callable[[str], Path], kind: str) -> None:
+    trees = assert_same_steps((native(folders("narrow")), native(folders("narrow"))), kind, SHAPES["wide"])
+    assert all(token % 2 or token == 0 for tree in trees for token in tree.token_ids[1:])
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from sequoia.engine.attention import PackedBatch, Segment
 from sequoia.engine.decoder import Decoder
+from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.target_table import TargetTable
 from sequoia.engine.verification import MakeTarget, TargetRows
@@ -44,8 +46,9 @@ class Engine:
         dtype: torch.dtype,
         *,
         reads_once: bool | None = None,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
-        self._decoder, self._device, self._dtype = decoder, device, dtype
+        self._decoder, self._device, self._dtype, self._vocabulary = decoder, device, dtype, vocabulary
         self.reads_once = device.type != "cpu" if reads_once is None else reads_once
         self.cache = cache
         decoder.attach(cache)
@@ -55,8 +58,12 @@ class Engine:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
         """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
-        batch = PackedBatch(segments, self._device, self._dtype)
+        vocabulary = self._vocabulary
+        known = segments if vocabulary is None else [vocabulary.narrowed(each) for each in segments]
+        batch = PackedBatch(known, self._device, self._dtype)
         logits = self._decoder.forward(batch, self.cache)
+        if vocabulary is not None:
+            logits = vocabulary.widened(logits)
         self.num_forwards += 1
         self.num_forward_tokens += batch.num_tokens
         return list(logits.split([len(s.logit_tokens) for s in segments]))
@@ -75,7 +82,7 @@ class Engine:
     def grow(self, tree: WholeTree) -> GrownTree:
         """All forwards of a tree, and the rankings between them."""
         assert self._decoder.grow is not None, "this engine grows no whole trees"
-        grown = self._decoder.grow(tree, self.cache)
+        grown = self._decoder.grow(replace(tree, vocabulary=self._vocabulary), self.cache)
         self.num_forwards += grown.num_forwards
         self.num_forward_tokens += grown.num_living - 1
         return grown

@@ -25,6 +25,7 @@ class _Ranker(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("temperature", "top_p", "least_log")),
         ("seed", ctypes.c_uint64),
+        ("token_ids", ctypes.c_void_p),
     )
 
 
@@ -33,6 +34,7 @@ class _Tree(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_nodes", "num_levels")),
         *((name, ctypes.c_void_p) for name in ("parents", "ranks", "level_starts")),
         *((name, ctypes.c_int64) for name in ("first_row", "num_valid_rows", "root_position")),
+        ("embedding_rows", ctypes.c_void_p),
     )
 
 
@@ -65,13 +67,14 @@ class Grower:
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(_address, (token_ids, num_tokens)), *map(_address, q))
         logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
+        root_logits, rows = _root_logits(wanted), wanted.vocabulary and wanted.vocabulary.rows.data_ptr()
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted))),
+            ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted), rows)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
-            ctypes.c_void_p(wanted.root_logits.data_ptr()),
+            ctypes.c_void_p(root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
             ctypes.byref(grown),
         )
@@ -103,19 +106,35 @@ def _place(wanted: WholeTree) -> tuple[int, int, int]:
     return wanted.slot.first_row, wanted.slot.length, wanted.slot.length - 1
 
 
+def _root_logits(wanted: WholeTree) -> Tensor:
+    """As the model's own rows have them, contiguous."""
+    vocabulary = wanted.vocabulary
+    return wanted.root_logits if vocabulary is None else wanted.root_logits[:, vocabulary.token_ids]
+
+
+def _choosable(wanted: WholeTree, padded_vocab_size: int) -> tuple[int, int | None]:
+    """How many of the model's first rows are tokens that may be chosen, and where their ids are."""
+    vocabulary = wanted.vocabulary
+    if vocabulary is None:
+        return min(wanted.vocab_size, padded_vocab_size), None
+    return vocabulary.num_known_below(wanted.vocab_size), vocabulary.token_ids.data_ptr()
+
+
 def ranker_for(wanted: WholeTree, padded_vocab_size: int) -> ctypes.Structure:
     """`Ranker` of ranking.h."""
     sampling, width = wanted.sampling, _WIDTHS[wanted.children]
+    num_choosable, token_ids = _choosable(wanted, padded_vocab_size)
     return _Ranker(
         _KINDS[wanted.children],
         wanted.num_ranked,
         min(width, sampling.top_k or width),
         bool(sampling.top_k or sampling.min_p),
-        min(wanted.vocab_size, padded_vocab_size),
+        num_choosable,
         sampling.temperature,
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf,
         sampling.seed or 0,
+        token_ids,
     )
 
 

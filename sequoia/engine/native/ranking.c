@@ -128,6 +128,10 @@ static int nucleus(const Ranker *ranker, const float *values, float peak, const 
     return count;
 }
 
+static inline uint32_t token_of(const Ranker *ranker, uint64_t key) {
+    return ranker->token_ids ? (uint32_t)ranker->token_ids[id_of(key)] : id_of(key);
+}
+
 /* The likeliest tokens that no parameter cuts, and log q up to a constant; falling. Returns how many there are. */
 static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, double *logs) {
     uint64_t keys[COUPLED_WIDTH + RANKING_ROOM];
@@ -136,7 +140,7 @@ static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, 
     float peak = value_of(keys[0]);
     int kept = 0;
     for (; kept < count; kept++) {
-        ids[kept] = id_of(keys[kept]);
+        ids[kept] = token_of(ranker, keys[kept]);
         logs[kept] = ((double)value_of(keys[kept]) - peak) / ranker->temperature;
         if (!(logs[kept] >= ranker->least_log)) break;
     }
@@ -161,7 +165,7 @@ static void rank_by(const Ranker *ranker, double *times, const uint32_t *ids, in
 static void rank_top(const Ranker *ranker, const float *logits, const Ranked *ranked) {
     uint64_t keys[ranker->width + RANKING_ROOM];
     int is_broken, count = sequoia_largest(logits, ranker->vocab_size, ranker->width, keys, &is_broken);
-    for (int rank = 0; rank < count; rank++) ranked->token_ids[rank] = id_of(keys[rank]);
+    for (int rank = 0; rank < count; rank++) ranked->token_ids[rank] = token_of(ranker, keys[rank]);
     *ranked->num_tokens = count;
 }
 

@@ -67,6 +67,7 @@ typedef struct {
     double temperature, top_p;
     double least_log; /* candidates below it, counted from the likeliest, are cut; -inf: none */
     uint64_t seed;
+    const int64_t *token_ids; /* (vocab_size,) ascending: what the logits are of; NULL: the tokens from 0 on */
 } Ranker;
 
 /* One row's ranking. */
