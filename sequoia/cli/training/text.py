@@ -1,0 +1,127 @@
+"""The text that a draft learns from: written by its target into a folder of shards, as far as it is not there yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from coordinator.chat_template import ChatTemplate
+from sequoia.cli.training.recipe import CorpusRecipe
+from sequoia.config import num_cores
+from sequoia.engine.decoders import Arithmetic, build_decoder
+from sequoia.engine.distillation.corpus import Document, Shard
+from sequoia.engine.distillation.writing import Assignment, Lengths, read, write
+from sequoia.engine.executor import Engine
+from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.model import load_model
+from sequoia.engine.sources import resolve
+from sequoia.engine.tokenizer import TokenizerDescription
+from sequoia.errors import FailedPrecondition
+
+DOCUMENTS_IN_SHARD = 512
+# Documents written at the same time: beyond that a forward on a CPU takes as much longer as it has more tokens.
+_AT_ONCE = 128
+# Of the answers: what requests ask for most.
+_TEMPERATURES = (0.0, 0.6, 1.0)
+_FINGERPRINT = "corpus.json"
+_SPLIT = "\u241e"  # a sign that no opening has
+
+
+class Author:
+    """A target, ready to write."""
+
+    def __init__(self, target: str, dtype: str, device: str) -> None:
+        torch.set_num_threads(num_cores())
+        files = resolve(target)
+        model = load_model(files, dtype=dtype, device=device)
+        self._lengths = Lengths()
+        num_rows = min(self._lengths.rows, model.context_length)
+        num_layers = model.module.config.get_text_config().num_hidden_layers
+        decoder = build_decoder(model, Arithmetic(num_threads=num_cores()), num_rows, files.cache_dir)
+        self._engine = Engine(decoder, KVCache(num_layers, _AT_ONCE, num_rows), model.device, model.dtype)
+        self._tokenizer = Tokenizer.from_buffer(model.tokenizer.tokenizer_json)
+        self._eos_token_ids = model.tokenizer.eos_token_ids
+        self._before, self._after = _turns(model.tokenizer)
+
+    def shard(self, recipe: CorpusRecipe, index: int, on_tokens: Callable[[int], None]) -> Shard:
+        """One of the recipe's shards; the same whichever were written before."""
+        generator = np.random.default_rng([recipe.seed, index])
+        assignments = [self._assignment(recipe, number, generator) for number in range(DOCUMENTS_IN_SHARD)]
+        return Shard.of(
+            list(write(self._engine, assignments, self._eos_token_ids, self._lengths, generator, on_tokens))
+        )
+
+    def reading(self, texts: Sequence[str]) -> Shard:
+        """Texts of the user's, in pieces of the length of a document."""
+        longest = self._lengths.question + self._lengths.answer
+        ids = (tuple(self._tokenizer.encode(text).ids) for text in texts)
+        pieces = [each[start : start + longest] for each in ids for start in range(0, len(each) - 1, longest)]
+        return Shard.of(list(read(self._engine, [each for each in pieces if len(each) > 1])))
+
+    def _assignment(self, recipe: CorpusRecipe, number: int, generator: np.random.Generator) -> Assignment:
+        kinds = list(recipe.openings.values())
+        openings = kinds[number % len(kinds)]
+        opening = self._before + openings[generator.integers(len(openings))]
+        temperature = _TEMPERATURES[generator.integers(len(_TEMPERATURES))]
+        return Assignment(self._ids(opening), self._ids(self._after), temperature)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        # A template writes its special tokens itself; without one there is no turn either, and the tokenizer adds them.
+        return tuple(self._tokenizer.encode(text, add_special_tokens=not self._after).ids) if text else ()
+
+
+def _turns(tokenizer: TokenizerDescription) -> tuple[str, str]:
+    """What stands before a question and behind it; nothing where the model has no chat template."""
+    if not tokenizer.chat_template:
+        return "", ""
+    rendered = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render([("user", _SPLIT)])
+    before, after = rendered.split(_SPLIT)
+    return before, after
+
+
+def corpus(
+    recipe: CorpusRecipe, folder: Path, author: Callable[[], Author], on_progress: Callable[[int, int], None]
+) -> list[Path]:
+    """The recipe's shards, the first one to measure with, those of the user's texts last.
+
+    What is missing in `folder` is written by `author`, which is called then only. Raises FailedPrecondition naming
+    `corpus` for a folder of another recipe.
+    """
+    _claim(folder, recipe)
+    count = 1 + -(-recipe.num_documents // DOCUMENTS_IN_SHARD)
+    paths = [folder / f"{index:04d}.safetensors" for index in range(count)]
+    missing = [(index, path) for index, path in enumerate(paths) if not path.exists()]
+    read_path = folder / "read.safetensors"
+    if missing or (recipe.texts and not read_path.exists()):
+        writer = author()
+        for index, path in missing:
+            on_progress(index, count)
+            writer.shard(recipe, index, lambda _: None).save(path)
+        if recipe.texts:
+            writer.reading(recipe.texts).save(read_path)
+    return [*paths, *([read_path] if recipe.texts else [])]
+
+
+def documents_of(path: Path) -> list[Document]:
+    """Of one shard."""
+    return list(Shard.load(path).documents())
+
+
+def most_used(paths: Sequence[Path], vocab_size: int, count: int) -> tuple[torch.Tensor, float]:
+    """(count,) int64, ascending: the tokens that the target expected most in these shards, and their share of it."""
+    mass = sum((Shard.load(path).expected(vocab_size) for path in paths), torch.zeros(vocab_size))
+    top = mass.topk(count)
+    return top.indices.sort().values, float(top.values.sum() / mass.sum())
+
+
+def _claim(folder: Path, recipe: CorpusRecipe) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _FINGERPRINT
+    if not file.exists():
+        file.write_text(recipe.fingerprint)
+    elif file.read_text() != recipe.fingerprint:
+        raise FailedPrecondition(f"{folder} holds the text of another target, seed or openings; name another", "corpus")
