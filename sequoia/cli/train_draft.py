@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, metavar="X", help="the highest (default 0.003)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of text and training (default %(default)s)")
     parser.add_argument("--corpus", type=Path, metavar="DIR", help="folder of the text (default: OUT/corpus)")
+    parser.add_argument(
+        "--question-tokens", type=int, default=96, metavar="N", help="most behind an opening (default %(default)s)"
+    )
+    parser.add_argument(
+        "--answer-tokens", type=int, default=224, metavar="N", help="most of an answer (default %(default)s)"
+    )
     parser.add_argument("--openings", type=Path, metavar="FILE", help="JSON object of lists: how questions begin")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="to learn from besides")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="to write")
@@ -61,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write, train, measure, keep the best."""
-    check_least(arguments, documents=1, steps=1, batch_tokens=64, seed=0)
+    check_least(arguments, documents=1, steps=1, batch_tokens=64, question_tokens=1, answer_tokens=2, seed=0)
     if not 0.0 < arguments.learning_rate < 1.0:
         raise InvalidArgument(f"is {arguments.learning_rate}; it must be between 0 and 1", "learning-rate")
     check_folder(arguments.out, "out")
@@ -71,6 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.seed,
         read_openings(arguments.openings or _OPENINGS),
         tuple(map(_read, arguments.text)),
+        arguments.question_tokens,
+        arguments.answer_tokens,
     )
     training = TrainingRecipe(arguments.steps, arguments.batch_tokens, arguments.learning_rate, arguments.seed)
     found = _made(arguments, corpus, training)

@@ -65,7 +65,7 @@ class Workshop:
     @cached_property
     def _shards(self) -> list[Path]:
         with self.steps.step(f"text of {self.corpus.num_documents} documents, written by the target") as on_progress:
-            author = partial(Author, self.corpus.target, self.dtype, self.device)
+            author = partial(Author, self.corpus, self.dtype, self.device)
             return corpus(self.corpus, self.corpus_dir, author, on_progress)
 
     @cached_property

@@ -10,6 +10,8 @@ from typing import Any
 
 from sequoia.errors import InvalidArgument
 
+# Some megabytes, and some minutes of a small model on a CPU.
+_MOST_IN_SHARD = 512
 _SIZE = re.compile(r"(\d+)x(\d+|all)")
 
 
@@ -41,11 +43,19 @@ class CorpusRecipe:
     seed: int
     openings: dict[str, list[str]]
     texts: tuple[str, ...]
+    question_tokens: int  # most of them behind an opening
+    answer_tokens: int  # most of them
+
+    @property
+    def documents_in_shard(self) -> int:
+        """Of every shard alike."""
+        return min(_MOST_IN_SHARD, self.num_documents)
 
     @property
     def fingerprint(self) -> str:
-        """All but how much, as JSON: a longer corpus continues a shorter one."""
-        return json.dumps({name: each for name, each in asdict(self).items() if name != "num_documents"})
+        """All but how many shards, as JSON: a longer corpus continues a shorter one."""
+        named = {name: each for name, each in asdict(self).items() if name != "num_documents"}
+        return json.dumps({**named, "documents_in_shard": self.documents_in_shard})
 
 
 @dataclass(frozen=True, slots=True)

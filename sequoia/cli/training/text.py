@@ -22,7 +22,6 @@ from sequoia.engine.sources import resolve
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.errors import FailedPrecondition
 
-DOCUMENTS_IN_SHARD = 512
 # Documents written at the same time: beyond that a forward on a CPU takes as much longer as it has more tokens.
 _AT_ONCE = 128
 # Of the answers: what requests ask for most.
@@ -34,11 +33,11 @@ _SPLIT = "\u241e"  # a sign that no opening has
 class Author:
     """A target, ready to write."""
 
-    def __init__(self, target: str, dtype: str, device: str) -> None:
+    def __init__(self, recipe: CorpusRecipe, dtype: str, device: str) -> None:
         torch.set_num_threads(num_cores())
-        files = resolve(target)
+        files = resolve(recipe.target)
         model = load_model(files, dtype=dtype, device=device)
-        self._lengths = Lengths()
+        self._recipe, self._lengths = recipe, Lengths(recipe.question_tokens, recipe.answer_tokens)
         num_rows = min(self._lengths.rows, model.context_length)
         num_layers = model.module.config.get_text_config().num_hidden_layers
         decoder = build_decoder(model, Arithmetic(num_threads=num_cores()), num_rows, files.cache_dir)
@@ -47,23 +46,21 @@ class Author:
         self._eos_token_ids = model.tokenizer.eos_token_ids
         self._before, self._after = _turns(model.tokenizer)
 
-    def shard(self, recipe: CorpusRecipe, index: int, on_tokens: Callable[[int], None]) -> Shard:
+    def shard(self, index: int) -> Shard:
         """One of the recipe's shards; the same whichever were written before."""
-        generator = np.random.default_rng([recipe.seed, index])
-        assignments = [self._assignment(recipe, number, generator) for number in range(DOCUMENTS_IN_SHARD)]
-        return Shard.of(
-            list(write(self._engine, assignments, self._eos_token_ids, self._lengths, generator, on_tokens))
-        )
+        generator = np.random.default_rng([self._recipe.seed, index])
+        assignments = [self._assignment(number, generator) for number in range(self._recipe.documents_in_shard)]
+        return Shard.of(list(write(self._engine, assignments, self._eos_token_ids, self._lengths, generator)))
 
-    def reading(self, texts: Sequence[str]) -> Shard:
-        """Texts of the user's, in pieces of the length of a document."""
+    def reading(self) -> Shard:
+        """The recipe's texts, in pieces of the length of a document."""
         longest = self._lengths.question + self._lengths.answer
-        ids = (tuple(self._tokenizer.encode(text).ids) for text in texts)
+        ids = (tuple(self._tokenizer.encode(text).ids) for text in self._recipe.texts)
         pieces = [each[start : start + longest] for each in ids for start in range(0, len(each) - 1, longest)]
         return Shard.of(list(read(self._engine, [each for each in pieces if len(each) > 1])))
 
-    def _assignment(self, recipe: CorpusRecipe, number: int, generator: np.random.Generator) -> Assignment:
-        kinds = list(recipe.openings.values())
+    def _assignment(self, number: int, generator: np.random.Generator) -> Assignment:
+        kinds = list(self._recipe.openings.values())
         openings = kinds[number % len(kinds)]
         opening = self._before + openings[generator.integers(len(openings))]
         temperature = _TEMPERATURES[generator.integers(len(_TEMPERATURES))]
@@ -92,7 +89,7 @@ def corpus(
     `corpus` for a folder of another recipe.
     """
     _claim(folder, recipe)
-    count = 1 + -(-recipe.num_documents // DOCUMENTS_IN_SHARD)
+    count = 1 + -(-recipe.num_documents // recipe.documents_in_shard)
     paths = [folder / f"{index:04d}.safetensors" for index in range(count)]
     missing = [(index, path) for index, path in enumerate(paths) if not path.exists()]
     read_path = folder / "read.safetensors"
@@ -100,9 +97,9 @@ def corpus(
         writer = author()
         for index, path in missing:
             on_progress(index, count)
-            writer.shard(recipe, index, lambda _: None).save(path)
+            writer.shard(index).save(path)
         if recipe.texts:
-            writer.reading(recipe.texts).save(read_path)
+            writer.reading().save(read_path)
     return [*paths, *([read_path] if recipe.texts else [])]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -33,8 +33,8 @@ class Assignment(NamedTuple):
 class Lengths:
     """Most tokens of either part."""
 
-    question: int = 96
-    answer: int = 224
+    question: int
+    answer: int
 
     @property
     def rows(self) -> int:
@@ -79,11 +79,10 @@ def write(
     eos_token_ids: Sequence[int],
     lengths: Lengths,
     generator: np.random.Generator,
-    on_tokens: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Document]:
     """The documents as they are finished. Tokens are drawn from the `TEACHER_WIDTH` likeliest ones.
 
-    As many at a time as the engine's cache has slots of `lengths.rows`. `on_tokens` is told how many came.
+    As many at a time as the engine's cache has slots of `lengths.rows`.
     """
     waiting, sessions = list(reversed(assignments)), list[_Session]()
     with ExitStack() as slots:
@@ -91,7 +90,7 @@ def write(
         while waiting or sessions:
             while waiting and free:
                 sessions.append(_begin(free.pop(), waiting.pop()))
-            on_tokens(_take_forwards(engine, sessions))
+            _take_forwards(engine, sessions)
             running = []
             for session, uniform in zip(sessions, generator.random(len(sessions)), strict=True):
                 if _advance(session, uniform, eos_token_ids, lengths):
@@ -113,8 +112,8 @@ def read(engine: Engine, texts: Sequence[tuple[int, ...]]) -> Iterator[Document]
             yield session.document()
 
 
-def _take_forwards(engine: Engine, sessions: Sequence[_Session]) -> int:
-    """Give every session what its pending tokens' forward tells. Returns how many tokens those were."""
+def _take_forwards(engine: Engine, sessions: Sequence[_Session]) -> None:
+    """Give every session what its pending tokens' forward tells."""
     for some in _sharing(sessions):
         ids, logs = _likeliest(torch.cat(engine.forward([session.segment() for session in some])))
         start = 0
@@ -122,7 +121,6 @@ def _take_forwards(engine: Engine, sessions: Sequence[_Session]) -> int:
             end = start + len(session.pending)
             session.take(ids[start:end], logs[start:end])
             start = end
-    return sum(len(session.pending) for session in sessions)
 
 
 def _sharing(sessions: Sequence[_Session]) -> Iterator[list[_Session]]:
