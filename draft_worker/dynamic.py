@@ -58,7 +58,7 @@ class DynamicGrowth(Growth[DynamicShape]):
 
     def adopt(self, grown: GrownDynamicTree) -> None:
         """Take over a tree that the engine grew whole."""
-        self._parents, self._tokens = grown.parents, grown.token_ids
+        self._parents, self._tokens = grown.parents, [self.committed[-1], *grown.token_ids]
         self.forwarded, self._ranked = grown.forwarded, grown.ranked
         self.num_levels_grown, self.frontier = grown.num_forwards + 1, []
 

@@ -102,7 +102,7 @@ class GrownDynamicTree:
     """The tree, and what else its growth left behind."""
 
     parents: list[int]
-    token_ids: list[int]  # by node, the root's too
+    token_ids: list[int]  # by node but the root
     forwarded: list[int]  # the node of each row, in their order; -1: it was dropped
     ranked: dict[int, tuple[int, ...]]  # by node that was forwarded, and the root: its tokens by rank
     num_forwards: int

@@ -84,7 +84,7 @@ def _read(grown: _Grown, nodes: np.ndarray, token_ids: np.ndarray, num_tokens: n
     counts = num_tokens[: grown.num_ranked].tolist()
     return GrownDynamicTree(
         parents=kept["parent"].tolist(),
-        token_ids=kept["token"].tolist(),
+        token_ids=kept["token"][1:].tolist(),
         forwarded=[by_index.get(index, -1) for index in range(1, grown.num_ranked)],
         ranked={node: tuple(token_ids[index, : counts[index]].tolist()) for index, node in by_index.items()},
         num_forwards=grown.num_forwards,
