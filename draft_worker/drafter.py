@@ -19,6 +19,7 @@ from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import InvalidArgument
+from sequoia.rules import Rule
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, TreeShape
 from sequoia.worker import feed
@@ -70,6 +71,11 @@ class DraftSession:
     def num_committed(self) -> int:
         """Committed tokens known, in tokens."""
         return len(self._committed)
+
+    @property
+    def rule(self) -> Rule:
+        """By which children are chosen."""
+        return self._chooser.decoding.rule
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""

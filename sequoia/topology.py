@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +105,10 @@ class Topology:
         """The tree without its last nodes in level order, so that at most `max_size` (at least 1) are left."""
         return self if self.size <= max_size else Topology(self.parents[:max_size])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"parents": list(self.parents)}
+
     def with_more_children(self, count: int) -> Topology:
         """The tree with that many leaves more under the root, of the ranks that come next."""
         first = 1 + len(self.children[0])
@@ -132,6 +136,10 @@ class DynamicShape:
 
     def __str__(self) -> str:
         return f"{self.size}x{self.levels} dynamic, width {self.width}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"size": self.size, "levels": self.levels, "width": self.width}
 
     @property
     def num_rows(self) -> int:
