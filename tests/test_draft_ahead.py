@@ -132,7 +132,7 @@ def test_on_one_device_auto_is_off_and_costs_no_forward(tiny_system: System) -> 
     """One forward for the prompt, one for each level of a tree but the last."""
     before = num_forwards(tiny_system)
     figures = generated(tiny_system, temperature=0, speculation=TREE).speculation
-    grown = sum(each.num_steps * (each.topology.levels - 1) for each in figures.trees if each.topology.size > 1)
+    grown = sum(each.num_steps * (each.shape.levels - 1) for each in figures.trees if each.shape.size > 1)
     assert num_forwards(tiny_system) - before == 1 + grown
     assert figures.num_ahead_attempts == 0
 

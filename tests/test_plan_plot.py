@@ -43,7 +43,7 @@ def test_the_picture_is_a_valid_file(tmp_path: Path, plan: TreePlan, suffix: str
 def test_the_surface_is_highest_at_the_plan() -> None:
     found = speedups(INPUTS, 128, 16)
     chosen = PLAN.chosen
-    assert found[chosen.topology.levels - 2, chosen.topology.size - 2] == pytest.approx(chosen.speedup)
+    assert found[chosen.shape.levels - 2, chosen.shape.size - 2] == pytest.approx(chosen.speedup)
     assert np.nanmax(found) == pytest.approx(chosen.speedup)
     # No tree of 2 nodes has 3 levels.
     assert np.isnan(found[1, 0])

@@ -98,18 +98,18 @@ def test_ranks_without_a_measurement_add_nothing() -> None:
 def test_off_wins_when_the_draft_is_as_slow_as_the_target() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FLAT))
     chosen = plan.chosen
-    assert (chosen.kind, chosen.parents, chosen.speedup, chosen.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
+    assert (chosen.kind, chosen.shape.parents, chosen.speedup, chosen.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
     assert plan.best_tree is not None
     assert plan.best_tree.speedup < 1.0
-    assert plan.best_tree.topology.size > 1
+    assert plan.best_tree.shape.size > 1
 
 
 def test_a_tree_as_large_as_can_be_wins_when_draft_and_width_cost_nothing() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
-    assert (plan.chosen.kind, plan.chosen.topology.size) == ("tree", 32)
+    assert (plan.chosen.kind, plan.chosen.shape.size) == ("tree", 32)
     assert plan.chosen.speedup == pytest.approx(plan.chosen.tokens_per_step, rel=1e-6)
     assert plan.best_tree is not None
-    assert plan.best_tree.parents == plan.chosen.parents
+    assert plan.best_tree.shape.parents == plan.chosen.shape.parents
 
 
 def test_a_chain_wins_when_siblings_are_never_accepted() -> None:
@@ -121,13 +121,13 @@ def test_of_trees_with_as_many_tokens_the_one_that_drafts_fewer_rows_wins() -> N
     only_five = LatencyCurve((1, 2, 4, 5), (1.0, 100.0, 100.0, 1.0))
     only_one_row = LatencyCurve((1, 2, 5), (0.01, 100.0, 100.0))
     plan = choose(PlanInputs((0.5, 0.4), verify_curve=only_five, draft_curve=only_one_row))
-    assert plan.chosen.parents == (-1, 0, 0, 1, 1)
+    assert plan.chosen.shape.parents == (-1, 0, 0, 1, 1)
 
 
 def test_longer_round_trips_make_larger_trees_and_then_none() -> None:
     curve = LatencyCurve((1, 64), (0.01, 0.04))
     near = PlanInputs(PRIOR, verify_curve=curve, draft_curve=FREE)
-    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).chosen.topology.size for rtt in (0.0, 0.005, 0.02, 1.0)]
+    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).chosen.shape.size for rtt in (0.0, 0.005, 0.02, 1.0)]
     assert sizes[0] < sizes[1] < sizes[2]
     assert sizes[3] == 1
 
@@ -198,7 +198,7 @@ def test_the_reduced_tree_has_at_most_half_the_drafted_nodes() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
     assert plan.reduced is not None
     assert plan.best_tree is not None
-    assert plan.reduced.topology.size - 1 <= (plan.best_tree.topology.size - 1) / 2
+    assert plan.reduced.shape.size - 1 <= (plan.best_tree.shape.size - 1) / 2
 
 
 def test_drafting_ahead_hides_the_drafts_forwards_on_devices_of_their_own_and_no_round_trip() -> None:
@@ -226,7 +226,7 @@ def test_sessions_that_share_the_verifier_get_smaller_trees() -> None:
     curve = LatencyCurve((1, 8, 64), (0.1, 0.11, 0.4))
     profile = LatencyProfile(SharedCurve(1, 64, curve))
     sizes = [
-        choose(PlanInputs(PRIOR, profile.curve(sessions), LatencyCurve((1, 16), (0.003, 0.003)))).chosen.topology.size
+        choose(PlanInputs(PRIOR, profile.curve(sessions), LatencyCurve((1, 16), (0.003, 0.003)))).chosen.shape.size
         for sessions in (1, 4, 16)
     ]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -235,9 +235,9 @@ def test_sessions_that_share_the_verifier_get_smaller_trees() -> None:
 def test_trees_stay_within_the_given_limits_and_the_measured_widths() -> None:
     inputs = PlanInputs((0.4, 0.3, 0.2), verify_curve=FLAT, draft_curve=LatencyCurve((1, 2), (1e-9, 1e-9)))
     plan = choose(inputs, max_size=20, max_levels=3)
-    internal_depths = [plan.chosen.topology.depths[node] for node in plan.chosen.topology.internal_nodes]
-    assert plan.chosen.topology.levels <= 3
-    assert plan.chosen.topology.size <= 20
+    internal_depths = [plan.chosen.shape.depths[node] for node in plan.chosen.shape.internal_nodes]
+    assert plan.chosen.shape.levels <= 3
+    assert plan.chosen.shape.size <= 20
     assert max(internal_depths.count(depth) for depth in range(3)) <= 2
 
 

@@ -26,7 +26,7 @@ from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
 from sequoia.engine.spent import Spent, timed
-from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, GrownTree, WholeDynamicTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, GrownTree, WholeTree
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import DynamicShape, TokenTree, Topology, TreeShape
