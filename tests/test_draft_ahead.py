@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from sequoia.client import Generation
 from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.sampling import Sampling
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, worker_pb2, worker_pb2_grpc
 from sequoia.v1.sampling_pb2 import RULE_GREEDY
 from sequoia.wire import sampling_to_wire
 
-SHAPES = (TREE, Topology.chain(4), Topology((-1, *[0] * 5)))
+SHAPES = (TREE, Topology.chain(4), Topology((-1, *[0] * 5)), DynamicShape(16, 5, 4))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -62,8 +62,8 @@ def num_forwards(system: System) -> int:
         return stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5).num_forwards
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tree", "chain", "star"])
-def test_greedy_text_is_that_of_plain_decoding(ahead_system: System, shape: Topology) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=["tree", "chain", "star", "dynamic"])
+def test_greedy_text_is_that_of_plain_decoding(ahead_system: System, shape: TreeShape) -> None:
     plain = generated(ahead_system, temperature=0, speculation="off", max_tokens=160)
     found = generated(ahead_system, temperature=0, speculation=shape, max_tokens=160)
     assert found.token_ids == plain.token_ids
