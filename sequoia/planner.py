@@ -35,8 +35,8 @@ SCHEMA = "sequoia.tree_plan.v3"
 MAX_LEVELS = 16
 # Limits on a level's width that are tried, of those the draft's curve has.
 _MOST_WIDTHS = 6
-# Dynamic trees are tried up to this width.
-_MOST_DYNAMIC_WIDTH = 8
+# Widths of dynamic trees that are tried: with one node a level there is hardly a choice.
+_DYNAMIC_WIDTHS = range(2, 9)
 _ALTERNATIVES = ("best_tree", "reduced", "runner_up")
 # Figures that another machine computed may differ by this much.
 _ROUNDING = 1e-9
@@ -196,7 +196,7 @@ def dynamic_widths(inputs: PlanInputs) -> list[int]:
     """Widths of dynamic trees that are tried, of those the draft's curve has; none without a factor."""
     if inputs.dynamic_factor is None:
         return []
-    return [width for width in inputs.draft_curve.num_tokens if width <= _MOST_DYNAMIC_WIDTH]
+    return [width for width in inputs.draft_curve.num_tokens if width in _DYNAMIC_WIDTHS]
 
 
 def width_limits(curve: LatencyCurve, size: int) -> list[int | None]:

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 from redis import Redis
 
-from coordinator.measuring import MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
+from coordinator.measuring import MEASURING_DYNAMIC, MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
 from coordinator.planner_job import plan_pair
 from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
@@ -16,7 +16,9 @@ from sequoia.acceptance import AcceptanceCounts
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
+from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
+from sequoia.pricing import best_within
 from sequoia.rpc import Context, Server
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
@@ -223,6 +225,20 @@ async def test_traversal_gets_its_own_measured_correction(
     coordinator.tokens_per_step = 4.0
     [plan] = await plan_pair(address, redis.url, temperatures=[0.6], rule_name=TRAVERSAL.name, prompts=["a", "b", "c"])
     assert plan.inputs.tokens_factor > 1.1
+
+
+async def test_dynamic_trees_get_their_own_measured_factor_where_the_rule_is_exact_with_them(
+    coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis
+) -> None:
+    coordinator.dynamic_tokens_per_step = 3.5
+    [greedy] = await plan_pair(address, redis.url, prompts=["a", "b", "c"])
+    [drawn] = await plan_pair(address, redis.url, temperatures=[0.6], prompts=["a", "b", "c"])
+    expected = expected_tokens(best_within(greedy.inputs.acceptance, MEASURING_DYNAMIC), greedy.inputs.acceptance)
+    quotient, num_steps = 2.5 / (expected - 1), 3 * STEPS
+    assert greedy.inputs.dynamic_factor == pytest.approx((num_steps * quotient + 64) / (num_steps + 64))
+    assert greedy.inputs.acceptance[0][:2] == pytest.approx((0.6, 0.2), abs=1e-3)
+    assert (greedy.chosen.kind, drawn.chosen.kind, drawn.inputs.dynamic_factor) == ("dynamic", "tree", None)
+    assert not any(each.speculation.HasField("dynamic") for each in coordinator.requests if each.sampling.temperature)
 
 
 async def test_what_coordinators_counted_lately_counts_too(

@@ -100,6 +100,24 @@ def test_the_built_in_tree_is_the_best_of_its_size_for_the_prior() -> None:
     assert optimal_tree(PRIOR, 8, 4) == BUILT_IN_TREE
 
 
+async def test_a_dynamic_plan_serves_a_rule_that_needs_planned_trees_with_one_of_its_size(idle: Idle) -> None:
+    plan = choose(replace(SPECULATE.inputs, dynamic_factor=1.4))
+    of, shapes = pair(), {}
+    with EmbeddedRedis() as redis:
+        put(redis.url, of, Situation.of(COUPLED, 0.6), plan)
+        plans = TreePlans(redis.url, of, refresh_seconds=60, default_rule=COUPLED)
+        async with AsyncExitStack() as stack:
+            stack.push_async_exit(plans)
+            await plans.refresh()
+            for rule in (COUPLED, SEQUOIA):
+                found = plans.find(Situation.of(rule, 0.6))
+                assert found is not None
+                shapes[rule] = found.plan.chosen.shape
+    assert shapes[COUPLED] == plan.chosen.shape
+    assert (plan.chosen.kind, plan.chosen.shape.size) == ("dynamic", shapes[SEQUOIA].size)
+    assert isinstance(shapes[SEQUOIA], Topology)
+
+
 @pytest.mark.parametrize("url", ["", NOWHERE])
 async def test_without_redis_the_built_in_tree_serves(idle: Idle, url: str) -> None:
     plans = idle.plans(url, pair())

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia.cli.shape_names import in_short
 from sequoia.cli.tree_plot import draw_tree
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import expected_tokens, frontiers
@@ -87,7 +88,7 @@ def _title(chosen: PricedTree) -> str:
 
 def _tree_title(plan: TreePlan, tree: PricedTree) -> str:
     if tree.kind == "dynamic":
-        return f"The {_named(tree.shape)}: drawn as the best planned one of that size"
+        return "Dynamic: drawn is the best planned tree of that size"
     if plan.chosen.kind != "off":
         return f"The {_named(tree.shape)}"
     if tree.kind == "off":
@@ -97,7 +98,7 @@ def _tree_title(plan: TreePlan, tree: PricedTree) -> str:
 
 def _named(shape: TreeShape) -> str:
     if isinstance(shape, DynamicShape):
-        return f"dynamic tree of {shape.size} nodes, {shape.levels} levels and width {shape.width}"
+        return f"dynamic tree, {in_short(shape)}"
     if shape.levels == shape.size:
         return f"chain of {shape.size} nodes"
     return f"tree of {shape.size} nodes and {shape.levels} levels"
@@ -157,7 +158,7 @@ def _draw_surface(axes: Axes, figure: Figure | SubFigure, plan: TreePlan) -> Non
     from matplotlib.ticker import MaxNLocator
 
     tree = _drawn(plan).shape
-    axes.set_title("Speedup of the best tree", loc="left", fontweight="bold")
+    axes.set_title("Speedup of the best planned tree", loc="left", fontweight="bold")
     max_size = min(plan.inputs.verify_curve.max_tokens, max(_MAX_SIZE, tree.size))
     if max_size < 2:
         axes.set_axis_off()

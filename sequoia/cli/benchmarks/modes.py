@@ -40,14 +40,14 @@ class Mode:
         """Whether two answers to one prompt have one text: greedy ones, and those with a seed."""
         return self.rule in (GREEDY.name, COUPLED.name)
 
-    def ask(self, client: Client, prompt: Prompt, tree: TreeShape, max_tokens: int) -> Generation:
-        """An answer of `max_tokens`; plain decoding with a root-only tree."""
+    def ask(self, client: Client, prompt: Prompt, tree: TreeShape, max_tokens: int, seed: int = _SEED) -> Generation:
+        """An answer of `max_tokens`; plain decoding with a root-only tree. `seed` is for the rule that takes one."""
         return client.generate(
             prompt,
             max_tokens=max_tokens,
             temperature=self.temperature,
             rule=self.rule,
-            seed=_SEED if self.rule == COUPLED.name else None,
+            seed=seed if self.rule == COUPLED.name else None,
             ignore_eos=True,
             speculation=tree if tree.size > 1 else "off",
         )
