@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import grpc
 import pytest
 import reference
 import torch
@@ -18,9 +19,13 @@ from sequoia.client import Client, Message
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
+from sequoia.rpc import open_channel
 from sequoia.rules import SAMPLED_RULES
 from sequoia.sampling import Sampling
 from sequoia.topology import DynamicShape, Topology, TreeShape
+from sequoia.v1 import draft_pb2, draft_pb2_grpc
+from sequoia.v1.sampling_pb2 import RULE_SEQUOIA
+from sequoia.wire import sampling_to_wire, shape_to_wire
 
 TREES = (Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *([0] * 7))))
 DYNAMIC = (DynamicShape(16, 5, 4), DynamicShape(8, 3, 1), DynamicShape(12, 8, 3))
@@ -134,6 +139,20 @@ def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule
 def test_a_dynamic_tree_is_refused_where_it_would_not_be_exact(tiny_system: System, rule: str) -> None:
     with pytest.raises(InvalidArgument, match=rf"speculation\.dynamic: {rule} is exact only with"):
         tiny_system.client.generate([5, 6, 7], max_tokens=4, temperature=0.7, rule=rule, speculation=DYNAMIC[0])
+
+
+async def test_the_draft_worker_refuses_a_dynamic_tree_of_draws(tiny_system: System) -> None:
+    sampling = sampling_to_wire(Sampling(0.7))
+    opening = draft_pb2.DraftOpen(token_ids=[5, 6, 7], num_prompt_tokens=1, sampling=sampling, rule=RULE_SEQUOIA)
+    step = draft_pb2.DraftStep(step=1, base_len=2, token_ids=[7], **shape_to_wire(DYNAMIC[0]))
+    async with open_channel(tiny_system.deployment.processes["draft"].address) as channel:
+        call = draft_pb2_grpc.DraftServiceStub(channel).Draft(timeout=30)
+        await call.write(draft_pb2.DraftRequest(open=opening))
+        await call.read()
+        await call.write(draft_pb2.DraftRequest(step=step))
+        with pytest.raises(grpc.aio.AioRpcError, match="dynamic: sequoia is exact only with"):
+            await call.read()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def chi_square_z(found: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float], draws: int) -> float:
