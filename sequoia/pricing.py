@@ -158,10 +158,11 @@ def price(shape: TreeShape, inputs: PlanInputs) -> PricedTree:
     off_seconds = inputs.verify_curve.at(1)
     if shape.size == 1:
         return PricedTree(shape, 1.0, 0.0, off_seconds, 1.0)
+    # First, as it refuses sizes beyond the curve, for which no tree should be looked for.
+    forwards = inputs.verify_curve.at(shape.size), draft_seconds(shape, inputs.draft_curve)
     planned = planned_like(shape, inputs)
     expected, is_dynamic = np.float64(expected_tokens(planned, inputs.acceptance)), isinstance(shape, DynamicShape)
     tokens = float(inputs.tokens_per_step(expected, is_dynamic=is_dynamic))
-    forwards = inputs.verify_curve.at(shape.size), draft_seconds(shape, inputs.draft_curve)
     seconds = float(inputs.step_seconds(*map(np.float64, forwards))) / tokens
     error = _tokens_error(planned, inputs) * ((inputs.dynamic_factor or 0.0) if is_dynamic else 1.0)
     return PricedTree(shape, tokens, error, seconds, off_seconds / seconds)

@@ -224,9 +224,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 @contextmanager
-def session(bench: Bench, mode: str) -> Iterator[DraftSession]:
+def session(bench: Bench, mode: str, *, reads_once: bool = False) -> Iterator[DraftSession]:
     rule, sampling = MODES[mode]
-    limits = DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200)
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200, reads_once=reads_once)
     with bench.engine.cache.slot() as slot:
         yield DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), limits)
 
@@ -276,6 +276,16 @@ def test_rows_of_a_dynamic_tree_that_came_true_serve_the_next_one(bench: Bench, 
             news = (*path_tokens(tree, min(node, tree.topology.size - 1)), *others)
             drafting.commit(len(committed), news)
             committed += news
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_that_reads_once_grows_dynamic_trees_level_by_level(bench: Bench, mode: str) -> None:
+    trees = []
+    for reads_once in (False, True):
+        with session(bench, mode, reads_once=reads_once) as drafting:
+            drafting.commit(0, PROMPT)
+            trees.append(bench.run(drafting.grow(USUAL)).tree)
+    assert trees[0] == trees[1]
 
 
 def test_a_dynamic_tree_costs_at_most_a_forward_a_level_of_at_most_its_width(bench: Bench) -> None:
