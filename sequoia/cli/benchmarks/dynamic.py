@@ -73,7 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def dynamic_table(found: Sequence[DuelFigures]) -> Table:
     """A row a mode and shape."""
-    table = new_table("rule", "shape", "steps", "planned", "dynamic", "tokens/step", "seconds/token")
+    table = new_table("rule", "shape", "steps", "planned", "dynamic", "tokens", "seconds")
+    for column in table.columns:
+        column.no_wrap = True
     for each in found:
         table.add_row(
             each.duel.mode.name,
@@ -85,7 +87,8 @@ def dynamic_table(found: Sequence[DuelFigures]) -> Table:
         )
     table.caption = (
         "tokens per step of the best planned tree of those nodes and levels, and of the dynamic one; what that one "
-        "changes, with standard errors: pairs of answers to one prompt, resampled"
+        "changes in tokens per step and in seconds per token, with standard errors: pairs of answers to one prompt, "
+        "resampled"
     )
     return table
 
