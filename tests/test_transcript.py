@@ -21,6 +21,7 @@ from sequoia.v1.sampling_pb2 import TokenLogprobs
 from sequoia.v1.tree_pb2 import TokenTree, Topology, WorkerTimes
 from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
 from sequoia.v1.worker_pb2 import TokenizerFiles
+from sequoia.wire import known_shape
 
 EOS = 1
 
@@ -106,6 +107,18 @@ def test_counts_by_depth_and_rank_are_of_reached_nodes_only() -> None:
     assert (list(usage.topology.parents), usage.num_steps) == ([-1, 0, 0, 0, 1, 2, 2, 2], 1)
     assert usage.num_tokens == 3
     assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
+
+
+def test_dynamic_trees_are_told_by_what_was_asked_for_and_say_nothing_about_ranks() -> None:
+    shape, report = topology.DynamicShape(8, 3, 2), Report()
+    for parents in ([-1, 0, 0, 1], [-1, 0, 1, 1]):
+        tree = TokenTree(topology=Topology(parents=parents), token_ids=[0] * 4)
+        response = VerifyResponse(verdict=Verdict(accepted_nodes=[1], bonus_token_id=9))
+        report.verified(response, DraftResponse(tree=tree), shape)
+    [usage] = report.message.trees
+    assert (known_shape(usage), usage.num_steps, usage.num_tokens) == (shape, 2, 4)
+    assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
+    assert not report.message.counts_by_depth
 
 
 def test_a_step_that_fell_back_is_no_plain_decoding() -> None:

@@ -118,7 +118,7 @@ def _table(found: Sequence[Made]) -> Table:
             f"{each.num_parameters / 1e6:.1f} M",
             " ".join(f"{p:.2f}" for p in worth.acceptance[:4]),
             f"{worth.curve.at(1) * 1e3:.2f} ms",
-            f"{plan.kind}, {plan.topology.size} x {plan.topology.levels}",
+            f"{plan.kind}, {plan.shape.size} x {plan.shape.levels}",
             f"{plan.tokens_per_step:.2f}",
             f"{worth.tokens_per_second:.1f}",
             f"{plan.speedup:.2f}",

@@ -21,14 +21,14 @@ from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.target_table import TargetTable
 from sequoia.engine.verification import MakeTarget, TargetRows
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree
 
 Result = TypeVar("Result")
 
 # A job is plain Python that yields the segment it wants forwarded next and receives that segment's logits,
 # (wanted tokens, vocabulary) in the model's dtype. Jobs of several sessions share forwards without knowing it.
-# For a whole tree, where the engine `can_grow`, it receives a GrownTree.
-Job = Generator[Segment | WholeTree, Any, Result]
+# For a whole tree, where the engine `can_grow`, it receives the grown tree.
+Job = Generator[Segment | AnyWholeTree, Any, Result]
 
 
 class Engine:
@@ -79,19 +79,19 @@ class Engine:
         return self._decoder.make_target or (TargetTable if self.reads_once else TargetRows)
 
     @torch.inference_mode()
-    def grow(self, tree: WholeTree) -> GrownTree:
+    def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
         """All forwards of a tree, and the rankings between them."""
         assert self._decoder.grow is not None, "this engine grows no whole trees"
         grown = self._decoder.grow(replace(tree, vocabulary=self._vocabulary), self.cache)
         self.num_forwards += grown.num_forwards
-        self.num_forward_tokens += grown.num_living - 1
+        self.num_forward_tokens += grown.num_forwarded
         return grown
 
 
 class _Task(Generic[Result]):
     """A job on its way: whose engine it needs, what it wants forwarded next, and who waits for its result."""
 
-    wanted: Segment | WholeTree
+    wanted: Segment | AnyWholeTree
 
     def __init__(self, executor: Executor, job: Job[Result], *, is_idle: bool) -> None:
         self.executor, self.job, self.is_idle = executor, job, is_idle
@@ -102,7 +102,7 @@ class _Task(Generic[Result]):
         """Whether nobody waits any more."""
         return self.future.cancelled()
 
-    def advance(self, answer: Tensor | GrownTree | None) -> bool:
+    def advance(self, answer: Tensor | AnyGrownTree | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
         try:
             self.wanted = self.job.send(answer) if answer is not None else next(self.job)
@@ -234,7 +234,7 @@ class Executor:
 
     def fitting(self, tasks: Sequence[_Task[Any]]) -> list[_Task[Any]]:
         """The first of the tasks, and as many behind it as share its forward; a whole tree shares none."""
-        if isinstance(tasks[0].wanted, WholeTree):
+        if isinstance(tasks[0].wanted, AnyWholeTree):
             return [tasks[0]]
         sharing = [(task, task.wanted.num_tokens) for task in tasks if isinstance(task.wanted, Segment)]
         totals = accumulate(num_tokens for _, num_tokens in sharing)
@@ -247,8 +247,8 @@ class Executor:
         return task.future
 
 
-def _answers(engine: Engine, wanted: Sequence[Segment | WholeTree]) -> Sequence[Tensor | GrownTree]:
+def _answers(engine: Engine, wanted: Sequence[Segment | AnyWholeTree]) -> Sequence[Tensor | AnyGrownTree]:
     """To several segments, or to one whole tree."""
-    if isinstance(wanted[0], WholeTree):
+    if isinstance(wanted[0], AnyWholeTree):
         return [engine.grow(wanted[0])]
     return engine.forward([each for each in wanted if isinstance(each, Segment)])

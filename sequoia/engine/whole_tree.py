@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,10 @@ from torch import Tensor
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.sampling import Sampling
-from sequoia.topology import Int, Topology
+from sequoia.topology import DynamicShape, Int, Topology
+
+# Children proposed under a node of a dynamic tree, at most: as many as q has candidates.
+_MOST_CHILDREN = 32
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,16 @@ class WholeTree:
         """The nodes with children, by depth."""
         return tuple(nodes_by_depth(self.topology))
 
+    @property
+    def num_levels(self) -> int:
+        """Levels with children."""
+        return len(self.levels)
+
+    @property
+    def most_nodes(self) -> int:
+        """In a forward."""
+        return max(map(len, self.levels))
+
 
 @dataclass(frozen=True, slots=True)
 class GrownTree:
@@ -55,6 +69,61 @@ class GrownTree:
     def num_living(self) -> int:
         """Nodes with a token, the root included."""
         return int((self.num_tokens >= 0).sum())
+
+    @property
+    def num_forwarded(self) -> int:
+        """Nodes that were forwarded."""
+        return self.num_living - 1
+
+
+@dataclass(frozen=True)
+class WholeDynamicTree:
+    """As a `WholeTree`, one whose shape its scores decide, as `draft_worker.dynamic` has it."""
+
+    slot: KVSlot
+    shape: DynamicShape
+    root_logits: Tensor  # (1, padded vocabulary) float32, contiguous
+    children: str  # how the rule chooses them: top or coupled
+    sampling: Sampling  # what the scores are the chances by; its temperature is above 0
+    vocab_size: int  # tokens that may be chosen
+    num_ranked: int  # tokens a node at most, children and spares
+    vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
+
+    @property
+    def num_levels(self) -> int:
+        """Levels with children, at most."""
+        return self.shape.levels - 1
+
+    @property
+    def most_nodes(self) -> int:
+        """In a forward."""
+        return self.shape.width
+
+
+@dataclass(frozen=True, slots=True)
+class GrownDynamicTree:
+    """The tree, and what else its growth left behind."""
+
+    parents: list[int]
+    token_ids: list[int]  # by node but the root
+    forwarded: list[int]  # the node of each row, in their order; -1: it was dropped
+    ranked: dict[int, tuple[int, ...]]  # by node that was forwarded, and the root: its tokens by rank
+    num_forwards: int
+    ranking_seconds: float  # that were not spent in forwards
+
+    @property
+    def num_forwarded(self) -> int:
+        """Nodes that were forwarded."""
+        return len(self.forwarded)
+
+
+AnyWholeTree: TypeAlias = WholeTree | WholeDynamicTree
+AnyGrownTree: TypeAlias = GrownTree | GrownDynamicTree
+
+
+def most_children(shape: DynamicShape) -> int:
+    """Children proposed under a node: no more than the tree could hold, or than are worth a look."""
+    return min(shape.size - 1, _MOST_CHILDREN)
 
 
 def nodes_by_depth(topology: Topology) -> Iterator[tuple[int, ...]]:

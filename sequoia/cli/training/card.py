@@ -74,7 +74,7 @@ Made with
 
     def _facts(self) -> dict[str, str]:
         plan, training, worth = self.worth.plan.chosen, self.training, self.worth
-        shape = f"{plan.kind} of {plan.topology.size} nodes, {plan.topology.levels} levels"
+        shape = f"{plan.kind} of {plan.shape.size} nodes, {plan.shape.levels} levels"
         return {
             "target": f"{self.corpus.target}, revision {self.target_revision}",
             "tokenizer (SHA-256 of the vocabulary)": self.tokenizer_hash,

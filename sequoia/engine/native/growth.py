@@ -11,12 +11,12 @@ from torch import Tensor
 
 from sequoia.engine.children import DRAFT_WIDTH
 from sequoia.engine.sampling import COUPLED_WIDTH
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyWholeTree, GrownTree, WholeTree
 from sequoia.topology import Int
 
 _KINDS = {"top": 0, "coupled": 1, "drawn": 2}  # as in ranking.h
-_WIDTHS = {"top": 0, "coupled": COUPLED_WIDTH, "drawn": DRAFT_WIDTH}
-_BATCH_ARRAYS = 7  # of a level's forward, as in growth.c
+_WIDTHS = {"top": COUPLED_WIDTH, "coupled": COUPLED_WIDTH, "drawn": DRAFT_WIDTH}
+BATCH_ARRAYS = 7  # of a level's forward, as in growth.c
 
 
 class _Ranker(ctypes.Structure):
@@ -65,17 +65,17 @@ class Grower:
         is_drawn = wanted.children == "drawn"
         q_shape = (num_nodes if is_drawn else 0, DRAFT_WIDTH)
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
-        grown = _Grown(*map(_address, (token_ids, num_tokens)), *map(_address, q))
+        grown = _Grown(*map(address, (token_ids, num_tokens)), *map(address, q))
         logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
-        root_logits, rows = _root_logits(wanted), wanted.vocabulary and wanted.vocabulary.rows.data_ptr()
+        root_logits, rows = root_logits_of(wanted), embedding_rows_of(wanted)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted), rows)),
+            ctypes.byref(_Tree(num_nodes, num_levels, *map(address, plan), *place(wanted), rows)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
-            ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
+            ctypes.c_void_p(None if wanted.exponentials is None else address(wanted.exponentials)),
             ctypes.c_void_p(root_logits.data_ptr()),
-            ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
+            ctypes.byref(_Memory(logits.data_ptr(), *map(address, numbers))),
             ctypes.byref(grown),
         )
         return GrownTree(token_ids, num_tokens, q if is_drawn else None, grown.num_forwards, grown.ranking_seconds)
@@ -88,7 +88,7 @@ class Grower:
 
 def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
     """The integers of `Memory` of growth.c."""
-    sizes = (_BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
+    sizes = (BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
     return tuple(np.empty(size, np.int64) for size in sizes)
 
 
@@ -102,17 +102,23 @@ def _plan(wanted: WholeTree) -> tuple[Int, Int, Int]:
     return np.array(parents, np.int64), np.array(ranks, np.int64), starts.astype(np.int64)
 
 
-def _place(wanted: WholeTree) -> tuple[int, int, int]:
+def place(wanted: AnyWholeTree) -> tuple[int, int, int]:
+    """The slot's first row, its number of valid ones, and the root's position."""
     return wanted.slot.first_row, wanted.slot.length, wanted.slot.length - 1
 
 
-def _root_logits(wanted: WholeTree) -> Tensor:
+def embedding_rows_of(wanted: AnyWholeTree) -> int | None:
+    """Where the model's row of every token is, if not at its id."""
+    return None if wanted.vocabulary is None else wanted.vocabulary.rows.data_ptr()
+
+
+def root_logits_of(wanted: AnyWholeTree) -> Tensor:
     """As the model's own rows have them, contiguous."""
     vocabulary = wanted.vocabulary
     return wanted.root_logits if vocabulary is None else wanted.root_logits[:, vocabulary.token_ids]
 
 
-def _choosable(wanted: WholeTree, padded_vocab_size: int) -> tuple[int, int | None]:
+def _choosable(wanted: AnyWholeTree, padded_vocab_size: int) -> tuple[int, int | None]:
     """How many of the model's first rows are tokens that may be chosen, and where their ids are."""
     vocabulary = wanted.vocabulary
     if vocabulary is None:
@@ -120,7 +126,7 @@ def _choosable(wanted: WholeTree, padded_vocab_size: int) -> tuple[int, int | No
     return vocabulary.num_known_below(wanted.vocab_size), vocabulary.token_ids.data_ptr()
 
 
-def ranker_for(wanted: WholeTree, padded_vocab_size: int) -> ctypes.Structure:
+def ranker_for(wanted: AnyWholeTree, padded_vocab_size: int) -> ctypes.Structure:
     """`Ranker` of ranking.h."""
     sampling, width = wanted.sampling, _WIDTHS[wanted.children]
     num_choosable, token_ids = _choosable(wanted, padded_vocab_size)
@@ -138,5 +144,6 @@ def ranker_for(wanted: WholeTree, padded_vocab_size: int) -> ctypes.Structure:
     )
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
+    """Of its first entry."""
     return array.ctypes.data

@@ -226,3 +226,37 @@ void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, c
     else if (ranker->kind == COUPLED) rank_coupled(ranker, logits, position, ranked);
     else rank_drawn(ranker, logits, exponentials, ranked);
 }
+
+/* The largest of `logs`, of equal ones the first. */
+static void rank_scored(const Ranker *ranker, const uint32_t *ids, const double *logs, int count, const Ranked *ranked,
+                        double *scores) {
+    int num_ranked = 0;
+    for (int i = 0; i < count; i++) {
+        int place = num_ranked;
+        while (place && scores[place - 1] < logs[i]) place--;
+        if (place == ranker->width) continue;
+        if (num_ranked < ranker->width) num_ranked++;
+        for (int behind = num_ranked - 1; behind > place; behind--) {
+            scores[behind] = scores[behind - 1];
+            ranked->token_ids[behind] = ranked->token_ids[behind - 1];
+        }
+        scores[place] = logs[i];
+        ranked->token_ids[place] = ids[i];
+    }
+    *ranked->num_tokens = num_ranked;
+}
+
+void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores) {
+    uint32_t ids[COUPLED_WIDTH];
+    double logs[COUPLED_WIDTH], scale = 1.0, total = 0.0;
+    int count = candidates(ranker, logits, ids, logs);
+    if (ranker->kind == COUPLED) {
+        uint64_t stream = noise_stream(ranker->seed, position);
+        for (int i = 0; i < count; i++) logs[i] += gumbel_of(uniform(stream, ids[i]));
+        scale = ranker->temperature / COUPLED_SHARPNESS;
+    }
+    rank_scored(ranker, ids, logs, count, ranked, scores);
+    double peak = count ? scores[0] : 0.0;
+    for (int i = 0; i < count; i++) total += exp((logs[i] - peak) * scale);
+    for (int rank = 0; rank < *ranked->num_tokens; rank++) scores[rank] = (scores[rank] - peak) * scale - log(total);
+}

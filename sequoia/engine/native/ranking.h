@@ -8,6 +8,7 @@
 
 enum { DRAFT_WIDTH = 32 };    /* candidates of q, as in children.py */
 enum { COUPLED_WIDTH = 256 }; /* tokens with noise of their own, as in sampling.py */
+#define COUPLED_SHARPNESS 0.8  /* as in children.py */
 enum { RANKING_ROOM = 1024 }; /* keys that `sequoia_largest` needs room for, beside those wanted */
 /* ---- noise: noise.py ---- */
 
@@ -81,5 +82,9 @@ typedef struct {
 /* Rank one row of logits. `position` is that of the tokens ranked; `exponentials`: (DRAFT_WIDTH,), DRAWN only. */
 void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
                   const Ranked *ranked);
+
+/* Rank one row, TOP or COUPLED, and score what is ranked: the logarithm of each one's chance among all candidates, by q
+ * or by its race. `scores`: (width,). */
+void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores);
 
 #endif
