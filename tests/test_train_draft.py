@@ -115,6 +115,7 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
         (["--size=9x64"], "size: 9x64 is not within the target's 4 x 400"),
         (["--size=1x401"], "size: 1x401 is not within"),
         (["--size=two"], "'two' is no size"),
+        (["--answer-tokens=2000"], "answer-tokens: documents of up to 20"),
         (["--steps=0"], "steps"),
         (["--learning-rate=2"], "learning-rate"),
         (["--text=/nowhere/at/all"], "text: /nowhere/at/all cannot be read"),

@@ -20,7 +20,7 @@ from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
 from sequoia.engine.tokenizer import TokenizerDescription
-from sequoia.errors import FailedPrecondition
+from sequoia.errors import FailedPrecondition, InvalidArgument
 
 # Documents written at the same time: beyond that a forward on a CPU takes as much longer as it has more tokens.
 _AT_ONCE = 128
@@ -31,20 +31,25 @@ _SPLIT = "\u241e"  # a sign that no opening has
 
 
 class Author:
-    """A target, ready to write."""
+    """A target, ready to write. Raises InvalidArgument naming `answer-tokens` when its context is too short."""
 
     def __init__(self, recipe: CorpusRecipe, dtype: str, device: str) -> None:
         torch.set_num_threads(num_cores())
         files = resolve(recipe.target)
         model = load_model(files, dtype=dtype, device=device)
         self._recipe, self._lengths = recipe, Lengths(recipe.question_tokens, recipe.answer_tokens)
-        num_rows = min(self._lengths.rows, model.context_length)
-        num_layers = model.module.config.get_text_config().num_hidden_layers
-        decoder = build_decoder(model, Arithmetic(num_threads=num_cores()), num_rows, files.cache_dir)
-        self._engine = Engine(decoder, KVCache(num_layers, _AT_ONCE, num_rows), model.device, model.dtype)
         self._tokenizer = Tokenizer.from_buffer(model.tokenizer.tokenizer_json)
         self._eos_token_ids = model.tokenizer.eos_token_ids
-        self._before, self._after = _turns(model.tokenizer)
+        before, self._after = _turns(model.tokenizer)
+        self._turn = self._ids(self._after)
+        self._openings = [[self._ids(before + each) for each in kind] for kind in recipe.openings.values()]
+        longest = max(len(each) for kind in self._openings for each in kind) + len(self._turn) + self._lengths.most
+        if longest > model.context_length:
+            problem = f"documents of up to {longest} tokens do not fit the target's context of {model.context_length}"
+            raise InvalidArgument(f"{problem}; ask for shorter ones", "answer-tokens")
+        num_layers = model.module.config.get_text_config().num_hidden_layers
+        decoder = build_decoder(model, Arithmetic(num_threads=num_cores()), longest, files.cache_dir)
+        self._engine = Engine(decoder, KVCache(num_layers, _AT_ONCE, longest), model.device, model.dtype)
 
     def shard(self, index: int) -> Shard:
         """One of the recipe's shards; the same whichever were written before."""
@@ -54,17 +59,15 @@ class Author:
 
     def reading(self) -> Shard:
         """The recipe's texts, in pieces of the length of a document."""
-        longest = self._lengths.question + self._lengths.answer
+        longest = self._lengths.most
         ids = (tuple(self._tokenizer.encode(text).ids) for text in self._recipe.texts)
         pieces = [each[start : start + longest] for each in ids for start in range(0, len(each) - 1, longest)]
         return Shard.of(list(read(self._engine, [each for each in pieces if len(each) > 1])))
 
     def _assignment(self, number: int, generator: np.random.Generator) -> Assignment:
-        kinds = list(self._recipe.openings.values())
-        openings = kinds[number % len(kinds)]
-        opening = self._before + openings[generator.integers(len(openings))]
-        temperature = _TEMPERATURES[generator.integers(len(_TEMPERATURES))]
-        return Assignment(self._ids(opening), self._ids(self._after), temperature)
+        openings = self._openings[number % len(self._openings)]
+        opening = openings[generator.integers(len(openings))]
+        return Assignment(opening, self._turn, _TEMPERATURES[generator.integers(len(_TEMPERATURES))])
 
     def _ids(self, text: str) -> tuple[int, ...]:
         # A template writes its special tokens itself; without one there is no turn either, and the tokenizer adds them.

@@ -37,9 +37,9 @@ class Lengths:
     answer: int
 
     @property
-    def rows(self) -> int:
-        """Of a session, openings of up to 64 tokens included."""
-        return self.question + self.answer + 128
+    def most(self) -> int:
+        """Of a document, beside its opening and the turn."""
+        return self.question + self.answer
 
 
 @dataclass(slots=True)
@@ -82,7 +82,7 @@ def write(
 ) -> Iterator[Document]:
     """The documents as they are finished. Tokens are drawn from the `TEACHER_WIDTH` likeliest ones.
 
-    As many at a time as the engine's cache has slots of `lengths.rows`.
+    As many at a time as the engine's cache has slots, which must hold whole documents.
     """
     waiting, sessions = list(reversed(assignments)), list[_Session]()
     with ExitStack() as slots:
