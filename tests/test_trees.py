@@ -101,7 +101,8 @@ def test_the_built_in_tree_is_the_best_of_its_size_for_the_prior() -> None:
 
 
 async def test_a_dynamic_plan_serves_a_rule_that_needs_planned_trees_with_one_of_its_size(idle: Idle) -> None:
-    plan = choose(replace(SPECULATE.inputs, dynamic_factor=1.4))
+    curve = LatencyCurve((1, 4, 16), (0.01, 0.01, 0.01))  # dynamic trees have widths that were measured
+    plan = choose(replace(SPECULATE.inputs, draft_curve=curve, dynamic_factor=1.4))
     of, shapes = pair(), {}
     with EmbeddedRedis() as redis:
         put(redis.url, of, Situation.of(COUPLED, 0.6), plan)
