@@ -16,8 +16,9 @@ from sequoia.engine.distillation.batches import grouped
 from sequoia.engine.distillation.corpus import TEACHER_WIDTH, Document, Shard
 from sequoia.engine.distillation.loss import HeadLoss
 from sequoia.engine.distillation.ranking import NUM_RANKS, acceptance_of, greedy_documents, ranks_of
+from sequoia.engine.distillation.schedule import Schedule
 from sequoia.engine.distillation.student import make_student
-from sequoia.engine.distillation.training import Schedule, Training
+from sequoia.engine.distillation.training import Training
 from sequoia.engine.distillation.writing import Assignment, Lengths, read, write
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.errors import FailedPrecondition
@@ -43,7 +44,7 @@ def module(folder: Path):
 def written(folder: Path, temperature: float, *, turn: tuple[int, ...] = TURN, num_slots: int = 3) -> list[Document]:
     engine = load_engine(folder, num_slots=num_slots, slot_rows=64)
     assignments = [Assignment((0, 40 + number, 50), turn, temperature) for number in range(8)]
-    return list(write(engine, assignments, EOS, LENGTHS, np.random.default_rng(3)))
+    return list(write(engine, assignments, EOS, LENGTHS, np.random.default_rng(3), 400))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +102,7 @@ def _first(document: Document) -> list[int]:
 
 
 def test_texts_of_others_are_read_as_they_are(folder, module) -> None:
-    [document] = read(load_engine(folder), [(0, 33, 44, 55)])
+    [document] = read(load_engine(folder), [(0, 33, 44, 55)], 400)
     assert document.token_ids.tolist() == [0, 33, 44, 55]
     with torch.no_grad():
         expected = module(document.token_ids[None].long()).logits[0, :-1].argmax(-1)
@@ -207,7 +208,7 @@ def test_a_resumed_training_takes_the_steps_of_one_that_was_not_interrupted(modu
     first.save(tmp_path / "at.safetensors")
     second = trained(module, shards, None)
     second.resume(tmp_path / "at.safetensors")
-    assert second.num_steps_done == 12
+    assert (second.num_steps_done, second.loss) == (12, pytest.approx(first.loss))
     losses += list(second.steps())
     assert losses == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(second.student.parameters(), whole.student.parameters(), strict=True):
@@ -220,6 +221,35 @@ def test_a_checkpoint_of_another_schedule_is_refused(module, shards, tmp_path) -
     training.save(tmp_path / "at.safetensors")
     with pytest.raises(FailedPrecondition, match="another training"):
         trained(module, shards, None, num_steps=3).resume(tmp_path / "at.safetensors")
+
+
+@pytest.mark.parametrize("other", ["text", "vocabulary"])
+def test_a_checkpoint_of_other_text_or_tokens_is_refused(module, shards, tmp_path, other) -> None:
+    vocabulary = DraftVocabulary(KNOWN, 400)
+    training = trained(module, shards, vocabulary, num_steps=2)
+    list(training.steps())
+    training.save(tmp_path / "at.safetensors")
+    tokens = vocabulary if other == "text" else DraftVocabulary(KNOWN + 1, 400)
+    with pytest.raises(FailedPrecondition, match="another training"):
+        trained(module, shards[:1] if other == "text" else shards, tokens, num_steps=2).resume(
+            tmp_path / "at.safetensors"
+        )
+
+
+def test_padding_of_the_vocabulary_is_never_written_or_expected(folder) -> None:
+    assignments = [Assignment((0, 40 + number, 50), TURN, 1.0) for number in range(4)]
+    engine = load_engine(folder, num_slots=3, slot_rows=64)
+    documents = [*write(engine, assignments, EOS, LENGTHS, np.random.default_rng(3), 120)]
+    documents += read(load_engine(folder), [(0, 33, 44, 55)], 120)
+    assert max(int(each.token_ids.max()) for each in documents) < 120
+    assert max(int(each.teacher_ids.max()) for each in documents) < 120
+
+
+def test_a_shard_that_is_none_is_refused_with_its_name(tmp_path) -> None:
+    (tmp_path / "0000.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(FailedPrecondition, match=r"0000\.safetensors cannot be read") as raised:
+        Shard.load(tmp_path / "0000.safetensors")
+    assert raised.value.field == "corpus"
 
 
 def test_a_student_has_the_chosen_layers(module) -> None:

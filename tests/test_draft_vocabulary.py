@@ -72,3 +72,11 @@ def test_a_vocabulary_that_does_not_fit_its_model_is_refused(folders, tmp_path, 
     with pytest.raises(InvalidArgument, match="does not fit its model") as raised:
         load_model(resolve(str(tmp_path)), dtype="float32", device="cpu")
     assert raised.value.field == "model"
+
+
+def test_a_vocabulary_that_cannot_be_read_is_refused(folders, tmp_path) -> None:
+    shutil.copytree(folders[1], tmp_path, dirs_exist_ok=True)
+    (tmp_path / FILE).write_bytes(b"not safetensors")
+    with pytest.raises(InvalidArgument, match="cannot be read") as raised:
+        load_model(resolve(str(tmp_path)), dtype="float32", device="cpu")
+    assert raised.value.field == "model"

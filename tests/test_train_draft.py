@@ -18,6 +18,7 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.cli.training.recipe import Size, read_openings
 from sequoia.client import Client
+from sequoia.engine.distillation.corpus import Shard
 from sequoia.engine.draft_vocabulary import FILE
 from sequoia.errors import InvalidArgument
 from sequoia.topology import Topology
@@ -83,7 +84,9 @@ def test_a_second_run_goes_on_where_the_first_one_ended(trained, target, tmp_pat
     assert again["acceptance"] == made[0]["acceptance"]
     unfinished = train(target, out, "--size=1x256", "--json")
     assert unfinished.returncode == 0, unfinished.stderr
-    assert json.loads(unfinished.stdout)[0]["num_steps"] == 25
+    [told] = json.loads(unfinished.stdout)
+    first = next(each for each in made if each["size"] == "1x256")
+    assert (told["num_steps"], told["loss"]) == (25, first["loss"])
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,7 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
         (["--size=1x401"], "size: 1x401 is not within"),
         (["--size=two"], "'two' is no size"),
         (["--answer-tokens=2000"], "answer-tokens: documents of up to 20"),
+        (["--step-overhead=nan"], "step-overhead"),
         (["--steps=0"], "steps"),
         (["--learning-rate=2"], "learning-rate"),
         (["--text=/nowhere/at/all"], "text: /nowhere/at/all cannot be read"),
@@ -125,6 +129,28 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
 def test_what_cannot_be_is_refused_by_name(target, tmp_path, flags, problem) -> None:
     done = train(target, tmp_path / "out", *flags)
     assert (done.returncode, problem in done.stderr) == (2, True), done.stderr
+
+
+def test_a_text_of_nothing_is_refused(target, tmp_path) -> None:
+    (tmp_path / "empty.txt").touch()
+    done = train(target, tmp_path / "out", f"--text={tmp_path / 'empty.txt'}")
+    assert (done.returncode, "text: holds no text" in done.stderr) == (2, True), done.stderr
+
+
+def test_a_text_of_the_users_is_learnt_from(target, tmp_path) -> None:
+    (tmp_path / "own.txt").write_text("The sky is blue because short waves of light are scattered. " * 8)
+    done = train(target, tmp_path / "out", f"--text={tmp_path / 'own.txt'}", "--json")
+    assert done.returncode == 0, done.stderr
+    own = Shard.load(tmp_path / "out" / "corpus" / "read.safetensors")
+    written = Shard.load(tmp_path / "out" / "corpus" / "0001.safetensors")
+    assert json.loads(done.stdout)[0]["num_text_tokens"] == own.num_tokens + written.num_tokens
+
+
+def test_a_folder_of_something_else_is_left_alone(target, tmp_path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    done = train(target, tmp_path)
+    assert (done.returncode, "out: " in done.stderr) == (2, True), done.stderr
+    assert [each.name for each in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_text_of_another_target_is_not_taken(trained, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ from rich.table import Table
 from sequoia.cli.benchmarks.arguments import add_json, add_target, check_folder, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.steps import Steps
-from sequoia.cli.training.recipe import CorpusRecipe, Size, TrainingRecipe, read_openings
+from sequoia.cli.training.recipe import CorpusRecipe, Size, read_openings
+from sequoia.engine.distillation.schedule import Schedule
 from sequoia.errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LxN",
         help="layers of the target x tokens known (or `all`); several are trained and compared, and the one with the "
-        "most predicted tokens per second is kept (default 2x12288)",
+        "most predicted tokens per second is kept (default 2x12288, or 2xall)",
     )
     parser.add_argument("--documents", type=int, default=16384, metavar="N", help="to write (default %(default)s)")
     parser.add_argument("--steps", type=int, default=8000, metavar="N", help="of training (default %(default)s)")
@@ -70,7 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_least(arguments, documents=1, steps=1, batch_tokens=64, question_tokens=1, answer_tokens=2, seed=0)
     if not 0.0 < arguments.learning_rate < 1.0:
         raise InvalidArgument(f"is {arguments.learning_rate}; it must be between 0 and 1", "learning-rate")
+    if not 0.0 <= arguments.step_overhead < math.inf:
+        raise InvalidArgument(f"is {arguments.step_overhead}; it must be seconds of 0 or more", "step-overhead")
     check_folder(arguments.out, "out")
+    _check_ours(arguments.out)
     corpus = CorpusRecipe(
         arguments.target,
         arguments.documents,
@@ -80,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.question_tokens,
         arguments.answer_tokens,
     )
-    training = TrainingRecipe(arguments.steps, arguments.batch_tokens, arguments.learning_rate, arguments.seed)
+    training = Schedule(arguments.steps, arguments.batch_tokens, arguments.learning_rate, arguments.seed)
     found = _made(arguments, corpus, training)
     if arguments.json:
         print(json.dumps([each.to_dict() for each in found]))
@@ -89,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _made(arguments: argparse.Namespace, corpus: CorpusRecipe, training: TrainingRecipe) -> Sequence[Made]:
+def _made(arguments: argparse.Namespace, corpus: CorpusRecipe, training: Schedule) -> Sequence[Made]:
     # Imported here: `--help` needs no torch.
     from sequoia.cli.training.making import Workshop
 
@@ -104,12 +109,19 @@ def _made(arguments: argparse.Namespace, corpus: CorpusRecipe, training: Trainin
         command=shlex.join(["sequoia", *sys.argv[1:]]),
         steps=Steps(Console(stderr=True)),
     )
-    return workshop.make(arguments.size or [Size(2, 12288)])
+    return workshop.make(arguments.size or [])
+
+
+def _check_ours(out: Path) -> None:
+    """Raises InvalidArgument for a folder of something else: a card would replace its README.md."""
+    is_ours = any((out / name).exists() for name in ("unfinished", "corpus", "training.json"))
+    if out.exists() and not is_ours and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidArgument(f"{out} holds something else; name a new folder", "out")
 
 
 def _table(found: Sequence[Made]) -> Table:
     table = new_table(
-        "size", "parameters", "acceptance by rank", "a level", "best plan", "tokens/step", "tokens/s", "x"
+        "size", "parameters", "acceptance by rank", "a level", "best plan", "tokens/step", "tokens/s", "vs off"
     )
     for each in found:
         plan, worth = each.worth.plan.chosen, each.worth

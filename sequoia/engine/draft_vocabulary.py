@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,7 +75,10 @@ def read_vocabulary(folder: Path, size: int, num_rows: int, device: torch.device
     path = folder / FILE
     if not path.exists():
         return None
-    token_ids = load_file(path)["token_ids"].long()
+    try:
+        token_ids = load_file(path)["token_ids"].long()
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InvalidArgument(f"{path} cannot be read: {error}; train the draft again", "model") from error
     known = len(token_ids)
     is_ascending = bool((token_ids.diff() > 0).all()) and known > 0
     if not is_ascending or token_ids[0] < 0 or token_ids[-1] >= size or known >= num_rows:

@@ -82,7 +82,9 @@ class Engine:
     def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
         """All forwards of a tree, and the rankings between them."""
         assert self._decoder.grow is not None, "this engine grows no whole trees"
-        grown = self._decoder.grow(replace(tree, vocabulary=self._vocabulary), self.cache)
+        if self._vocabulary is not None:
+            tree = replace(tree, vocabulary=self._vocabulary)
+        grown = self._decoder.grow(tree, self.cache)
         self.num_forwards += grown.num_forwards
         self.num_forward_tokens += grown.num_forwarded
         return grown

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-from sequoia.cli.training.recipe import CorpusRecipe, Size, TrainingRecipe
+from sequoia.cli.training.recipe import CorpusRecipe, Size
 from sequoia.cli.training.worth import Worth
+from sequoia.engine.distillation.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +15,7 @@ class Made:
 
     size: Size
     corpus: CorpusRecipe
-    training: TrainingRecipe
+    training: Schedule
     command: str
     target_revision: str
     tokenizer_hash: str
@@ -40,7 +41,7 @@ class Made:
             "coverage": self.coverage,
             "num_text_tokens": self.num_text_tokens,
             "num_steps": self.num_steps_done,
-            "training": self.training.to_dict(),
+            "training": asdict(self.training),
             "loss": self.loss,
             "num_steps_measured": self.worth.counts.num_steps,
             "acceptance": self.worth.acceptance,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import shutil
 import time
@@ -19,27 +18,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sequoia.cli.steps import Steps
 from sequoia.cli.training.card import Made
-from sequoia.cli.training.recipe import CorpusRecipe, Size, TrainingRecipe
-from sequoia.cli.training.text import Author, corpus, documents_of, most_used
+from sequoia.cli.training.recipe import CorpusRecipe, Size
+from sequoia.cli.training.text import Author, corpus, documents_of, known_tokens, most_used
 from sequoia.cli.training.worth import Worth, measured_curve, worth_of
 from sequoia.config import num_cores
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
+from sequoia.engine.distillation.schedule import Schedule
 from sequoia.engine.distillation.student import make_student
-from sequoia.engine.distillation.training import Schedule, Training
+from sequoia.engine.distillation.training import Training
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import ModelFiles, resolve
-from sequoia.errors import InvalidArgument
+from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.hardware import LatencyCurve
 
 CARD, FIGURES = "README.md", "training.json"
+_USUAL = Size(2, 12288)
 # How often a training tells how far it is, and how often it is saved, in seconds.
 _TELL_SECONDS, _SAVE_SECONDS = 60.0, 300.0
 # Documents that acceptance is told of meanwhile.
 _NUM_GLANCED = 64
-# How much of the loss so far counts for the loss lately.
-_MEMORY = 0.98
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Workshop:
     """Where drafts of one target are made of one text, by one kind of training."""
 
     corpus: CorpusRecipe
-    training: TrainingRecipe
+    training: Schedule
     out: Path
     corpus_dir: Path
     dtype: str
@@ -57,10 +56,23 @@ class Workshop:
     steps: Steps
 
     def make(self, sizes: Sequence[Size]) -> list[Made]:
-        """A draft of each size; the best, first in the list, is in `out`, the others are gone but for their figures."""
-        made = sorted(map(self._make, sizes), key=lambda each: -each.worth.tokens_per_second)
+        """A draft of each size; the best, first in the list, is in `out`, the others are gone but for their figures.
+
+        Without sizes: two layers over the 12,288 most used tokens, or all. Raises InvalidArgument naming `size`.
+        """
+        made = sorted(map(self._make, self._checked(sizes)), key=lambda each: -each.worth.tokens_per_second)
         self._keep(made[0])
         return made
+
+    def _checked(self, sizes: Sequence[Size]) -> Sequence[Size]:
+        """Before hours of work."""
+        target = load_model(self._target_files, dtype=self.dtype, device=self.device)
+        num_layers, vocab_size = target.module.config.get_text_config().num_hidden_layers, known_tokens(target)
+        for size in sizes:
+            if size.num_layers > num_layers or not 2 <= (size.num_tokens or vocab_size) <= vocab_size:
+                raise InvalidArgument(f"{size} is not within the target's {num_layers} x {vocab_size}", "size")
+        usual = Size(min(_USUAL.num_layers, num_layers), _USUAL.num_tokens if _USUAL.num_tokens < vocab_size else 0)
+        return sizes or [usual]
 
     @cached_property
     def _shards(self) -> list[Path]:
@@ -79,16 +91,18 @@ class Workshop:
 
     def _make(self, size: Size) -> Made:
         held_out, *shards = self._shards
+        documents = greedy_documents(documents_of(held_out))
+        if not documents:
+            raise FailedPrecondition("no answer to measure with was greedy; ask for more documents", "documents")
         torch.set_num_threads(num_cores())
         target = load_model(self._target_files, dtype="float32", device=self.device)
         student, vocabulary, coverage = self._student(target, size, shards)
-        training = Training(student, vocabulary, shards, Schedule(**self.training.to_dict()))
+        training = Training(student, vocabulary, shards, self.training)
         checkpoint = self.out / "unfinished" / f"{size}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
             training.resume(checkpoint)
-        documents = greedy_documents(documents_of(held_out))
-        loss = self._train(size, training, vocabulary, checkpoint, documents[:_NUM_GLANCED])
+        self._train(size, training, checkpoint, documents[:_NUM_GLANCED])
         folder = checkpoint.with_suffix("")
         _write(student, vocabulary, target, folder)
         return Made(
@@ -103,7 +117,7 @@ class Workshop:
             coverage=coverage,
             num_text_tokens=sum(Shard.load(path).num_tokens for path in shards),
             num_steps_done=training.num_steps_done,
-            loss=loss,
+            loss=training.loss,
             worth=self._worth(student, vocabulary, documents, folder),
         )
 
@@ -111,9 +125,7 @@ class Workshop:
         self, target: LoadedModel, size: Size, shards: Sequence[Path]
     ) -> tuple[PreTrainedModel, DraftVocabulary | None, float]:
         """With its vocabulary, and the share of what the target expects that it knows."""
-        num_layers, vocab_size = target.module.config.get_text_config().num_hidden_layers, target.padded_vocab_size
-        if size.num_layers > num_layers or not 2 <= (size.num_tokens or vocab_size) <= vocab_size:
-            raise InvalidArgument(f"{size} is not within the target's {num_layers} x {vocab_size}", "size")
+        vocab_size = known_tokens(target)
         layers = range(size.num_layers)
         if size.num_tokens in (0, vocab_size):
             return make_student(target.module, layers, None), None, 1.0
@@ -123,48 +135,29 @@ class Workshop:
         vocabulary = DraftVocabulary(token_ids, vocab_size)
         return make_student(target.module, layers, token_ids), vocabulary, coverage
 
-    def _train(
-        self,
-        size: Size,
-        training: Training,
-        vocabulary: DraftVocabulary | None,
-        checkpoint: Path,
-        glanced: Sequence[Document],
-    ) -> float:
-        """To the end of the schedule. Returns the loss lately."""
-        lately = math.nan
+    def _train(self, size: Size, training: Training, checkpoint: Path, glanced: Sequence[Document]) -> None:
+        """To the end of the schedule."""
         told = saved = time.monotonic()
         done_before = training.num_steps_done
         with self.steps.step(f"training {size}") as on_progress:
-            for loss in training.steps():
-                lately = loss if math.isnan(lately) else _MEMORY * lately + (1.0 - _MEMORY) * loss
+            for _ in training.steps():
                 on_progress(training.num_steps_done, self.training.num_steps)
                 now = time.monotonic()
                 if now - told > _TELL_SECONDS:
-                    pace = (training.num_steps_done - done_before) / (now - told)
-                    self._tell(size, training, vocabulary, glanced, lately, pace)
+                    self._tell(size, training, glanced, (training.num_steps_done - done_before) / (now - told))
                     told, done_before = time.monotonic(), training.num_steps_done
                 if now - saved > _SAVE_SECONDS:
                     training.save(checkpoint)
                     saved = time.monotonic()
         training.save(checkpoint)
-        return lately
 
-    def _tell(
-        self,
-        size: Size,
-        training: Training,
-        vocabulary: DraftVocabulary | None,
-        documents: Sequence[Document],
-        loss: float,
-        steps_per_second: float,
-    ) -> None:
-        acceptance = acceptance_of(ranks_of(training.student, vocabulary, documents))
+    def _tell(self, size: Size, training: Training, documents: Sequence[Document], steps_per_second: float) -> None:
+        acceptance = acceptance_of(ranks_of(training.student, training.vocabulary, documents))
         ranks = " ".join(f"{each:.3f}" for each in acceptance[:4])
         num_left = self.training.num_steps - training.num_steps_done
         self.steps.say(
-            f"{size}, step {training.num_steps_done} of {self.training.num_steps}: loss {loss:.3f}, acceptance by rank "
-            f"{ranks}, {num_left / steps_per_second / 60:.0f} min left"
+            f"{size}, step {training.num_steps_done} of {self.training.num_steps}: loss {training.loss:.3f}, "
+            f"acceptance by rank {ranks}, {num_left / steps_per_second / 60:.0f} min left"
         )
 
     def _worth(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sequoia.errors import InvalidArgument
 
@@ -56,20 +55,6 @@ class CorpusRecipe:
         """All but how many shards, as JSON: a longer corpus continues a shorter one."""
         named = {name: each for name, each in asdict(self).items() if name != "num_documents"}
         return json.dumps({**named, "documents_in_shard": self.documents_in_shard})
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingRecipe:
-    """How long a student learns, in steps of `batch_tokens` padded tokens."""
-
-    num_steps: int
-    batch_tokens: int
-    learning_rate: float
-    seed: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """By name."""
-        return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 def read_openings(file: Path) -> dict[str, list[str]]:

@@ -17,7 +17,7 @@ from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.writing import Assignment, Lengths, read, write
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache
-from sequoia.engine.model import load_model
+from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.errors import FailedPrecondition, InvalidArgument
@@ -39,7 +39,7 @@ class Author:
         model = load_model(files, dtype=dtype, device=device)
         self._recipe, self._lengths = recipe, Lengths(recipe.question_tokens, recipe.answer_tokens)
         self._tokenizer = Tokenizer.from_buffer(model.tokenizer.tokenizer_json)
-        self._eos_token_ids = model.tokenizer.eos_token_ids
+        self._eos_token_ids, self._vocab_size = model.tokenizer.eos_token_ids, known_tokens(model)
         before, self._after = _turns(model.tokenizer)
         self._turn = self._ids(self._after)
         self._openings = [[self._ids(before + each) for each in kind] for kind in recipe.openings.values()]
@@ -55,14 +55,17 @@ class Author:
         """One of the recipe's shards; the same whichever were written before."""
         generator = np.random.default_rng([self._recipe.seed, index])
         assignments = [self._assignment(number, generator) for number in range(self._recipe.documents_in_shard)]
-        return Shard.of(list(write(self._engine, assignments, self._eos_token_ids, self._lengths, generator)))
+        written = write(self._engine, assignments, self._eos_token_ids, self._lengths, generator, self._vocab_size)
+        return Shard.of(list(written))
 
     def reading(self) -> Shard:
         """The recipe's texts, in pieces of the length of a document."""
         longest = self._lengths.most
         ids = (tuple(self._tokenizer.encode(text).ids) for text in self._recipe.texts)
         pieces = [each[start : start + longest] for each in ids for start in range(0, len(each) - 1, longest)]
-        return Shard.of(list(read(self._engine, [each for each in pieces if len(each) > 1])))
+        if not pieces:
+            raise InvalidArgument("holds no text of two tokens or more", "text")
+        return Shard.of(list(read(self._engine, pieces, self._vocab_size)))
 
     def _assignment(self, number: int, generator: np.random.Generator) -> Assignment:
         openings = self._openings[number % len(self._openings)]
@@ -79,8 +82,15 @@ def _turns(tokenizer: TokenizerDescription) -> tuple[str, str]:
     if not tokenizer.chat_template:
         return "", ""
     rendered = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render([("user", _SPLIT)])
-    before, after = rendered.split(_SPLIT)
+    if rendered.count(_SPLIT) != 1:
+        raise InvalidArgument("its chat template does not write a question as it is, once; use another model", "target")
+    before, _, after = rendered.partition(_SPLIT)
     return before, after
+
+
+def known_tokens(model: LoadedModel) -> int:
+    """Of its tokenizer: the rest of the logits is padding."""
+    return min(model.tokenizer.vocab_size, model.padded_vocab_size)
 
 
 def corpus(
@@ -98,11 +108,11 @@ def corpus(
     read_path = folder / "read.safetensors"
     if missing or (recipe.texts and not read_path.exists()):
         writer = author()
+        if recipe.texts and not read_path.exists():
+            writer.reading().save(read_path)
         for index, path in missing:
             on_progress(index, count)
             writer.shard(index).save(path)
-        if recipe.texts:
-            writer.reading().save(read_path)
     return [*paths, *([read_path] if recipe.texts else [])]
 
 

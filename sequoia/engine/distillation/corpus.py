@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from sequoia.errors import FailedPrecondition
 
 # Tokens of the target's distribution that are kept, and trained on: the mass outside is next to nothing.
 TEACHER_WIDTH = 32
@@ -75,5 +78,9 @@ class Shard:
 
     @classmethod
     def load(cls, path: Path) -> Shard:
-        """What `save` wrote."""
-        return cls(**load_file(path))
+        """What `save` wrote. Raises FailedPrecondition naming `corpus` for anything else."""
+        try:
+            return cls(**load_file(path))
+        except (OSError, TypeError, SafetensorError) as error:
+            reason = f"{path} cannot be read: {error}; remove it, and it is written again"
+            raise FailedPrecondition(reason, "corpus") from error

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
@@ -20,29 +20,15 @@ from transformers import PreTrainedModel
 from sequoia.engine.distillation.batches import Batch, collate, grouped
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.loss import HeadLoss
+from sequoia.engine.distillation.schedule import Schedule
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.errors import FailedPrecondition
 
 _BETAS = (0.9, 0.95)
 _WEIGHT_DECAY = 0.01
 _LONGEST_GRADIENT = 1.0
-_WARMUP_SHARE, _LAST_SHARE = 0.03, 0.03
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """How long and how fast: AdamW, a short warm-up, then a cosine down to 3 % of `learning_rate`."""
-
-    num_steps: int
-    batch_tokens: int = 4096
-    learning_rate: float = 3e-3
-    seed: int = 0
-
-    def rate(self, step: int) -> float:
-        """Of the step with that number, from 0."""
-        warmup = max(1.0, _WARMUP_SHARE * self.num_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * step / self.num_steps))
-        return self.learning_rate * min(1.0, (step + 1) / warmup) * (_LAST_SHARE + (1.0 - _LAST_SHARE) * cosine)
+# How much of the loss so far counts for the loss lately.
+_MEMORY = 0.98
 
 
 class Training:
@@ -61,10 +47,15 @@ class Training:
         self._optimizer = torch.optim.AdamW(
             self._parameters.values(), lr=0.0, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
         )
-        self.num_steps_done = 0
+        self.num_steps_done, self.loss = 0, math.nan  # the loss lately, in nats a token
+
+    @property
+    def vocabulary(self) -> DraftVocabulary | None:
+        """What the student knows; None: all tokens."""
+        return self._vocabulary
 
     def steps(self) -> Iterator[float]:
-        """What is left of the schedule; yields every step's loss, in nats a token."""
+        """What is left of the schedule; yields every step's own loss."""
         for number, documents in enumerate(self._groups()):
             if number == self.schedule.num_steps:
                 return
@@ -78,23 +69,30 @@ class Training:
             state = self._optimizer.state[parameter]
             tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
         partial = path.with_suffix(".partial")
-        save_file(tensors, partial, {"step": str(self.num_steps_done), "schedule": json.dumps(asdict(self.schedule))})
+        state = {"step": self.num_steps_done, "loss": self.loss}
+        save_file(tensors, partial, {"follows_from": self._follows_from, "state": json.dumps(state)})
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises FailedPrecondition for one of another schedule."""
+        """Go on from a checkpoint. Raises FailedPrecondition for one of another schedule, text or vocabulary."""
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            if metadata["schedule"] != json.dumps(asdict(self.schedule)):
-                raise FailedPrecondition(
-                    f"{path} is of another training ({metadata['schedule']}); name another --out, or remove it", "out"
-                )
-            self.num_steps_done = int(metadata["step"])
+            metadata = file.metadata() or {}
+            if metadata.get("follows_from") != self._follows_from:
+                raise FailedPrecondition(f"{path} is of another training; name another --out, or remove it", "out")
+            state = json.loads(metadata["state"])
+            self.num_steps_done, self.loss = state["step"], state["loss"]
             for name, parameter in self._parameters.items():
                 parameter.data.copy_(file.get_tensor(f"student.{name}"))
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                state["step"] = torch.tensor(float(self.num_steps_done))
-                self._optimizer.state[parameter] = {key: each.to(parameter.device) for key, each in state.items()}
+                moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+                moments["step"] = torch.tensor(float(self.num_steps_done))
+                self._optimizer.state[parameter] = {key: each.to(parameter.device) for key, each in moments.items()}
+
+    @property
+    def _follows_from(self) -> str:
+        """What a checkpoint is good for. The vocabulary follows from all of the text: a row is another token else."""
+        known = self._vocabulary.token_ids.tolist() if self._vocabulary else "all"
+        shards = [path.name for path in self._shards]
+        return json.dumps({"schedule": asdict(self.schedule), "shards": shards, "token_ids": known})
 
     def _groups(self) -> Iterator[list[Document]]:
         """Batches without end, every document once an epoch, in an order that follows from the seed."""
@@ -114,7 +112,9 @@ class Training:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.num_steps_done += 1
-        return loss.item()
+        found = loss.item()
+        self.loss = found if math.isnan(self.loss) else _MEMORY * self.loss + (1.0 - _MEMORY) * found
+        return found
 
     def _loss(self, batch: Batch) -> Tensor:
         """Cross entropy in nats a token; p of tokens that the student does not know is nobody's to learn."""

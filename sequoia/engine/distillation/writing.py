@@ -79,8 +79,9 @@ def write(
     eos_token_ids: Sequence[int],
     lengths: Lengths,
     generator: np.random.Generator,
+    vocab_size: int,
 ) -> Iterator[Document]:
-    """The documents as they are finished. Tokens are drawn from the `TEACHER_WIDTH` likeliest ones.
+    """The documents as they are finished. Tokens are drawn from the `TEACHER_WIDTH` likeliest below `vocab_size`.
 
     As many at a time as the engine's cache has slots, which must hold whole documents.
     """
@@ -90,7 +91,7 @@ def write(
         while waiting or sessions:
             while waiting and free:
                 sessions.append(_begin(free.pop(), waiting.pop()))
-            _take_forwards(engine, sessions)
+            _take_forwards(engine, sessions, vocab_size)
             running = []
             for session, uniform in zip(sessions, generator.random(len(sessions)), strict=True):
                 if _advance(session, uniform, eos_token_ids, lengths):
@@ -102,20 +103,21 @@ def write(
             sessions = running
 
 
-def read(engine: Engine, texts: Sequence[tuple[int, ...]]) -> Iterator[Document]:
+def read(engine: Engine, texts: Sequence[tuple[int, ...]], vocab_size: int) -> Iterator[Document]:
     """Somebody else's texts, with what the target expected behind each of their tokens."""
     for token_ids in texts:
         with engine.cache.slot() as slot:
             session = _Session(slot, Assignment(token_ids, (), 0.0), token_ids)
             [logits] = engine.forward([session.segment()])
-            session.take(*_likeliest(logits))
+            session.take(*_likeliest(logits[:, :vocab_size]))
             yield session.document()
 
 
-def _take_forwards(engine: Engine, sessions: Sequence[_Session]) -> None:
+def _take_forwards(engine: Engine, sessions: Sequence[_Session], vocab_size: int) -> None:
     """Give every session what its pending tokens' forward tells."""
     for some in _sharing(sessions):
-        ids, logs = _likeliest(torch.cat(engine.forward([session.segment() for session in some])))
+        logits = torch.cat(engine.forward([session.segment() for session in some]))
+        ids, logs = _likeliest(logits[:, :vocab_size])
         start = 0
         for session in some:
             end = start + len(session.pending)

@@ -5,10 +5,16 @@ from __future__ import annotations
 import ctypes
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from sequoia.engine.native.growth import BATCH_ARRAYS, address, embedding_rows_of, place, ranker_for, root_logits_of
+from sequoia.engine.native.growth import (
+    BATCH_ARRAYS,
+    LevelLogits,
+    address,
+    embedding_rows_of,
+    place,
+    ranker_for,
+    root_logits_of,
+)
 from sequoia.engine.whole_tree import GrownDynamicTree, WholeDynamicTree, most_children
 
 _NODE = np.dtype([("score", np.float64), ("parent", np.int64), ("token", np.int64), ("index", np.int64)])
@@ -41,11 +47,11 @@ class _Memory(ctypes.Structure):
 
 
 class DynamicGrower:
-    """`sequoia_grow_dynamic` with the memory for a level's logits, which is used again from tree to tree."""
+    """`sequoia_grow_dynamic` of one model."""
 
     def __init__(self, library: ctypes.CDLL, padded_vocab_size: int) -> None:
         self._grow, self._padded_vocab_size = library.sequoia_grow_dynamic, padded_vocab_size
-        self._logits = torch.empty(0)
+        self._logits = LevelLogits(padded_vocab_size)
 
     def __call__(
         self, model: ctypes.Structure, scratch: ctypes.Structure, wanted: WholeDynamicTree
@@ -53,7 +59,7 @@ class DynamicGrower:
         """Write the rows of the nodes that are forwarded. `scratch` has room for a forward of `shape.width`."""
         shape, most = wanted.shape, most_children(wanted.shape)
         num_nodes = shape.size + shape.width * most
-        nodes, logits = np.empty(num_nodes, _NODE), self._room(shape.width)
+        nodes, logits = np.empty(num_nodes, _NODE), self._logits.room(shape.width)
         token_ids = np.empty((shape.num_rows, wanted.num_ranked), np.int64)
         num_tokens, scores = np.empty(shape.num_rows, np.int64), np.empty((shape.width, wanted.num_ranked))
         sizes = BATCH_ARRAYS * shape.width + 1, shape.width * shape.levels, shape.size, num_nodes, shape.width
@@ -70,11 +76,6 @@ class DynamicGrower:
             ctypes.byref(grown),
         )
         return _read(grown, nodes, token_ids, num_tokens)
-
-    def _room(self, num_rows: int) -> Tensor:
-        if self._logits.numel() < num_rows * self._padded_vocab_size:
-            self._logits = torch.empty(num_rows * self._padded_vocab_size)
-        return self._logits
 
 
 def _read(grown: _Grown, nodes: np.ndarray, token_ids: np.ndarray, num_tokens: np.ndarray) -> GrownDynamicTree:

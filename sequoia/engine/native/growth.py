@@ -50,12 +50,25 @@ class _Memory(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "batch", "own_rows", "rows", "living"))
 
 
+class LevelLogits:
+    """Memory for a level's logits, which is used again from tree to tree."""
+
+    def __init__(self, padded_vocab_size: int) -> None:
+        self._width, self._memory = padded_vocab_size, torch.empty(0)
+
+    def room(self, num_rows: int) -> Tensor:
+        """For that many rows at least."""
+        if self._memory.numel() < num_rows * self._width:
+            self._memory = torch.empty(num_rows * self._width)
+        return self._memory
+
+
 class Grower:
-    """`sequoia_grow` with the memory for a level's logits, which is used again from tree to tree."""
+    """`sequoia_grow` of one model."""
 
     def __init__(self, library: ctypes.CDLL, padded_vocab_size: int) -> None:
         self._grow, self._padded_vocab_size = library.sequoia_grow, padded_vocab_size
-        self._logits = torch.empty(0)
+        self._logits = LevelLogits(padded_vocab_size)
 
     def __call__(self, model: ctypes.Structure, scratch: ctypes.Structure, wanted: WholeTree) -> GrownTree:
         """Write the rows of the tree's nodes. `scratch` has room for a forward of its widest level."""
@@ -66,7 +79,7 @@ class Grower:
         q_shape = (num_nodes if is_drawn else 0, DRAFT_WIDTH)
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(address, (token_ids, num_tokens)), *map(address, q))
-        logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
+        logits, numbers = self._logits.room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
         root_logits, rows = root_logits_of(wanted), embedding_rows_of(wanted)
         self._grow(
             ctypes.byref(model),
@@ -79,11 +92,6 @@ class Grower:
             ctypes.byref(grown),
         )
         return GrownTree(token_ids, num_tokens, q if is_drawn else None, grown.num_forwards, grown.ranking_seconds)
-
-    def _room(self, num_rows: int) -> Tensor:
-        if self._logits.numel() < num_rows * self._padded_vocab_size:
-            self._logits = torch.empty(num_rows * self._padded_vocab_size)
-        return self._logits
 
 
 def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
