@@ -10,6 +10,7 @@ import numpy as np
 
 from draft_worker.ahead import Ahead
 from draft_worker.growth import Chooser, Growth, Tokens, grow_levels
+from draft_worker.mixture import NgramSource
 from draft_worker.unseen import grow_unseen
 from draft_worker.whole import grow_whole
 from sequoia.engine.attention import chunk_segment
@@ -30,6 +31,7 @@ class DraftLimits:
     context_length: int  # longest session, in tokens
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
     grows_whole: bool = False  # the engine grows a tree in one turn
+    mixes_ngrams: bool = False  # what the session's tokens repeat is mixed into q
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class DraftSession:
         self._chooser = Chooser(decoding, limits.vocab_size, generator)
         # Of its own, so that trees that are dropped change nothing in those that follow.
         self._ahead_chooser = Chooser(decoding, limits.vocab_size, generator.spawn(1)[0])
+        self._ngrams = NgramSource() if limits.mixes_ngrams else None
         self._committed: Tokens = ()
         self._last: Growth | None = None
         self._ahead: Ahead | None = None
@@ -77,10 +80,12 @@ class DraftSession:
 
     def prefill(self) -> Job[None]:
         """Make rows for all committed tokens but the root."""
+        self._learn()
         yield from feed(self._slot, self._committed[self._slot.length : -1], self._limits.prefill_chunk)
 
     def grow(self, topology: Topology) -> Job[Drafted]:
         """The tree of that topology, smaller where a q had fewer tokens than a node has children."""
+        self._learn()
         ahead, self._ahead = self._ahead, None
         hit = ahead.find(self._committed, topology) if ahead else None
         if ahead is not None and hit is not None:
@@ -97,7 +102,7 @@ class DraftSession:
         """Grow trees for the likeliest verdicts on the last tree. To be dropped before anything else is asked for."""
         assert self._last is not None, "there is no tree yet"
         context_length = self._limits.context_length
-        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length)
+        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length, self._ngrams)
         return self._ahead.job()
 
     def _begin(self, topology: Topology) -> Job[Growth]:
@@ -110,7 +115,8 @@ class DraftSession:
         root = pending[num_fed:]  # and what rides along
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
-        growth = Growth(topology, self._committed)
+        mixture = self._ngrams.mixture(self._committed, topology.levels - 1) if self._ngrams else None
+        growth = Growth(topology, self._committed, mixture=mixture)
         is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(growth)
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
@@ -120,6 +126,15 @@ class DraftSession:
         elif growth.frontier:
             growth.add(self._chooser.level(growth, growth.frontier, logits))
         return growth
+
+    def _learn(self) -> None:
+        """What the committed tokens say of the last tree's mixture, and what they repeat from now on."""
+        last = self._last
+        if self._ngrams is None:
+            return
+        if last is not None and last.mixture is not None and self.num_committed > len(last.committed):
+            self._ngrams.learn(last.mixture, self._committed[len(last.committed)])
+        self._ngrams.extend(self._committed)
 
     def _keep_accepted(self) -> None:
         """Keep the last tree's rows that have become committed tokens; the root is always forwarded anew."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, stack
 
+from draft_worker.mixture import Mixture
 from sequoia.engine.attention import Segment
 from sequoia.engine.children import coupled_children, draft_distributions, draw_children, top_children
 from sequoia.engine.executor import Job
@@ -34,16 +35,23 @@ class Level:
 
 
 def choose_level(
-    logits: Tensor, decoding: Decoding, paths: Sequence[Path], counts: Sequence[int], generator: np.random.Generator
+    logits: Tensor,
+    decoding: Decoding,
+    paths: Sequence[Path],
+    counts: Sequence[int],
+    generator: np.random.Generator,
+    mixture: Mixture | None = None,
 ) -> Level:
     """The children of nodes of one depth by the rule: `counts[i]` of them, or fewer where q has fewer.
 
-    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens.
+    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens; q is that of the mixture.
     """
     sampling = decoding.sampling
     if sampling.adjusts(paths[0].num_generated):
         rows = zip(logits, paths, strict=True)
         logits = stack([adjusted_logits(row, sampling, path) for row, path in rows])
+    if mixture is not None:
+        logits = mixture.mixed(logits, [path.drafted for path in paths], sampling.temperature)
     if decoding.rule.children == "drawn":
         q = draft_distributions(logits, sampling)
         drawn = tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts))
@@ -101,8 +109,10 @@ class Growth:
     a guess, and the root is a node like the others.
     """
 
-    def __init__(self, topology: Topology, committed: Tokens, stem: Stem | None = None) -> None:
-        self.topology, self.committed = topology, committed
+    def __init__(
+        self, topology: Topology, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
+    ) -> None:
+        self.topology, self.committed, self.mixture = topology, committed, mixture
         self._stem = stem
         self._parents, self._tokens = [-1], [committed[-1]]
         self._planned_nodes = [0]  # the planned node behind each grown one
@@ -198,11 +208,14 @@ class Chooser:
         """The children of some nodes of one depth, whose logits these are."""
         paths = growth.paths(nodes, self.decoding.num_prompt_tokens)
         rows = logits[:, : self.vocab_size]
-        return choose_level(rows, self.decoding, paths, growth.child_counts(nodes), self.generator)
+        counts = growth.child_counts(nodes)
+        return choose_level(rows, self.decoding, paths, counts, self.generator, growth.mixture)
 
     def can_grow_unseen(self, growth: Growth) -> bool:
         """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""
-        return not self.decoding.sampling.adjusts(len(growth.committed) - self.decoding.num_prompt_tokens)
+        return growth.mixture is None and not self.decoding.sampling.adjusts(
+            len(growth.committed) - self.decoding.num_prompt_tokens
+        )
 
 
 def grow_levels(slot: KVSlot, growth: Growth, chooser: Chooser) -> Job[None]:

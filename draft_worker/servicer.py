@@ -29,6 +29,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             described.context_length,
             reads_once=engine.reads_once,
             grows_whole=engine.can_grow,
+            mixes_ngrams=worker.mixes_ngrams,
         )
         self._drafter = Drafter(worker.executor, limits)
         self._account = Account(worker.draft_ahead)

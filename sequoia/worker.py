@@ -62,6 +62,11 @@ class WorkerConfig:
         "draft worker: grow the next tree while the last is verified; auto: while it pays, on a device of its own",
         choices=("auto", "on", "off"),
     )
+    ngram: str = setting(
+        "on",
+        "draft worker: mix what the session's own tokens repeat into the draft's distributions",
+        choices=("on", "off"),
+    )
     deterministic: bool = setting(
         False, "rows that do not depend on what shares their forward, also where that is slower; native ones never do"
     )
@@ -87,6 +92,7 @@ class Worker:
     prefill_chunk: int
     cache_dir: Path
     draft_ahead: str
+    mixes_ngrams: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +147,15 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         num_slots=config.num_slots,
         device_id=_device_id(model),
     )
-    return Worker(model, executor, description, config.prefill_chunk, files.cache_dir, config.draft_ahead)
+    return Worker(
+        model,
+        executor,
+        description,
+        config.prefill_chunk,
+        files.cache_dir,
+        config.draft_ahead,
+        mixes_ngrams=config.ngram == "on",
+    )
 
 
 def measure(worker: Worker) -> None:
