@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
 
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
@@ -69,7 +69,7 @@ class Report:
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
-            self._count(Topology.of(tuple(draft.tree.topology.parents)), response.verdict)
+            self._count(Topology.of(tuple(draft.tree.topology.parents)), asked, response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
@@ -89,14 +89,14 @@ class Report:
             usage.num_ahead_hits += 1
             usage.hit_draft_seconds += self._step.draft
 
-    def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
+    def _count(self, topology: Topology, asked: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message
-        message.num_drafted_steps += 1
+        message.num_drafted_steps += topology.size > 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
-        for node in (0, *verdict.accepted_nodes):
-            for rank in range(len(topology.children[node])):
-                _increment(self._counts(topology.depths[node]).num_offered, rank)
+        for depth, num_children in enumerate(_num_asked(topology, asked, verdict.accepted_nodes)):
+            for rank in range(num_children):
+                _increment(self._counts(depth).num_offered, rank)
         for node in verdict.accepted_nodes:
             _increment(self._counts(topology.depths[node] - 1).num_accepted, topology.ranks[node])
 
@@ -110,6 +110,21 @@ class Report:
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         return seconds
+
+
+def _num_asked(topology: Topology, asked: Topology, accepted_nodes: Iterable[int]) -> Iterator[int]:
+    """Children that the root and the accepted nodes were asked to have: one that did not come was not accepted either.
+
+    The tree has the first children of a node that it was asked for; one that has others is not followed.
+    """
+    behind = 0
+    yield len(asked.children[0])
+    for node in accepted_nodes:
+        children = asked.children[behind]
+        if topology.ranks[node] >= len(children):
+            return
+        behind = children[topology.ranks[node]]
+        yield len(asked.children[behind])
 
 
 def _add(total: coordinator_pb2.StageSeconds, step: coordinator_pb2.StageSeconds) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from sequoia.errors import InvalidArgument
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, Topology
 from sequoia.worker import feed
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +76,7 @@ class DraftSession:
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
-        known = self._committed[base_len:]
-        if base_len > self.num_committed or token_ids[: len(known)] != known:
-            raise InvalidArgument(f"does not continue the {self.num_committed} committed tokens", "base_len")
-        self._committed = self._committed[:base_len] + token_ids
+        self._committed = continued(self._committed, base_len, token_ids)
 
     def prefill(self) -> Job[None]:
         """Make rows for all committed tokens but the root."""
@@ -144,15 +144,26 @@ class DraftSession:
         self._slot.truncate(min(self._slot.length, self.num_committed - 1))
 
 
+def continued(committed: Tokens, base_len: int, token_ids: Tokens) -> Tokens:
+    """The committed tokens with `token_ids` from `base_len` on. Raises InvalidArgument when they contradict."""
+    known = committed[base_len:]
+    if base_len > len(committed) or token_ids[: len(known)] != known:
+        raise InvalidArgument(f"does not continue the {len(committed)} committed tokens", "base_len")
+    return committed[:base_len] + token_ids
+
+
 class Drafter:
     """Opens sessions on one draft model."""
 
     def __init__(self, executor: Executor, limits: DraftLimits) -> None:
-        self.executor = executor
-        self._limits = limits
+        self._executor, self._limits = executor, limits
+
+    async def run(self, job: Job[Result]) -> Result:
+        """The job's result, among those of all sessions."""
+        return await self._executor.run(job)
 
     @contextmanager
     def session(self, decoding: Decoding) -> Iterator[DraftSession]:
         """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
-        with self.executor.engine.cache.slot() as slot:
+        with self._executor.engine.cache.slot() as slot:
             yield DraftSession(slot, decoding, np.random.default_rng(), self._limits)

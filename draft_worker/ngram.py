@@ -92,9 +92,9 @@ def _match_length(tokens: Tokens, position: int) -> int:
 
 def _trie(tokens: Tokens, places: Sequence[_Place], depth: int, most: int) -> Trie:
     parents, token_ids, weights, lengths = [-1], [tokens[-1]], [1.0], [max(place.length for place in places)]
-    level = [(0, places)]
+    level: list[tuple[int, Sequence[_Place]]] = [(0, places)]
     for offset in range(depth):
-        below = []
+        below: list[tuple[int, Sequence[_Place]]] = []
         for node, own in level:
             total = sum(place.weight for place in own)
             for token, members in _by_token(tokens, own, offset):

@@ -26,12 +26,19 @@ DRAFT_WIDTH = 32
 MOST_DROP = 10 * math.log(2.0)
 
 
+Float = NDArray[np.float64]
+
+
 def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
     """q of some rows of logits (rows, vocabulary): the same cuts as p, at most `width` tokens, bfloat16 weights.
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
-    candidates = [_draft_candidates(row, sampling, width) for row in logits]
+    return distributions_of([_draft_candidates(row, sampling, width) for row in logits])
+
+
+def distributions_of(candidates: Sequence[tuple[Int, Float]]) -> DraftDistributions:
+    """q of some rows of token ids and their log q, up to a constant and at most 0; descending."""
     shape = len(candidates), max(1, *(len(ids) for ids, _ in candidates))
     token_ids, weights = np.zeros(shape, np.uint32), np.zeros(shape, np.float32)
     for row, (ids, logs) in enumerate(candidates):
@@ -77,7 +84,7 @@ def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     return tuple(largest(on_host(logits), count).tolist())
 
 
-def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Int, NDArray[np.float64]]:
+def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Int, Float]:
     """The likeliest tokens of a row (vocabulary,) that no parameter cuts, and log q up to a constant; descending.
 
     At most `width`, and none of a row with NaN.
