@@ -213,9 +213,7 @@ class Chooser:
 
     def can_grow_unseen(self, growth: Growth) -> bool:
         """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""
-        return growth.mixture is None and not self.decoding.sampling.adjusts(
-            len(growth.committed) - self.decoding.num_prompt_tokens
-        )
+        return not self.decoding.sampling.adjusts(len(growth.committed) - self.decoding.num_prompt_tokens)
 
 
 def grow_levels(slot: KVSlot, growth: Growth, chooser: Chooser) -> Job[None]:

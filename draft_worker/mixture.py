@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from draft_worker.ngram import LONGEST, SHORTEST, NgramIndex, Tokens
@@ -58,6 +60,15 @@ class Mixture:
     def __init__(self, trie: Trie) -> None:
         self.trie = trie
         self.shares: dict[int, float] = {}  # of the root's children on the trie: the part that is the trie's
+
+    def root_logits(self, row: NDArray[np.floating]) -> dict[int, float]:
+        """Of the root's children on the trie, from the root's row of logits (vocabulary,)."""
+        return {token: float(row[token]) for token in self.trie.children[0] if token < len(row)}
+
+    def compare(self, own: Mapping[int, float], mixed: Mapping[int, float], temperature: float) -> None:
+        """Learn the shares from the root's logits before and after another has mixed them."""
+        falls = {token: (own[token] - mixed[token]) / (temperature or 1.0) for token in own if own[token] > -math.inf}
+        self.shares = {token: -math.expm1(fall) for token, fall in falls.items()}
 
     def mixed(self, logits: Tensor, paths: Sequence[Tokens], temperature: float) -> Tensor:
         """The logits (rows, vocabulary) of nodes that these tokens lead to, of the mixture where they are on the trie.

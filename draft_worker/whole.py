@@ -18,10 +18,13 @@ def grow_whole(slot: KVSlot, growth: Growth, chooser: Chooser, logits: Tensor) -
     shape, kind = growth.topology, chooser.decoding.rule.children
     draws = _Draws(chooser.generator, len(shape.internal_nodes) if kind == "drawn" else 0)
     num_ranked = NUM_SPARES + max(map(len, shape.children))
-    wanted = WholeTree(
-        slot, shape, logits, kind, chooser.decoding.sampling, chooser.vocab_size, num_ranked, draws.exponentials
-    )
+    sampling, trie = chooser.decoding.sampling, growth.mixture.trie if growth.mixture else None
+    wanted = WholeTree(slot, shape, logits, kind, sampling, chooser.vocab_size, num_ranked, draws.exponentials, trie)
+    row = logits[0, : chooser.vocab_size].numpy()
+    own = growth.mixture.root_logits(row) if growth.mixture else {}
     grown: GrownTree = yield wanted
+    if growth.mixture:
+        growth.mixture.compare(own, growth.mixture.root_logits(row), sampling.temperature)
     draws.give_back(grown.num_living)
     ranking = ReadRanking(grown.token_ids, grown.num_tokens, grown.q or ())
     first = 0

@@ -71,9 +71,11 @@ pytestmark = needs_native
 class Grown:
     """A session of an engine of its own, which is drafted for alone: with whole trees, or level by level."""
 
-    def __init__(self, engine: Engine, kind: str, *, whole: bool, vocab_size: int = 400) -> None:
+    def __init__(
+        self, engine: Engine, kind: str, *, whole: bool, vocab_size: int = 400, mixes_ngrams: bool = False
+    ) -> None:
         self._engine, self._slots, self.generator = engine, ExitStack(), np.random.default_rng(5)
-        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size, context_length=200, grows_whole=whole)
+        limits = DraftLimits(8, vocab_size, 200, grows_whole=whole, mixes_ngrams=mixes_ngrams)
         rule, sampling = KINDS[kind]
         self.slot = self._slots.enter_context(engine.cache.slot())
         self.session = DraftSession(self.slot, Decoding(rule, sampling, 1), self.generator, limits)
@@ -99,6 +101,12 @@ class Grown:
                     return end.value
                 self.num_whole += isinstance(wanted, WholeTree)
                 answer = answered(self._engine, wanted)
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """What the last step told of how the trie is to be trusted."""
+        last = self.session._last
+        return last.mixture.shares if last and last.mixture else {}
 
     def state(self) -> dict[str, Any]:
         """All that a step leaves behind."""
@@ -133,20 +141,31 @@ def used_q(tree: TokenTree) -> list[list[tuple[int, float]]] | None:
     return [list(zip(ids[weights > 0].tolist(), weights[weights > 0].tolist(), strict=True)) for ids, weights in rows]
 
 
+# Nodes that are accepted, and what rides along behind them: an inner node, the last one, the root, a child of it.
+NEWS = ((4, (77,)), (99, (78, 79)), (0, (5,)), (1, (91,)))
+
+
 def assert_same_steps(
-    engines: tuple[Engine, Engine], kind: str, shape: Topology, vocab_size: int = 400
+    engines: tuple[Engine, Engine],
+    kind: str,
+    shape: Topology,
+    vocab_size: int = 400,
+    *,
+    prompt: tuple[int, ...] = PROMPT,
+    news_by_step: tuple[tuple[int, tuple[int, ...]], ...] = NEWS,
+    mixes_ngrams: bool = False,
 ) -> list[TokenTree]:
-    """With an inner node accepted, then the last one, then none, and what rides along."""
+    """Step by step, with some nodes accepted."""
     with (
-        Grown(engines[0], kind, whole=True, vocab_size=vocab_size) as ours,
-        Grown(engines[1], kind, whole=False, vocab_size=vocab_size) as theirs,
+        Grown(engines[0], kind, whole=True, vocab_size=vocab_size, mixes_ngrams=mixes_ngrams) as ours,
+        Grown(engines[1], kind, whole=False, vocab_size=vocab_size, mixes_ngrams=mixes_ngrams) as theirs,
     ):
         for engine in engines:
             engine.num_forwards = engine.num_forward_tokens = 0
-        committed, trees = PROMPT, []
+        committed, trees = prompt, []
         for each in (ours, theirs):
             each.session.commit(0, committed)
-        for step, (node, others) in enumerate(((4, (77,)), (99, (78, 79)), (0, (5,)), (1, (91,)))):
+        for step, (node, others) in enumerate(news_by_step):
             tree, expected = ours.grow(shape), theirs.grow(shape)
             assert (tree.topology, tree.token_ids, used_q(tree)) == (
                 expected.topology,
@@ -154,6 +173,8 @@ def assert_same_steps(
                 used_q(expected),
             )
             assert ours.state() == theirs.state()
+            assert ours.shares == pytest.approx(theirs.shares, rel=1e-4, abs=1e-6)
+            assert bool(ours.shares) == mixes_ngrams
             assert (ours.num_whole, theirs.num_whole) == (step + 1, 0)
             news = (*tree.path_tokens(min(node, tree.topology.size - 1)), *others)
             for each in (ours, theirs):
@@ -205,6 +226,21 @@ def engines(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> t
 @pytest.fixture(scope="module")
 def llama(folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
     return native(folders("llama")), native(folders("llama"))
+
+
+@pytest.mark.parametrize("shape", ["tree", "chain", "wide"])
+@pytest.mark.parametrize("kind", ["greedy", "sample_and_walk", "coupled top_p", "coupled hot", "sequoia top_p, top_k"])
+def test_trees_mixed_with_the_texts_own_continuations_are_those_of_the_levels(
+    llama: tuple[Engine, Engine], kind: str, shape: str
+) -> None:
+    """Every step has a match, with one continuation or two; in the third one the trust has been learned."""
+    prompt = (*range(30, 42), *range(32, 37), 99, 31, *range(32, 38))
+    news = ((4, (31, 32, 33, 34)), (99, (38, 39, 40)), (0, (34, 35, 36)), (1, (33, 34, 35)))
+    options = {"prompt": prompt, "news_by_step": news, "mixes_ngrams": True}
+    mixed = assert_same_steps(llama, kind, SHAPES[shape], **options)
+    plain = assert_same_steps(llama, kind, SHAPES[shape], **{**options, "mixes_ngrams": False})
+    assert mixed[0].token_ids != plain[0].token_ids
+    assert mixed[0].follow((38, 39, 40)) or kind != "greedy"
 
 
 def test_paths_longer_than_a_sliding_window_are_those_of_the_levels(engines: tuple[Engine, Engine]) -> None:

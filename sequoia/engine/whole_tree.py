@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.trie import Trie
 from sequoia.sampling import Sampling
 from sequoia.topology import Int, Topology
 
@@ -32,6 +33,7 @@ class WholeTree:
     num_ranked: int  # tokens a node at most, children and spares
     # For draws: (nodes with children, DRAFT_WIDTH) float64, a row for each of them that has a token, in their order.
     exponentials: NDArray[np.float64] | None = None
+    trie: Trie | None = None  # mixed into q; the root's logits become those of the mixture
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:

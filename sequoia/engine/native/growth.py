@@ -36,6 +36,15 @@ class _Tree(ctypes.Structure):
     )
 
 
+class _Trie(ctypes.Structure):
+    _fields_ = (
+        ("num_nodes", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("parents", "token_ids", "log_odds")),
+        ("temperature", ctypes.c_double),
+        ("standing", ctypes.c_void_p),
+    )
+
+
 class _Grown(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("token_ids", "num_tokens", "q_ids", "q_weights")),
@@ -65,11 +74,13 @@ class Grower:
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(_address, (token_ids, num_tokens)), *map(_address, q))
         logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
+        trie = _trie_arrays(wanted, num_nodes)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
             ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted))),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
+            None if trie is None else ctypes.byref(_trie(wanted, trie)),
             ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
             ctypes.c_void_p(wanted.root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
@@ -97,6 +108,20 @@ def _plan(wanted: WholeTree) -> tuple[Int, Int, Int]:
     ranks = [wanted.topology.ranks[node] for node in nodes]
     starts = np.cumsum([0, *map(len, wanted.levels)])
     return np.array(parents, np.int64), np.array(ranks, np.int64), starts.astype(np.int64)
+
+
+def _trie_arrays(wanted: WholeTree, num_nodes: int) -> tuple[np.ndarray, ...] | None:
+    """The arrays of `Trie` of ranking.h: parents, tokens, odds, and room for the tree's nodes."""
+    trie = wanted.trie
+    if trie is None:
+        return None
+    of_trie = np.array(trie.parents, np.int64), np.array(trie.token_ids, np.int64), np.array(trie.log_odds)
+    return (*of_trie, np.empty(num_nodes, np.int64))
+
+
+def _trie(wanted: WholeTree, arrays: tuple[np.ndarray, ...]) -> ctypes.Structure:
+    parents, token_ids, log_odds, standing = map(_address, arrays)
+    return _Trie(len(arrays[0]), parents, token_ids, log_odds, wanted.sampling.temperature or 1.0, standing)
 
 
 def _place(wanted: WholeTree) -> tuple[int, int, int]:

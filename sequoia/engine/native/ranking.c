@@ -222,3 +222,36 @@ void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, c
     else if (ranker->kind == COUPLED) rank_coupled(ranker, logits, position, ranked);
     else rank_drawn(ranker, logits, exponentials, ranked);
 }
+
+/* ---- mixtures ---- */
+
+int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token) {
+    for (int64_t child = 1; node >= 0 && child < trie->num_nodes; child++)
+        if (trie->parents[child] == node && trie->token_ids[child] == token) return child;
+    return -1;
+}
+
+/* The logarithm of a row's mass; not finite where the row is broken. */
+static double log_mass_of(const float *logits, int64_t size, double temperature) {
+    float peak = -INFINITY;
+    int is_broken = 0;
+    for (int64_t i = 0; i < size; i++) {
+        peak = logits[i] > peak ? logits[i] : peak;
+        is_broken |= logits[i] != logits[i];
+    }
+    if (is_broken || isinf(peak)) return NAN;
+    return peak / temperature + log(mass_of(logits, size, peak, (float)temperature));
+}
+
+void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits) {
+    double mass = INFINITY; /* not known yet */
+    for (int64_t child = 1; node >= 0 && child < trie->num_nodes; child++) {
+        int64_t token = trie->token_ids[child];
+        if (trie->parents[child] != node || token >= vocab_size) continue;
+        if (isinf(mass)) mass = log_mass_of(logits, vocab_size, trie->temperature);
+        if (isnan(mass)) return;
+        double own = logits[token] / trie->temperature, added = mass + trie->log_odds[child];
+        if (own == -INFINITY) continue;
+        logits[token] = (float)((fmax(own, added) + log1p(exp(-fabs(own - added)))) * trie->temperature);
+    }
+}

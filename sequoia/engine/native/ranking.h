@@ -81,4 +81,21 @@ typedef struct {
 void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
                   const Ranked *ranked);
 
+/* ---- mixtures ---- */
+
+/* Continuations that are mixed into the distributions of a tree's nodes: trie.py. */
+typedef struct {
+    int64_t num_nodes;
+    const int64_t *parents, *token_ids; /* (nodes,) in level order, root first */
+    const double *log_odds;             /* (nodes,) */
+    double temperature;
+    int64_t *standing; /* (the tree's nodes,): which of these each stands on; below 0: none */
+} Trie;
+
+/* The child of a node that has this token; -1: none, as of no node at all. */
+int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token);
+
+/* Make a row of logits those of the mixture at a node, in place. */
+void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits);
+
 #endif
