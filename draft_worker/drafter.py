@@ -121,7 +121,7 @@ class DraftSession:
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
             yield from grow_whole(self._slot, growth, self._chooser, logits)
-        elif is_unseen and self._limits.reads_once and growth.mixture is None:
+        elif is_unseen and self._limits.reads_once:
             yield from grow_unseen(self._slot, growth, self._chooser, logits)
         elif growth.frontier:
             growth.add(self._chooser.level(growth, growth.frontier, logits))

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from draft_worker.ngram import LONGEST, SHORTEST, NgramIndex, Tokens
 from sequoia.engine.largest import on_host
+from sequoia.engine.transfer import Array
 from sequoia.engine.trie import NOWHERE, Trie, mix
+from sequoia.engine.trie_rows import TrieRows
 
 # What a match is trusted before anything is known, by its length: 2 to 8 tokens.
 _PRIOR = (0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5)
@@ -85,6 +87,31 @@ class Mixture:
             shares = mix(values[row], self.trie, node, temperature or 1.0)
             self.shares = self.shares if node else shares
         return torch.from_numpy(values)
+
+
+class DeviceMixture:
+    """A mixture for rows that the host does not see until the tree is whole."""
+
+    def __init__(self, mixture: Mixture, temperature: float, device: torch.device) -> None:
+        self._mixture, self._temperature = mixture, temperature or 1.0
+        self._rows = TrieRows.of(mixture.trie, device)
+        self._standing = torch.zeros(1, dtype=torch.int64, device=device)
+        self.root_shares = torch.empty(0)  # (trie nodes - 1,) float64, once the root's row is mixed
+
+    def descend(self, parent_rows: Tensor, token_ids: Tensor) -> None:
+        """To the next depth: which of the rows before is the parent of each, and its own token, (rows,)."""
+        self._standing = self._rows.follow(self._standing[parent_rows], token_ids)
+
+    def mixed(self, logits: Tensor) -> Tensor:
+        """The logits (rows, vocabulary) of this depth, the root's first, mixed."""
+        result, shares = self._rows.mix(logits, self._standing, self._temperature)
+        self.root_shares = self.root_shares if len(self.root_shares) else shares[0]
+        return result
+
+    def read(self, root_shares: Array) -> None:
+        """They are on the host now."""
+        children = self._mixture.trie.children[0]
+        self._mixture.shares = {token: float(root_shares[node - 1]) for token, node in children.items()}
 
 
 class NgramSource:

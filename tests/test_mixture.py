@@ -22,7 +22,8 @@ from draft_worker.mixture import Mixture, NgramSource, Trust
 from draft_worker.ngram import LONGEST, SHORTEST
 from sequoia.engine.noise import gumbel_noise
 from sequoia.engine.sampling import Path, RandomChoices
-from sequoia.engine.trie import Trie, mix
+from sequoia.engine.trie import NOWHERE, Trie, mix
+from sequoia.engine.trie_rows import TrieRows
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology
@@ -190,6 +191,49 @@ def test_a_tree_proposes_what_the_text_repeats(bench: Bench) -> None:
     assert tree.follow((38, 39, 40, 41))
     assert path_tokens(tree, tree.follow((38, 39, 40))[-1]) == (38, 39, 40)
     assert not grown(bench, REPEATING, Sampling(0.0), mixes=False).follow((38,))
+
+
+DEVICE_KINDS = {
+    "greedy": (GREEDY, Sampling(0.0)),
+    "sample_and_walk": (SAMPLE_AND_WALK, Sampling(1.0)),
+    "coupled": (COUPLED, Sampling(0.7, top_p=0.9, seed=3)),
+    "sequoia": (SEQUOIA, Sampling(0.9, top_k=20)),
+}
+
+
+@pytest.mark.parametrize("kind", DEVICE_KINDS)
+def test_trees_that_are_read_at_once_are_mixed_like_others(bench: Bench, kind: str) -> None:
+    """Draws of the two are in another order of the generator's numbers only where a node has no token."""
+    rule, sampling = DEVICE_KINDS[kind]
+    found = []
+    for reads_once in (True, False):
+        with bench.engine.cache.slot() as slot:
+            own = replace(limits(mixes=True), reads_once=reads_once)
+            session = DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), own)
+            session.commit(0, REPEATING)
+            tree = bench.run(session.grow(TREE)).tree
+            assert session._last is not None
+            assert session._last.mixture is not None
+            found.append((tree, session._last.mixture.shares))
+    (at_once, shares), (by_level, expected) = found
+    assert (at_once.topology, at_once.token_ids) == (by_level.topology, by_level.token_ids)
+    assert shares == pytest.approx(expected)
+    assert at_once.token_ids != grown(bench, REPEATING, sampling, mixes=False).token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+def test_rows_on_a_device_are_mixed_like_those_on_the_host(temperature: float) -> None:
+    rows = TrieRows.of(TRIE, LOGITS.device)
+    below = rows.follow(torch.tensor([0, 0, 0, NOWHERE]), torch.tensor([3, 4, 5, 3]))
+    assert below.tolist() == [1, NOWHERE, 2, NOWHERE]
+    mixed, shares = rows.mix(LOGITS, torch.tensor([0, 1, NOWHERE]), temperature)
+    mixture = Mixture(TRIE)
+    expected = mixture.mixed(LOGITS, [path.drafted for path in PATHS], temperature)
+    torch.testing.assert_close(mixed, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(mixed[2], LOGITS[2])
+    assert {TRIE.token_ids[i + 1]: each for i, each in enumerate(shares[0].tolist()) if each} == pytest.approx(
+        mixture.shares, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(("news", "is_right"), [((38, 7), True), ((7,), False)])
