@@ -70,6 +70,9 @@ class Report:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
             self._count(Topology.of(tuple(draft.tree.topology.parents)), asked, response.verdict)
+            self.message.num_ngram_tokens += len(draft.ngram_nodes)
+            accepted = set(response.verdict.accepted_nodes)
+            self.message.num_accepted_ngram_tokens += len(accepted.intersection(draft.ngram_nodes))
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:

@@ -49,6 +49,7 @@ class Drafted:
     num_begun: int = 0
     hit: int | None = None
     num_levels_saved: int = 0
+    ngram_nodes: tuple[int, ...] = ()  # whose tokens go on as the text did before; ascending, without the root
 
 
 class DraftSession:
@@ -96,7 +97,9 @@ class DraftSession:
             num_levels_saved = 0
         yield from grow_levels(self._slot, growth, self._chooser)
         self._last = growth
-        return Drafted(growth.tree(), ahead.num_begun if ahead else 0, hit, num_levels_saved)
+        tree = growth.tree()
+        ngram_nodes = growth.mixture.trie.nodes_on(tree) if growth.mixture else ()
+        return Drafted(tree, ahead.num_begun if ahead else 0, hit, num_levels_saved, ngram_nodes)
 
     def draft_ahead(self, num_guesses: int) -> Job[None]:
         """Grow trees for the likeliest verdicts on the last tree. To be dropped before anything else is asked for."""

@@ -53,7 +53,8 @@ class LookupSession:
         """The tree of that topology as far as the text has been there before: the root alone where it has not."""
         yield from self.prefill()
         trie = self._index.continuations(self._committed, topology.levels - 1, _MOST_NODES)
-        return Drafted(self._tree(topology, trie) if trie else TokenTree.root_only(self._committed[-1]))
+        tree = self._tree(topology, trie) if trie else TokenTree.root_only(self._committed[-1])
+        return Drafted(tree, ngram_nodes=tuple(range(1, tree.topology.size)))
 
     def draft_ahead(self, num_guesses: int) -> Job[None]:
         """Nothing: there is no forward to save."""

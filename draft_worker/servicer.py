@@ -66,6 +66,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             tree=tree_to_wire(drafted.tree),
             worker_seconds=time.monotonic() - started,
             ahead=_ahead_to_wire(drafted),
+            ngram_nodes=drafted.ngram_nodes,
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
 

@@ -65,6 +65,11 @@ def level(rule: Rule, sampling: Sampling, counts: Sequence[int]) -> Level:
     return Level(tuple(each.children[0] for each in levels), (), q)
 
 
+def test_nodes_on_the_trie_are_those_whose_whole_path_is() -> None:
+    tree = TokenTree(Topology((-1, 0, 0, 0, 1, 1, 3, 4)), (2, 3, 4, 7, 1, 2, 1, 1))
+    assert TRIE.nodes_on(tree) == (1, 3, 4)
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 def test_mixture_is_the_one_computed_by_hand(temperature: float) -> None:
     mixed = Mixture(TRIE).mixed(LOGITS, [path.drafted for path in PATHS], temperature)

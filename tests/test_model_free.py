@@ -238,3 +238,5 @@ def test_copying_takes_fewer_steps_and_changes_nothing_on_the_real_model() -> No
         found = client.generate(prompt, max_tokens=64, temperature=0, speculation="tree")
     assert found.token_ids == plain.token_ids
     assert found.speculation.mean_tokens_per_step > 1.3
+    assert found.speculation.num_accepted_ngram_tokens == found.speculation.num_accepted_tokens
+    assert found.speculation.num_ngram_tokens == found.speculation.num_drafted_tokens

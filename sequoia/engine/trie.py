@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia.topology import TokenTree
+
 # Where a node of a tree stands that no path of the trie leads to.
 NOWHERE = -1
 
@@ -45,6 +47,14 @@ class Trie:
             if node == NOWHERE:
                 break
         return node
+
+    def nodes_on(self, tree: TokenTree) -> tuple[int, ...]:
+        """The nodes of a tree, ascending and without the root, whose paths are paths of the trie too."""
+        standing = [0]
+        for node, parent in enumerate(tree.topology.parents[1:], start=1):
+            above = standing[parent]
+            standing.append(NOWHERE if above == NOWHERE else self.children[above].get(tree.token_ids[node], NOWHERE))
+        return tuple(node for node, place in enumerate(standing) if node and place != NOWHERE)
 
     @cached_property
     def log_odds(self) -> tuple[float, ...]:
