@@ -233,13 +233,16 @@ int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token) {
 
 /* The logarithm of a row's mass; not finite where the row is broken. */
 static double log_mass_of(const float *logits, int64_t size, double temperature) {
-    float peak = -INFINITY;
-    int is_broken = 0;
-    for (int64_t i = 0; i < size; i++) {
-        peak = logits[i] > peak ? logits[i] : peak;
-        is_broken |= logits[i] != logits[i];
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    __m512 peaks = none;
+    __mmask16 broken = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        __m512 values = _mm512_mask_loadu_ps(none, first_lanes(size - i), logits + i);
+        broken |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+        peaks = _mm512_max_ps(peaks, values);
     }
-    if (is_broken || isinf(peak)) return NAN;
+    float peak = _mm512_reduce_max_ps(peaks);
+    if (broken || isinf(peak)) return NAN;
     return peak / temperature + log(mass_of(logits, size, peak, (float)temperature));
 }
 
