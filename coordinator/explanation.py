@@ -8,7 +8,7 @@ from sequoia.rules import ParameterError, Rule, choose_rule
 from sequoia.sampling import Sampling
 from sequoia.situation import Situation
 from sequoia.v1 import coordinator_pb2
-from sequoia.wire import rule_name
+from sequoia.wire import rule_name, shape_to_wire
 
 
 def explain(
@@ -26,9 +26,9 @@ def explain(
         num_ahead_hits=speculator.num_ahead_hits,
         num_ahead_misses=speculator.num_ahead_misses,
     )
-    for topology, pace in governor.paces.items():
-        realised = response.realised.add(num_steps=pace.num_steps, num_tokens=pace.num_tokens, seconds=pace.seconds)
-        realised.topology.parents.extend(topology.parents)
+    for shape, pace in governor.paces.items():
+        figures = {"num_steps": pace.num_steps, "num_tokens": pace.num_tokens, "seconds": pace.seconds}
+        response.realised.add(**figures, **shape_to_wire(shape))
     return response
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 
 from coordinator.pace import Pace
 from sequoia.planner import PricedTree, TreePlan
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 # What a plan must promise before it is followed at once; below, it is tried first.
 LEAST_SPEEDUP = 1.05
@@ -45,7 +45,7 @@ class Gait(Enum):
 class Gaits:
     """The trees of a plan by gait, and the seconds per token that they were predicted to take."""
 
-    trees: Mapping[Gait, Topology]
+    trees: Mapping[Gait, TreeShape]
     predicted: Mapping[Gait, float]
     first: Gait
     promise: str
@@ -58,9 +58,9 @@ class Gaits:
             priced[Gait.ON] = plan.best_tree
         if plan.reduced is not None:
             priced[Gait.REDUCED] = plan.reduced
-        trees = {gait: each.topology for gait, each in priced.items()} | {Gait.OFF: PLAIN}
+        trees: dict[Gait, TreeShape] = {gait: each.shape for gait, each in priced.items()}
         predicted = {gait: each.seconds_per_token for gait, each in priced.items()}
-        predicted[Gait.OFF] = plan.inputs.verify_curve.at(1)
+        trees[Gait.OFF], predicted[Gait.OFF] = PLAIN, plan.inputs.verify_curve.at(1)
         speedup = plan.best_tree.speedup if plan.best_tree else 0.0
         first = Gait.ON if speedup >= LEAST_SPEEDUP else Gait.OFF
         return Gaits(trees, predicted, first, f"the plan promises {speedup:.2f} of plain decoding's speed")
@@ -68,7 +68,7 @@ class Gaits:
     @staticmethod
     def unplanned(tree: Topology, chain: Topology) -> Gaits:
         """Of a pair without a plan: a built-in tree, tried before anything is known."""
-        trees = {Gait.ON: tree, Gait.REDUCED: chain, Gait.OFF: PLAIN}
+        trees: dict[Gait, TreeShape] = {Gait.ON: tree, Gait.REDUCED: chain, Gait.OFF: PLAIN}
         return Gaits(trees, dict.fromkeys(trees, 1.0), Gait.ON, "there is no plan yet")
 
 
@@ -79,15 +79,15 @@ class Governor:
         self._gaits = gaits
         self.gait = gaits.first
         self.reason = gaits.promise
-        self._paces: dict[Topology, Pace] = {}
+        self._paces: dict[TreeShape, Pace] = {}
         self._trial: Gait | None = None
         self._trial_steps_left = self._trial_waits = 0
         self._steps_since_trial = 0
         self._credit_seconds = 0.0
 
     @property
-    def paces(self) -> Mapping[Topology, Pace]:
-        """By tree; plain decoding is the root-only one. A copy."""
+    def paces(self) -> Mapping[TreeShape, Pace]:
+        """By shape; plain decoding is the root-only one. A copy."""
         return dict(self._paces)
 
     def follow(self, gaits: Gaits) -> None:
@@ -97,7 +97,7 @@ class Governor:
         self._gaits = gaits
         self._paces = {tree: pace for tree, pace in self._paces.items() if tree in gaits.trees.values()}
 
-    def tree(self) -> Topology:
+    def tree(self) -> TreeShape:
         """Of the next step."""
         return self._gaits.trees[self._trial or self.gait]
 
@@ -106,13 +106,13 @@ class Governor:
         """Steps until the gait may change back; 0 when no trial runs."""
         return self._trial_steps_left if self._trial else 0
 
-    def observe(self, topology: Topology, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
-        """What one step took for which `topology` was chosen.
+    def observe(self, shape: TreeShape, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
+        """What one step took for which `shape` was chosen.
 
         Not `usual` is one that waited for the draft, or came right after a step of the other kind, as at the beginning
         of every answer. That belongs to the pace of a gait that is gone in, and not to that of one which is only tried.
         """
-        gait = self._gait_of(topology)
+        gait = self._gait_of(shape)
         is_trial = gait is self._trial
         if usual or not is_trial:
             self._paces.setdefault(self._gaits.trees[gait], Pace()).add(seconds, num_tokens)
@@ -125,9 +125,9 @@ class Governor:
             self._decide()
             self._try_another()
 
-    def _gait_of(self, topology: Topology) -> Gait:
+    def _gait_of(self, shape: TreeShape) -> Gait:
         """Trees that were cut at the end of an answer, or explored, belong to the gait that is gone in."""
-        known = (gait for gait, tree in self._gaits.trees.items() if tree == topology)
+        known = (gait for gait, tree in self._gaits.trees.items() if tree == shape)
         return next(known, self._trial or self.gait)
 
     def _charge(self, seconds: float, num_tokens: int, usual: bool) -> None:

@@ -18,6 +18,7 @@ from sequoia.optimal_tree import Acceptance, expected_tokens
 from sequoia.situation import TEMPERATURES
 from sequoia.topology import Topology
 from sequoia.v1.coordinator_pb2 import SpeculationReport
+from sequoia.wire import known_shape
 
 _log = logging.getLogger(__name__)
 
@@ -83,10 +84,14 @@ class Learning:
 
 
 def learnt_from(message: SpeculationReport, acceptance: Acceptance) -> LiveAcceptance:
-    """What a request offered and accepted; what its drafted steps brought, and were expected to bring."""
-    by_depth, drafted = message.counts_by_depth, [each for each in message.trees if len(each.topology.parents) > 1]
-    trees = [Topology(tuple(each.topology.parents)) for each in drafted]
-    expected = (each.num_steps * expected_tokens(tree, acceptance) for each, tree in zip(drafted, trees, strict=True))
+    """What a request offered and accepted; what its drafted steps brought, and were expected to bring.
+
+    Steps with dynamic trees teach nothing about ranks, and are left out of all.
+    """
+    by_depth, usages = message.counts_by_depth, [(each, known_shape(each)) for each in message.trees]
+    planned = [(each, shape) for each, shape in usages if isinstance(shape, Topology) and shape.size > 1]
+    drafted = [each for each, _ in planned]
+    expected = (each.num_steps * expected_tokens(tree, acceptance) for each, tree in planned)
     return LiveAcceptance(
         AcceptanceCounts(
             tuple(tuple(each.num_offered) for each in by_depth), tuple(tuple(each.num_accepted) for each in by_depth)

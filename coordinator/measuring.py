@@ -10,15 +10,16 @@ from statistics import median
 import numpy as np
 
 from coordinator.trees import max_tree_size
-from sequoia.acceptance import AcceptanceCounts
+from sequoia.acceptance import AcceptanceCounts, tokens_factor
 from sequoia.client import AsyncClient, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition, Unavailable
 from sequoia.hardware import LatencyProfile
-from sequoia.optimal_tree import expected_tokens
+from sequoia.optimal_tree import Rows, expected_tokens
 from sequoia.planner import PlanInputs, draft_seconds
+from sequoia.pricing import best_within
 from sequoia.rules import Rule
 from sequoia.speculation_figures import TreeUsage
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.wire import profile_from_wire
 
@@ -33,7 +34,9 @@ PROMPTS = (
 PLAIN = Topology.root_only()
 # 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
 MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
-# Beside it, in turns, for what a step of another size takes.
+# Beside it, where the rule is exact with any shape: what shapes of each step's own bring. A usual size.
+MEASURING_DYNAMIC = DynamicShape(16, 5, 4)
+# And, in turns, for what a step of another size takes.
 _OTHERS = (PLAIN, Topology.chain(3), Topology((-1, 0, 0, 1, 1, 2, 3, 5)))
 # Fewer steps with one tree in an answer are those at its end.
 _LEAST_STEPS = 3
@@ -60,10 +63,10 @@ async def measure(
     max_tokens: int,
     on_prompt: Callable[[], None],
 ) -> list[SpeculationFigures]:
-    """Every prompt continued with the measuring tree and, by half as many tokens, in one of the other ways."""
+    """Every prompt continued with the measuring trees and, by half as many tokens, in one of the other ways."""
     limit = max_tree_size(pair.verify, pair.draft)
 
-    async def generate(prompt: str, tree: Topology, num_tokens: int) -> SpeculationFigures:
+    async def generate(prompt: str, tree: TreeShape, num_tokens: int) -> SpeculationFigures:
         how: Speculation = "off" if tree == PLAIN else tree.cut_to(limit)
         generation = await client.generate(
             prompt, max_tokens=num_tokens, temperature=temperature, rule=rule.name, speculation=how
@@ -71,8 +74,9 @@ async def measure(
         return generation.speculation
 
     figures: list[SpeculationFigures] = []
+    trees = (MEASURING_TREE, MEASURING_DYNAMIC) if rule.takes_any_shape else (MEASURING_TREE,)
     for index, prompt in enumerate(prompts):
-        figures.append(await generate(prompt, MEASURING_TREE, max_tokens))
+        figures += [await generate(prompt, tree, max_tokens) for tree in trees]
         figures.append(await generate(prompt, _OTHERS[index % len(_OTHERS)], (max_tokens + 1) // 2))
         on_prompt()
     return figures
@@ -90,10 +94,27 @@ def counts_of(figures: Iterable[SpeculationFigures]) -> AcceptanceCounts:
 def expected_in(
     figures: Iterable[SpeculationFigures], acceptance: Sequence[Sequence[float]]
 ) -> tuple[float, float, int]:
-    """Of all drafted steps: the tokens committed, the tokens expected from the acceptance, and how many they were."""
-    drafted = [usage for usage in _usages(figures) if usage.topology != PLAIN]
-    expected = sum(usage.num_steps * expected_tokens(usage.topology, acceptance) for usage in drafted)
-    return sum(usage.num_tokens for usage in drafted), expected, sum(usage.num_steps for usage in drafted)
+    """Of steps with planned trees: the tokens committed, those expected from the acceptance, and how many they were."""
+    drafted = [(usage, tree) for usage, tree in _planned(figures) if tree != PLAIN]
+    expected = sum(usage.num_steps * expected_tokens(tree, acceptance) for usage, tree in drafted)
+    return sum(usage.num_tokens for usage, _ in drafted), expected, sum(usage.num_steps for usage, _ in drafted)
+
+
+def dynamic_factor(figures: Iterable[SpeculationFigures], acceptance: Rows, limit: int) -> float | None:
+    """What dynamic trees brought beyond the first token of a step, by what the best planned ones of their size would.
+
+    None where they were not measured, at `limit` nodes of a tree. Corrected towards 1 as `tokens_factor` is.
+    """
+    shape = MEASURING_DYNAMIC.cut_to(limit)
+    usages = [usage for usage in _usages(figures) if usage.shape == shape]
+    if not usages or isinstance(shape, Topology):
+        return None
+    num_steps = sum(usage.num_steps for usage in usages)
+    try:
+        expected = expected_tokens(best_within(acceptance, shape), acceptance)
+    except ValueError:  # too few ranks are known
+        return None
+    return tokens_factor(sum(usage.num_tokens for usage in usages), num_steps * expected, num_steps)
 
 
 def ahead_hit_rate(num_hits: float, num_attempts: float, num_steps: float) -> float | None:
@@ -115,11 +136,14 @@ def profiles(pair: DescribePairResponse) -> tuple[LatencyProfile, LatencyProfile
 
 
 def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures]) -> Calibration:
-    """The medians over the answers of what a step took. Plain decoding: all of a step, as it has nothing beside."""
+    """The medians over the answers of what a step took. Plain decoding: all of a step, as it has nothing beside.
+
+    Dynamic trees are left out: how wide their forwards were is not known.
+    """
     verify, draft = (profile.curve() for profile in profiles(pair))
     by_tree: dict[Topology, list[TreeUsage]] = defaultdict(list)
-    for usage in _usages(figures):
-        by_tree[usage.topology].append(usage)
+    for usage, tree in _planned(figures):
+        by_tree[tree].append(usage)
     plain = by_tree.pop(PLAIN, [])
     drafted = {tree: usages for tree, usages in by_tree.items() if tree.size <= verify.max_tokens}
     # One factor for all trees: apart, they would be of too few answers each.
@@ -142,7 +166,8 @@ def inputs_for(
     num_context_tokens: int,
     acceptance: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float]],
-    tokens_factor: float,
+    factor: float,
+    factor_of_dynamic: float | None,
     draft_ahead_hit_rate: float | None,
 ) -> PlanInputs:
     """What a plan for so many sessions behind such a context follows from.
@@ -158,10 +183,16 @@ def inputs_for(
         draft_rtt_seconds=pair.draft_rtt_seconds,
         verify_rtt_seconds=pair.verify_rtt_seconds,
         host_seconds=calibration.host_seconds,
-        tokens_factor=tokens_factor,
+        tokens_factor=factor,
+        dynamic_factor=factor_of_dynamic,
         draft_ahead_hit_rate=draft_ahead_hit_rate,
         shares_device=pair.verify.device_id == pair.draft.device_id,
     )
+
+
+def _planned(figures: Iterable[SpeculationFigures]) -> list[tuple[TreeUsage, Topology]]:
+    """The usages of trees that were planned, root-only ones included."""
+    return [(usage, usage.shape) for usage in _usages(figures) if isinstance(usage.shape, Topology)]
 
 
 def _usages(figures: Iterable[SpeculationFigures]) -> Iterable[TreeUsage]:

@@ -15,6 +15,7 @@ from coordinator.measuring import (
     ahead_hit_rate,
     calibrate,
     counts_of,
+    dynamic_factor,
     expected_in,
     inputs_for,
     measure,
@@ -139,6 +140,8 @@ class PlannerJob:
         """Plan for all situations, and store. Returns the plan of one session with a short context."""
         rule, estimate = measured.rule, measured.counts.estimate()
         factor = tokens_factor(*expected_in(measured.figures, estimate.rows)) if rule is TRAVERSAL else 1.0
+        limit = max_tree_size(pair.verify, pair.draft)
+        factor_of_dynamic = dynamic_factor(measured.figures, estimate.rows, limit)
         plans: dict[Situation, TreePlan] = {}
         for sessions, context in _loads(pair):
             try:
@@ -150,6 +153,7 @@ class PlannerJob:
                     estimate.rows,
                     estimate.errors,
                     factor,
+                    factor_of_dynamic,
                     measured.ahead_hit_rate,
                 )
             except ValueError as error:

@@ -161,5 +161,5 @@ def _nearest(here: Situation, load: tuple[str, str], stored: dict[Situation, Sto
 
 def _pays(old: TreePlan, new: TreePlan) -> bool:
     """Whether the new plan's tree is faster than the old one's, both by what is known today."""
-    before = price(old.chosen.topology, new.inputs).seconds_per_token
+    before = price(old.chosen.shape, new.inputs).seconds_per_token
     return new.chosen.seconds_per_token < (1.0 - _LEAST_GAIN) * before

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, MutableSequence
 
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
+from sequoia.wire import shape_to_wire
 
 _STAGES = ("draft", "verify", "network", "host")
 _PARTS = ("forwards", "work", "draft_forwards", "draft_work")
@@ -17,7 +18,7 @@ class Report:
 
     def __init__(self) -> None:
         self.message = coordinator_pb2.SpeculationReport()
-        self._usages: dict[Topology, coordinator_pb2.TreeUsage] = {}
+        self._usages: dict[TreeShape, coordinator_pb2.TreeUsage] = {}
         self._step = coordinator_pb2.StageSeconds()
         self._mark = self._started = time.monotonic()
         self.first_token_seconds = 0.0
@@ -52,7 +53,7 @@ class Report:
         self.message.fallback_reason = reason
 
     def verified(
-        self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, asked: Topology
+        self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, asked: TreeShape
     ) -> float:
         """A step's verdict has arrived; a tree of shape `asked` was wanted. Returns the seconds that the step took.
 
@@ -69,21 +70,21 @@ class Report:
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
-            self._count(Topology.of(tuple(draft.tree.topology.parents)), asked, response.verdict)
-            self.message.num_ngram_tokens += len(draft.ngram_nodes)
-            accepted = set(response.verdict.accepted_nodes)
-            self.message.num_accepted_ngram_tokens += len(accepted.intersection(draft.ngram_nodes))
+            topology = Topology.of(tuple(draft.tree.topology.parents))
+            self._count(topology, response.verdict)
+            self._count_ngrams(draft.ngram_nodes, response.verdict)
+            if isinstance(asked, Topology):
+                self._count_ranks(topology, asked, response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
         self._step.forwards += times.forwards
         self._step.work += times.work
 
-    def _use(self, topology: Topology, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
-        usage = self._usages.get(topology)
+    def _use(self, shape: TreeShape, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
+        usage = self._usages.get(shape)
         if usage is None:
-            usage = self._usages[topology] = self.message.trees.add()
-            usage.topology.parents.extend(topology.parents)
+            usage = self._usages[shape] = self.message.trees.add(**shape_to_wire(shape))
         usage.num_steps += 1
         usage.num_tokens += len(verdict.accepted_nodes) + 1
         _add(usage.stages, self._step)
@@ -92,11 +93,19 @@ class Report:
             usage.num_ahead_hits += 1
             usage.hit_draft_seconds += self._step.draft
 
-    def _count(self, topology: Topology, asked: Topology, verdict: verify_pb2.Verdict) -> None:
+    def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message
         message.num_drafted_steps += topology.size > 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
+
+    def _count_ngrams(self, ngram_nodes: Iterable[int], verdict: verify_pb2.Verdict) -> None:
+        nodes = set(ngram_nodes)
+        self.message.num_ngram_tokens += len(nodes)
+        self.message.num_accepted_ngram_tokens += len(nodes.intersection(verdict.accepted_nodes))
+
+    def _count_ranks(self, topology: Topology, asked: Topology, verdict: verify_pb2.Verdict) -> None:
+        """What a dynamic tree offers was chosen by its chances: counted by rank, it would pass for any child."""
         for depth, num_children in enumerate(_num_asked(topology, asked, verdict.accepted_nodes)):
             for rank in range(num_children):
                 _increment(self._counts(depth).num_offered, rank)

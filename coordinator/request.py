@@ -9,9 +9,9 @@ from coordinator.text import TextCodec, parse_stops
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, ParameterError, Rule, choose_rule
 from sequoia.sampling import MAX_STOP_TOKENS, Decoding, Sampling
-from sequoia.topology import Topology
+from sequoia.topology import TreeShape
 from sequoia.v1 import coordinator_pb2, sampling_pb2, worker_pb2
-from sequoia.wire import rule_name, sampling_from_wire, topology_from_wire
+from sequoia.wire import rule_name, sampling_from_wire, shape_from_wire
 
 DEFAULT_MAX_TOKENS = 256
 # Of a seed drawn here: every JSON reader keeps that many.
@@ -27,7 +27,7 @@ class Request:
     stops: tuple[str, ...]
     decoding: Decoding
     mode: coordinator_pb2.SpeculationMode
-    topology: Topology | None
+    shape: TreeShape | None
 
 
 def parse_request(
@@ -44,7 +44,7 @@ def parse_request(
     rule, sampling = _rule_and_sampling(message, codec, target, default_rule)
     stops = parse_stops(message.stop)
     mode = message.speculation.mode or coordinator_pb2.SPECULATION_MODE_AUTO
-    topology = _topology(message.speculation, mode, max_tree_size)
+    shape = _shape(message.speculation, mode, rule, max_tree_size)
     max_tokens = message.max_tokens if message.HasField("max_tokens") else DEFAULT_MAX_TOKENS
     if max_tokens == 0:
         raise InvalidArgument("must be at least 1; leave it out for the default", "max_tokens")
@@ -53,7 +53,7 @@ def parse_request(
     prompt = _prompt(message, codec, target)
     # Generation ends at the context limit, whatever was asked for.
     max_tokens = min(max_tokens, target.context_length - len(prompt))
-    return Request(prompt, max_tokens, stops, Decoding(rule, sampling, len(prompt)), mode, topology)
+    return Request(prompt, max_tokens, stops, Decoding(rule, sampling, len(prompt)), mode, shape)
 
 
 def _rule_and_sampling(
@@ -86,17 +86,17 @@ def _ends(message: sampling_pb2.Sampling, codec: TextCodec) -> tuple[int, ...]:
     return ends
 
 
-def _topology(
-    message: coordinator_pb2.Speculation, mode: coordinator_pb2.SpeculationMode, max_size: int
-) -> Topology | None:
-    field = "speculation.topology"
+def _shape(
+    message: coordinator_pb2.Speculation, mode: coordinator_pb2.SpeculationMode, rule: Rule, max_size: int
+) -> TreeShape | None:
     if mode not in coordinator_pb2.SpeculationMode.values():
         raise InvalidArgument(f"{mode} is no mode; use auto, off or tree", "speculation.mode")
-    if not message.HasField("topology"):
+    kind = message.WhichOneof("shape")
+    if kind is None:
         return None
     if mode != coordinator_pb2.SPECULATION_MODE_TREE:
-        raise InvalidArgument("a tree goes with mode `tree` only", field)
-    return topology_from_wire(message.topology, max_size, field)
+        raise InvalidArgument("a tree goes with mode `tree` only", f"speculation.{kind}")
+    return shape_from_wire(message, rule, max_size, "speculation.")
 
 
 def _prompt(

@@ -38,7 +38,7 @@ class Session:
     async def run(self) -> AsyncGenerator[Step]:
         """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first."""
         self._choose(self._transcript.num_tokens_left)
-        if self._draft is not None and self._choice.topology != PLAIN:
+        if self._draft is not None and self._choice.shape != PLAIN:
             self._draft.open(self._transcript.token_ids)
         verdict = await self._verify.open(self._transcript.token_ids)
         self.report.opened()
@@ -71,10 +71,10 @@ class Session:
         if self._verify.num_plain_steps_left:
             return None, await self._verify.step(prefix_len, None, 0)
         self._choose(most + 1)
-        topology = self._choice.topology
-        if self._draft is None or topology == PLAIN:
+        shape = self._choice.shape
+        if self._draft is None or shape == PLAIN:
             return None, await self._verify.step(prefix_len, None, min(most, self._choice.num_plain_steps))
-        draft = await self._draft.tree_or_none(self._transcript.token_ids, topology)
+        draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
         if draft is None:
             self.report.fell_back(self._draft.reason)
             num_plain_steps = 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS)
@@ -87,15 +87,15 @@ class Session:
 
     def _choose(self, max_levels: int) -> None:
         choice = self._speculation.choose(len(self._transcript.token_ids))
-        self._choice = replace(choice, topology=choice.topology.truncated(max_levels))
+        self._choice = replace(choice, shape=choice.shape.truncated(max_levels))
 
     def _observe(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.VerifyResponse) -> None:
         """A drafted step after a plain one catches up, and a plain one after a drafted one finds the draft's threads
         still spinning; where a tree was chosen and none came, the step waited for it.
         """
         is_drafted = draft is not None
-        fell_back = not is_drafted and self._choice.topology != PLAIN
-        seconds = self.report.verified(verdict, draft, self._choice.topology)
+        fell_back = not is_drafted and self._choice.shape != PLAIN
+        seconds = self.report.verified(verdict, draft, self._choice.shape)
         usual = not fell_back and is_drafted == self._was_drafted
         self._speculation.observe(self._choice, seconds, len(verdict.verdict.accepted_nodes) + 1, usual=usual)
         self._was_drafted = is_drafted

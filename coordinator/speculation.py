@@ -12,7 +12,7 @@ from coordinator.trees import FoundPlan, Pair, TreePlans, max_tree_size
 from sequoia.acceptance import PRIOR
 from sequoia.optimal_tree import Acceptance
 from sequoia.situation import Situation
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1 import coordinator_pb2, draft_pb2
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _EXPLORE_EVERY, _EXPLORED_RANKS = 64, 8
 class Choice:
     """A step's tree; without one (root-only) how many plain steps the verify worker may run on by itself."""
 
-    topology: Topology
+    shape: TreeShape
     num_plain_steps: int = _PLAIN_STEPS
 
 
@@ -97,19 +97,19 @@ class Speculator:
         found = self.plans.find(self.situation(request, len(request.prompt)))
         return found.plan.inputs.acceptance if found else PRIOR
 
-    def best_tree(self, situation: Situation) -> Topology:
+    def best_tree(self, situation: Situation) -> TreeShape:
         """For requests that speculate whether or not it pays."""
         found = self.plans.find(situation)
         best = found.plan.best_tree if found else None
-        return self._fitting(best.topology if best else BUILT_IN_TREE)
+        return self._fitting(best.shape if best else BUILT_IN_TREE)
 
-    def explored(self, topology: Topology) -> Topology:
-        """The tree, now and then with more children at its root."""
+    def explored(self, shape: TreeShape) -> TreeShape:
+        """The tree, now and then with more children at its root; a dynamic one teaches nothing about ranks."""
         self._num_drafted += 1
-        room = self._limit - topology.size
-        if self._num_drafted % _EXPLORE_EVERY or room <= 0:
-            return topology
-        return topology.with_more_children(min(room, _EXPLORED_RANKS))
+        room = self._limit - shape.size
+        if self._num_drafted % _EXPLORE_EVERY or room <= 0 or isinstance(shape, DynamicShape):
+            return shape
+        return shape.with_more_children(min(room, _EXPLORED_RANKS))
 
     def _gaits(self, found: FoundPlan | None) -> Gaits:
         gaits = Gaits.of(found.plan) if found else Gaits.unplanned(BUILT_IN_TREE, BUILT_IN_CHAIN)
@@ -119,9 +119,9 @@ class Speculator:
     def _limit(self) -> int:
         return max_tree_size(self._workers.verify_description, self._workers.draft_description)
 
-    def _fitting(self, topology: Topology) -> Topology:
+    def _fitting(self, shape: TreeShape) -> TreeShape:
         """Cut where the workers were started with a lower limit than the plan was made for."""
-        return topology.cut_to(self._limit)
+        return shape.cut_to(self._limit)
 
 
 class RequestSpeculation:
@@ -140,8 +140,8 @@ class RequestSpeculation:
         if not self._has_draft:
             self.state, self.reason = coordinator_pb2.SPECULATION_STATE_OFF, "there is no draft worker"
             return Choice(PLAIN)
-        if self._request.topology is not None:
-            return Choice(self._request.topology)
+        if self._request.shape is not None:
+            return Choice(self._request.shape)
         situation = self._speculator.situation(self._request, num_tokens)
         if self._request.mode == coordinator_pb2.SPECULATION_MODE_TREE:
             return Choice(self._speculator.best_tree(situation))
@@ -157,7 +157,7 @@ class RequestSpeculation:
     def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
         """What the step took. `usual`: it went as chosen, right after one that did."""
         if self._governor is not None:
-            self._governor.observe(choice.topology, seconds, num_tokens, usual=usual)
+            self._governor.observe(choice.shape, seconds, num_tokens, usual=usual)
 
     def _governed(self, governor: Governor) -> Choice:
         tree = governor.tree()

@@ -15,9 +15,9 @@ from coordinator.workers import WorkerLink
 from sequoia.errors import Internal, SequoiaError, Unavailable
 from sequoia.rpc import error_from
 from sequoia.sampling import Decoding
-from sequoia.topology import Topology
+from sequoia.topology import TreeShape
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, verify_pb2, verify_pb2_grpc
-from sequoia.wire import rule_to_wire, sampling_to_wire
+from sequoia.wire import rule_to_wire, sampling_to_wire, shape_to_wire
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
@@ -124,7 +124,7 @@ class DraftStream:
         self._step = 0
         self._ask(draft_pb2.DraftRequest(open=message))
 
-    async def tree_or_none(self, committed: Sequence[int], topology: Topology) -> draft_pb2.DraftResponse | None:
+    async def tree_or_none(self, committed: Sequence[int], shape: TreeShape) -> draft_pb2.DraftResponse | None:
         """A tree for the next step, or None: the draft is not ready, late, or lost."""
         if self._call is None:
             if time.monotonic() >= self._reopen_at:
@@ -135,9 +135,11 @@ class DraftStream:
             return None
         self._step += 1
         message = draft_pb2.DraftStep(
-            step=self._step, base_len=self._acknowledged, token_ids=committed[self._acknowledged :]
+            step=self._step,
+            base_len=self._acknowledged,
+            token_ids=committed[self._acknowledged :],
+            **shape_to_wire(shape),
         )
-        message.topology.parents.extend(topology.parents)
         pending = self._ask(draft_pb2.DraftRequest(step=message))
         await asyncio.wait((pending,), timeout=self._reply_timeout_seconds)
         if not pending.done():

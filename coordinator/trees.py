@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 
 from coordinator.background import end
 from sequoia.errors import Unavailable
-from sequoia.planner import TreePlan
-from sequoia.rules import GREEDY, SAMPLED_RULES, Rule
+from sequoia.planner import TreePlan, without_dynamic
+from sequoia.rules import GREEDY, RULES, SAMPLED_RULES, Rule
 from sequoia.situation import TEMPERATURES, Situation
 from sequoia.tree_cache import PlanKey, TreeCache
 from sequoia.v1.worker_pb2 import WorkerDescription
@@ -73,7 +73,8 @@ class TreePlans:
     def find(self, situation: Situation) -> FoundPlan | None:
         """The present pair's plan for a situation, or for the likest one that has a plan; None without any.
 
-        The rules accept within some per cent of each other, so the default rule's tree serves one that has none.
+        The rules accept within some per cent of each other, so the default rule's tree serves one that has none;
+        in a dynamic one's place a planned one, where the rule needs that.
         """
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
@@ -82,7 +83,8 @@ class TreePlans:
         for each in self._serving(situation):
             plan = self._plans.get(plan_key(verify, draft, each))
             if plan is not None:
-                return FoundPlan(plan, each)
+                takes_any = RULES[situation.rule].takes_any_shape
+                return FoundPlan(plan if takes_any else without_dynamic(plan), each)
         return None
 
     def in_force(self) -> list[FoundPlan]:
@@ -107,7 +109,7 @@ class TreePlans:
         for key, stored in plans.items():
             if self._plans.get(key) != stored.plan:
                 chosen = stored.plan.chosen
-                _log.info("new tree plan", extra={"key": str(key), "kind": chosen.kind, "size": chosen.topology.size})
+                _log.info("new tree plan", extra={"key": str(key), "kind": chosen.kind, "size": chosen.shape.size})
                 self._plans[key] = stored.plan
 
     async def _refresh_forever(self) -> None:

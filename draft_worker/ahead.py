@@ -5,12 +5,14 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass
 
-from draft_worker.growth import NUM_SPARES, Chooser, Growth, Stem, Tokens, grow_levels
+from draft_worker.choosing import NUM_SPARES, Chooser, Tokens
+from draft_worker.growing import AnyGrowth, begun
+from draft_worker.growth import Stem, grow_levels
 from draft_worker.mixture import NgramSource
 from sequoia.acceptance import PRIOR
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Ahead:
 
     Exact for every rule. What is guessed follows from the last tree and the draft's logits; the children of an ahead
     tree are chosen as always, those that are drawn with fresh random numbers that nothing else has used. Whether the
-    tree is kept depends on the committed tokens and on the topology asked for, which are decided by others who have not
+    tree is kept depends on the committed tokens and on the shape asked for, which are decided by others who have not
     seen it, and never on its own tokens; and no two guesses are equal, so that there is nothing to select. Given that
     its guess came true, and given all that came before, its children therefore have the law of fresh draws from q.
     Guessing by anything that the ahead tree's own draws decide, or dropping one for what was drawn, would break this.
@@ -57,7 +59,7 @@ class Ahead:
     def __init__(
         self,
         slot: KVSlot,
-        last: Growth,
+        last: AnyGrowth,
         chooser: Chooser,
         num_guesses: int,
         context_length: int,
@@ -66,7 +68,7 @@ class Ahead:
         self._slot, self._last, self._chooser, self._ngrams = slot, last, chooser, ngrams
         self._num_guesses, self._context_length = num_guesses, context_length
         self._has_forwarded_leaves = False
-        self._trees: list[Growth] = []
+        self._trees: list[AnyGrowth] = []
 
     @property
     def num_begun(self) -> int:
@@ -83,11 +85,11 @@ class Ahead:
         if leaves:
             logits = yield last.segment(self._slot, leaves)
             # One by one: leaves may be of different depths.
-            levels = (self._chooser.level(last, [leaf], logits[row : row + 1]) for row, leaf in enumerate(leaves))
+            levels = (last.level(self._chooser, [leaf], logits[row : row + 1]) for row, leaf in enumerate(leaves))
             spares.update((leaf, level.spares[0]) for leaf, level in zip(leaves, levels, strict=True))
             self._has_forwarded_leaves = True
         rows = {node: row for row, node in enumerate((*last.forwarded, *leaves))}
-        num_rows = len(rows)
+        num_rows = len(last.forwarded) + len(leaves)
         for guess in guesses:
             bonus = spares.get(guess.node, ())[guess.spare : guess.spare + 1]
             if bonus and (growth := self._begin(guess.node, bonus, rows, num_rows)):
@@ -95,29 +97,29 @@ class Ahead:
                 yield from grow_levels(self._slot, growth, self._chooser)
                 num_rows += len(growth.forwarded)
 
-    def find(self, committed: Tokens, topology: Topology) -> int | None:
+    def find(self, committed: Tokens, shape: TreeShape) -> int | None:
         """The number of the guess that came true, if its tree was begun and is of that shape."""
         for number, tree in enumerate(self._trees):
-            if tree.forwarded and tree.committed == committed and tree.topology == topology:
+            if tree.forwarded and tree.committed == committed and tree.shape == shape:
                 return number
         return None
 
-    def take(self, number: int) -> Growth:
+    def take(self, number: int) -> AnyGrowth:
         """The tree of a guess that came true, finished or not, at its place behind the committed rows."""
         self._trees[number].take_root(self._slot)
         return self._trees[number]
 
-    def _begin(self, node: int, bonus: Tokens, rows: dict[int, int], num_rows: int) -> Growth | None:
+    def _begin(self, node: int, bonus: Tokens, rows: dict[int, int], num_rows: int) -> AnyGrowth | None:
         """None where its tree would reach beyond the context."""
         tree = self._last.tree()
         tokens = tree.path_tokens(node)
         committed = (*self._last.committed, *tokens, *bonus)
-        if len(committed) + self._last.topology.levels - 1 > self._context_length:
+        if len(committed) + self._last.shape.levels - 1 > self._context_length:
             return None
         path_rows = tuple(rows[each] for each in tree.follow(tokens))
-        topology = self._last.topology
-        mixture = self._ngrams.mixture(committed, topology.levels - 1) if self._ngrams else None
-        return Growth(topology, committed, Stem(path_rows, num_rows), mixture)
+        shape = self._last.shape
+        mixture = self._ngrams.mixture(committed, shape.levels - 1) if self._ngrams else None
+        return begun(shape, committed, Stem(path_rows, num_rows), mixture)
 
 
 def _acceptance(rank: int) -> float:

@@ -10,16 +10,20 @@ from typing import TypeVar
 import numpy as np
 
 from draft_worker.ahead import Ahead
-from draft_worker.growth import Chooser, Growth, Tokens, grow_levels
+from draft_worker.choosing import Chooser, Tokens
+from draft_worker.growing import AnyGrowth, begun
+from draft_worker.growth import grow_levels
 from draft_worker.mixture import NgramSource
+from draft_worker.planned import PlannedGrowth
 from draft_worker.unseen import grow_unseen
 from draft_worker.whole import grow_whole
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import InvalidArgument
+from sequoia.rules import Rule
 from sequoia.sampling import Decoding
-from sequoia.topology import TokenTree, Topology
+from sequoia.topology import TokenTree, TreeShape
 from sequoia.worker import feed
 
 Result = TypeVar("Result")
@@ -67,13 +71,18 @@ class DraftSession:
         self._ahead_chooser = Chooser(decoding, limits.vocab_size, generator.spawn(1)[0])
         self._ngrams = NgramSource() if limits.mixes_ngrams else None
         self._committed: Tokens = ()
-        self._last: Growth | None = None
+        self._last: AnyGrowth | None = None
         self._ahead: Ahead | None = None
 
     @property
     def num_committed(self) -> int:
         """Committed tokens known, in tokens."""
         return len(self._committed)
+
+    @property
+    def rule(self) -> Rule:
+        """By which children are chosen."""
+        return self._chooser.decoding.rule
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
@@ -84,16 +93,16 @@ class DraftSession:
         self._learn()
         yield from feed(self._slot, self._committed[self._slot.length : -1], self._limits.prefill_chunk)
 
-    def grow(self, topology: Topology) -> Job[Drafted]:
-        """The tree of that topology, smaller where a q had fewer tokens than a node has children."""
+    def grow(self, shape: TreeShape) -> Job[Drafted]:
+        """The tree of that shape, smaller where a q had fewer tokens than a node has children."""
         self._learn()
         ahead, self._ahead = self._ahead, None
-        hit = ahead.find(self._committed, topology) if ahead else None
+        hit = ahead.find(self._committed, shape) if ahead else None
         if ahead is not None and hit is not None:
             growth = ahead.take(hit)
             num_levels_saved = growth.num_levels_grown
         else:
-            growth = yield from self._begin(topology)
+            growth = yield from self._begin(shape)
             num_levels_saved = 0
         yield from grow_levels(self._slot, growth, self._chooser)
         self._last = growth
@@ -108,7 +117,7 @@ class DraftSession:
         self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length, self._ngrams)
         return self._ahead.job()
 
-    def _begin(self, topology: Topology) -> Job[Growth]:
+    def _begin(self, shape: TreeShape) -> Job[AnyGrowth]:
         """A tree with its first level at least, after the root forward and all that rides along."""
         self._keep_accepted()
         chunk = self._limits.prefill_chunk
@@ -118,16 +127,16 @@ class DraftSession:
         root = pending[num_fed:]  # and what rides along
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
-        mixture = self._ngrams.mixture(self._committed, topology.levels - 1) if self._ngrams else None
-        growth = Growth(topology, self._committed, mixture=mixture)
-        is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(growth)
+        mixture = self._ngrams.mixture(self._committed, shape.levels - 1) if self._ngrams else None
+        growth = begun(shape, self._committed, mixture=mixture)
+        is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(self._committed)
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
             yield from grow_whole(self._slot, growth, self._chooser, logits)
-        elif is_unseen and self._limits.reads_once:
+        elif is_unseen and self._limits.reads_once and isinstance(growth, PlannedGrowth):
             yield from grow_unseen(self._slot, growth, self._chooser, logits)
         elif growth.frontier:
-            growth.add(self._chooser.level(growth, growth.frontier, logits))
+            growth.add(growth.level(self._chooser, growth.frontier, logits))
         return growth
 
     def _learn(self) -> None:

@@ -1,74 +1,27 @@
-"""A tree being grown: children chosen by the rule, nodes forwarded level by level."""
+"""A tree being grown: what is known of it at any time, and how its nodes are forwarded level by level."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-from torch import Tensor, stack
+from torch import Tensor
 
+from draft_worker.choosing import Chooser, Level, Tokens
 from draft_worker.mixture import Mixture
 from sequoia.engine.attention import Segment
-from sequoia.engine.children import coupled_children, draft_distributions, draw_children, top_children
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
-from sequoia.engine.sampling import Path, adjusted_logits
-from sequoia.sampling import Decoding
-from sequoia.topology import DraftDistributions, TokenTree, Topology
+from sequoia.engine.sampling import Path
+from sequoia.topology import TokenTree, Topology, TreeShape
 
-# The likeliest tokens besides a node's children that are remembered: what may follow when none of those is accepted.
-NUM_SPARES = 2
-# What a row holds that was forwarded for a node which q had no token for.
+# What a row holds that was forwarded for a node which is not there: q had no token for it, or it was dropped again.
 DEAD = -1
 
-Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Level:
-    """The children chosen under some nodes of one depth, and the q they were drawn from, if the rule needs it."""
-
-    children: tuple[Tokens, ...]  # one tuple a node
-    spares: tuple[Tokens, ...]  # the likeliest tokens besides, best first, at most NUM_SPARES a node
-    q: DraftDistributions | None = None  # one row a node
-
-
-def choose_level(
-    logits: Tensor,
-    decoding: Decoding,
-    paths: Sequence[Path],
-    counts: Sequence[int],
-    generator: np.random.Generator,
-    mixture: Mixture | None = None,
-) -> Level:
-    """The children of nodes of one depth by the rule: `counts[i]` of them, or fewer where q has fewer.
-
-    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens; q is that of the mixture.
-    """
-    sampling = decoding.sampling
-    if sampling.adjusts(paths[0].num_generated):
-        rows = zip(logits, paths, strict=True)
-        logits = stack([adjusted_logits(row, sampling, path) for row, path in rows])
-    if mixture is not None:
-        logits = mixture.mixed(logits, [path.drafted for path in paths], sampling.temperature)
-    if decoding.rule.children == "drawn":
-        q = draft_distributions(logits, sampling)
-        drawn = tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts))
-        return Level(drawn, tuple(undrawn(q, row, tokens) for row, tokens in enumerate(drawn)), q)
-    wanted = [count + NUM_SPARES for count in counts]
-    if decoding.rule.children == "coupled":
-        ranked = coupled_children(logits, sampling, paths[0].position, wanted)
-    else:
-        ranked = tuple(top_children(row, count) for row, count in zip(logits, wanted, strict=True))
-    both = list(zip(ranked, counts, strict=True))
-    return Level(tuple(row[:count] for row, count in both), tuple(row[count:] for row, count in both))
-
-
-def undrawn(q: DraftDistributions, row: int, drawn: Tokens) -> Tokens:
-    """The likeliest tokens of q's row that were not drawn; its candidates stand in descending order."""
-    support = q.token_ids[row][q.weights[row] > 0].tolist()
-    return tuple(token for token in support if token not in drawn)[:NUM_SPARES]
+Shape = TypeVar("Shape", bound=TreeShape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,33 +55,44 @@ def nodes_segment(
     return Segment(slot, token_ids, positions[list(nodes)], slot.length, first_row, visible, row_positions, wanted)
 
 
-class Growth:
-    """A tree being grown over a planned topology. Nodes are numbered as they get their tokens, in level order.
+class Growth(ABC, Generic[Shape]):
+    """A tree being grown, of a shape that is known or that its scores decide. Nodes are numbered in level order.
 
     Its root is the last of `committed`, whose row is the slot's last valid one; with a `stem` the end of `committed` is
     a guess, and the root is a node like the others.
     """
 
     def __init__(
-        self, topology: Topology, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
+        self, shape: Shape, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
     ) -> None:
-        self.topology, self.committed, self.mixture = topology, committed, mixture
+        self.shape: Shape = shape
+        self.committed, self.mixture = committed, mixture
         self._stem = stem
         self._parents, self._tokens = [-1], [committed[-1]]
-        self._planned_nodes = [0]  # the planned node behind each grown one
-        self._q_rows: list[tuple[np.ndarray, np.ndarray]] = []
-        self.forwarded: list[int] = []  # in the order of their rows
-        self.spares: dict[int, Tokens] = {}
+        self.forwarded: list[int] = []  # in the order of their rows; DEAD where there is no such node
         self.num_levels_grown = 0
-        self.frontier = [0] if topology.size > 1 else []
+        self.frontier = [0] if shape.size > 1 else []
+
+    @property
+    @abstractmethod
+    def spares(self) -> Mapping[int, Tokens]:
+        """The likeliest tokens besides the children, of each node that was forwarded."""
+
+    @abstractmethod
+    def child_counts(self, nodes: Sequence[int]) -> list[int]:
+        """Children wanted under each node."""
+
+    @abstractmethod
+    def level(self, chooser: Chooser, nodes: Sequence[int], logits: Tensor) -> Level:
+        """The children of some nodes of one depth, whose logits (nodes, vocabulary) these are."""
+
+    @abstractmethod
+    def add(self, level: Level) -> None:
+        """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some."""
 
     def tree(self) -> TokenTree:
-        """What is grown so far, with the q rows of the nodes that have children."""
-        q = None
-        if self._q_rows:
-            token_ids, weights = (_stacked(rows) for rows in zip(*self._q_rows, strict=True))
-            q = DraftDistributions(token_ids, weights)
-        return TokenTree(self._shape, tuple(self._tokens), q)
+        """What is grown so far."""
+        return TokenTree(self._topology, tuple(self._tokens))
 
     def rows_for(self, tokens: Tokens) -> list[int]:
         """KV rows, counted behind the committed ones, that hold a beginning of `tokens`."""
@@ -136,37 +100,13 @@ class Growth:
 
     def paths(self, nodes: Sequence[int], num_prompt_tokens: int) -> list[Path]:
         """What comes before the children of each node."""
-        tree = TokenTree(self._shape, tuple(self._tokens))
+        tree = TokenTree(self._topology, tuple(self._tokens))
         return [Path(self.committed, num_prompt_tokens, tree.path_tokens(node)) for node in nodes]
-
-    def child_counts(self, nodes: Sequence[int]) -> list[int]:
-        """Children wanted under each node."""
-        return [len(self._planned_children(node)) for node in nodes]
-
-    def add(self, level: Level, forwarded: Sequence[int] | None = None) -> None:
-        """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some.
-
-        `forwarded`: what the forward's rows hold, where it had more than the frontier; DEAD for a node that is none.
-        """
-        grown: list[int] = []
-        for index, (node, tokens) in enumerate(zip(self.frontier, level.children, strict=True)):
-            self.spares[node] = level.spares[index]
-            for planned, token in zip(self._planned_children(node), tokens, strict=False):
-                grown.append(len(self._tokens))
-                self._parents.append(node)
-                self._tokens.append(token)
-                self._planned_nodes.append(planned)
-            if tokens and level.q is not None:
-                self._q_rows.append((level.q.token_ids[index], level.q.weights[index]))
-        rows = self.frontier if forwarded is None else forwarded
-        self.forwarded += [node for node in rows if node or self._stem]
-        self.num_levels_grown += 1
-        self.frontier = [node for node in grown if self._planned_children(node)]
 
     def segment(self, slot: KVSlot, nodes: Sequence[int]) -> Segment:
         """The forward of some nodes, behind the rows of those forwarded before."""
         tokens = tuple(self._tokens[node] for node in nodes)
-        return nodes_segment(slot, self._shape, len(self.committed) - 1, tokens, nodes, self.forwarded, self._stem)
+        return nodes_segment(slot, self._topology, len(self.committed) - 1, tokens, nodes, self.forwarded, self._stem)
 
     def take_root(self, slot: KVSlot) -> None:
         """The guess came true: the rows of its path and of its root become the slot's next valid ones."""
@@ -177,47 +117,18 @@ class Growth:
         self.forwarded.remove(0)
         self._stem = None
 
+    def _pass(self, forwarded: Sequence[int]) -> None:
+        """A level is grown; its forward's rows hold these nodes."""
+        self.forwarded += [node for node in forwarded if node or self._stem]
+        self.num_levels_grown += 1
+
     @property
-    def _shape(self) -> Topology:
+    def _topology(self) -> Topology:
         return Topology.of(tuple(self._parents))
 
-    @property
-    def planned_frontier(self) -> list[int]:
-        """The planned nodes behind the frontier's."""
-        return [self._planned_nodes[node] for node in self.frontier]
 
-    def _planned_children(self, node: int) -> tuple[int, ...]:
-        return self.topology.children[self._planned_nodes[node]]
-
-
-def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of several lengths as one array, filled up with zeros."""
-    width = max(map(len, rows))
-    return np.stack([np.pad(row, (0, width - len(row))) for row in rows])
-
-
-@dataclass(frozen=True, slots=True)
-class Chooser:
-    """Chooses children for the sessions' rule. `vocab_size`: the draft's padding may lie outside the target's."""
-
-    decoding: Decoding
-    vocab_size: int
-    generator: np.random.Generator
-
-    def level(self, growth: Growth, nodes: Sequence[int], logits: Tensor) -> Level:
-        """The children of some nodes of one depth, whose logits these are."""
-        paths = growth.paths(nodes, self.decoding.num_prompt_tokens)
-        rows = logits[:, : self.vocab_size]
-        counts = growth.child_counts(nodes)
-        return choose_level(rows, self.decoding, paths, counts, self.generator, growth.mixture)
-
-    def can_grow_unseen(self, growth: Growth) -> bool:
-        """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""
-        return not self.decoding.sampling.adjusts(len(growth.committed) - self.decoding.num_prompt_tokens)
-
-
-def grow_levels(slot: KVSlot, growth: Growth, chooser: Chooser) -> Job[None]:
+def grow_levels(slot: KVSlot, growth: Growth[Any], chooser: Chooser) -> Job[None]:
     """Grow what is missing of the tree, one forward a level."""
     while growth.frontier:
         logits = yield growth.segment(slot, growth.frontier)
-        growth.add(chooser.level(growth, growth.frontier, logits))
+        growth.add(growth.level(chooser, growth.frontier, logits))

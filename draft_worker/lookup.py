@@ -10,14 +10,25 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
+from draft_worker.choosing import Level
 from draft_worker.drafter import Drafted, DraftSession, Result, continued
+from draft_worker.growing import AnyGrowth, begun
 from draft_worker.ngram import NgramIndex, Tokens
-from sequoia.engine.children import DRAFT_WIDTH, Float, distributions_of, draw_children
+from sequoia.engine.children import (
+    COUPLED_SHARPNESS,
+    DRAFT_WIDTH,
+    Float,
+    ScoredTokens,
+    distributions_of,
+    draw_children,
+    scored,
+)
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.noise import gumbel_noise
-from sequoia.engine.trie import Trie
+from sequoia.engine.trie import NOWHERE, Trie
+from sequoia.rules import Rule
 from sequoia.sampling import Decoding
-from sequoia.topology import DraftDistributions, Int, TokenTree, Topology
+from sequoia.topology import Int, TreeShape
 
 # Nodes of a trie, at most: more than the trees of a worker have.
 _MOST_NODES = 128
@@ -40,6 +51,11 @@ class LookupSession:
         """Committed tokens known, in tokens."""
         return len(self._committed)
 
+    @property
+    def rule(self) -> Rule:
+        """By which children are chosen."""
+        return self._decoding.rule
+
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
         self._committed = continued(self._committed, base_len, token_ids)
@@ -49,47 +65,39 @@ class LookupSession:
         self._index.extend(self._committed)
         yield from ()
 
-    def grow(self, topology: Topology) -> Job[Drafted]:
-        """The tree of that topology as far as the text has been there before: the root alone where it has not."""
+    def grow(self, shape: TreeShape) -> Job[Drafted]:
+        """The tree of that shape as far as the text has been there before: the root alone where it has not."""
         yield from self.prefill()
-        trie = self._index.continuations(self._committed, topology.levels - 1, _MOST_NODES)
-        tree = self._tree(topology, trie) if trie else TokenTree.root_only(self._committed[-1])
+        trie = self._index.continuations(self._committed, shape.levels - 1, _MOST_NODES)
+        growth = begun(shape, self._committed)
+        while trie and growth.frontier:
+            growth.add(self._level(trie, growth))
+        tree = growth.tree()
         return Drafted(tree, ngram_nodes=tuple(range(1, tree.topology.size)))
 
     def draft_ahead(self, num_guesses: int) -> Job[None]:
         """Nothing: there is no forward to save."""
         yield from ()
 
-    def _tree(self, topology: Topology, trie: Trie) -> TokenTree:
-        """Node by node in level order; `planned` is the topology's node behind each, `standing` the trie's."""
-        parents, tokens, planned, standing, rows = [-1], [self._committed[-1]], [0], [0], []
-        for node, behind in enumerate(planned):
-            wanted = topology.children[behind]
-            if not wanted or not trie.children[standing[node]]:
-                continue
-            position = self.num_committed + topology.depths[behind]
-            children, q = self._choose(trie, standing[node], len(wanted), position)
-            rows.append(q)
-            parents += [node] * len(children)
-            tokens += children
-            planned += wanted[: len(children)]
-            standing += [trie.children[standing[node]][token] for token in children]
-        return TokenTree(Topology.of(tuple(parents)), tuple(tokens), _stacked(rows) if self._is_drawn else None)
+    def _level(self, trie: Trie, growth: AnyGrowth) -> Level:
+        """The children of the frontier's nodes by the rule, and what else the growth asks of a level."""
+        counts = growth.child_counts(growth.frontier)
+        paths = growth.paths(growth.frontier, self._decoding.num_prompt_tokens)
+        candidates, spares = [_candidates(trie, trie.find(path.drafted)) for path in paths], ((),) * len(paths)
+        if self.rule.children == "drawn":
+            q = distributions_of(candidates)
+            drawn = tuple(draw_children(q, row, count, self._generator) for row, count in enumerate(counts))
+            return Level(drawn, spares, q)
+        ranked = [self._ranked(*each, count, paths[0].position) for each, count in zip(candidates, counts, strict=True)]
+        return Level(tuple(each.token_ids for each in ranked), spares, scores=tuple(each.scores for each in ranked))
 
-    @property
-    def _is_drawn(self) -> bool:
-        return self._decoding.rule.children == "drawn"
-
-    def _choose(self, trie: Trie, node: int, count: int, position: int) -> tuple[Tokens, DraftDistributions | None]:
-        """The children of a tree's node by the rule, and the q (one row) that they were drawn from."""
-        ids, logs = _candidates(trie, node)
-        if self._is_drawn:
-            q = distributions_of([(ids, logs)])
-            return draw_children(q, 0, count, self._generator), q
-        if (seed := self._decoding.sampling.seed) is not None and self._decoding.rule.children == "coupled":
-            races = logs + gumbel_noise(seed, position, torch.from_numpy(ids)).numpy()
-            ids = ids[np.argsort(-races, kind="stable")]
-        return tuple(ids[:count].tolist()), None
+    def _ranked(self, ids: Int, logs: Float, count: int, position: int) -> ScoredTokens:
+        if self.rule.children == "top":
+            return scored(ids, logs, 1.0, count)
+        sampling = self._decoding.sampling
+        assert sampling.seed is not None, "the coupled rule needs a seed"
+        races = logs + gumbel_noise(sampling.seed, position, torch.from_numpy(ids)).numpy()
+        return scored(ids, races, sampling.temperature / COUPLED_SHARPNESS, count)
 
 
 AnySession: TypeAlias = DraftSession | LookupSession
@@ -117,19 +125,7 @@ class Lookup:
 
 
 def _candidates(trie: Trie, node: int) -> tuple[Int, Float]:
-    """The tokens behind a node of the trie, the heaviest first, and the logarithms of their weights."""
-    children = list(trie.children[node].items())[:DRAFT_WIDTH]
-    ids, nodes = zip(*children, strict=True)
+    """The tokens behind a node of the trie, the heaviest first, and the logarithms of their weights; none NOWHERE."""
+    children = {} if node == NOWHERE else trie.children[node]
+    ids, nodes = list(children)[:DRAFT_WIDTH], list(children.values())[:DRAFT_WIDTH]
     return np.array(ids, np.int64), np.array([math.log(trie.weights[each]) for each in nodes])
-
-
-def _stacked(rows: list[DraftDistributions | None]) -> DraftDistributions | None:
-    """Rows of several widths as one array, filled up with zeros; None without a row."""
-    every = [row for row in rows if row is not None]
-    if not every:
-        return None
-    width = max(row.token_ids.shape[1] for row in every)
-    pads = [(0, width - row.token_ids.shape[1]) for row in every]
-    token_ids = [np.pad(row.token_ids[0], pad) for row, pad in zip(every, pads, strict=True)]
-    weights = [np.pad(row.weights[0], pad) for row, pad in zip(every, pads, strict=True)]
-    return DraftDistributions(np.stack(token_ids), np.stack(weights))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from draft_worker.ngram import LONGEST, SHORTEST, NgramIndex, Tokens
@@ -57,20 +55,19 @@ class Mixture:
 
     It depends on the committed tokens, and on those that a guess at them adds, never on what is drawn from it. So q is
     as good as any other: the rules that need it draw from the mixture and send the mixture.
+
+    Tokens that the draft model does not know have no probability, and none here either: they are not proposed.
     """
 
     def __init__(self, trie: Trie) -> None:
         self.trie = trie
         self.shares: dict[int, float] = {}  # of the root's children on the trie: the part that is the trie's
 
-    def root_logits(self, row: NDArray[np.floating]) -> dict[int, float]:
-        """Of the root's children on the trie, from the root's row of logits (vocabulary,)."""
-        return {token: float(row[token]) for token in self.trie.children[0] if token < len(row)}
-
-    def compare(self, own: Mapping[int, float], mixed: Mapping[int, float], temperature: float) -> None:
-        """Learn the shares from the root's logits before and after another has mixed them."""
-        falls = {token: (own[token] - mixed[token]) / (temperature or 1.0) for token in own if own[token] > -math.inf}
-        self.shares = {token: -math.expm1(fall) for token, fall in falls.items()}
+    def read(self, shares: Array) -> None:
+        """Take the shares from another that has mixed: (trie nodes - 1,) float64, of each but its root."""
+        self.shares = {
+            token: float(shares[node - 1]) for token, node in self.trie.children[0].items() if shares[node - 1]
+        }
 
     def mixed(self, logits: Tensor, paths: Sequence[Tokens], temperature: float) -> Tensor:
         """The logits (rows, vocabulary) of nodes that these tokens lead to, of the mixture where they are on the trie.
@@ -110,8 +107,7 @@ class DeviceMixture:
 
     def read(self, root_shares: Array) -> None:
         """They are on the host now."""
-        children = self._mixture.trie.children[0]
-        self._mixture.shares = {token: float(root_shares[node - 1]) for token, node in children.items()}
+        self._mixture.read(root_shares)
 
 
 class NgramSource:

@@ -14,7 +14,7 @@ from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
-from sequoia.wire import decoding_from_wire, tokens_from_wire, topology_from_wire, tree_to_wire
+from sequoia.wire import decoding_from_wire, shape_from_wire, tokens_from_wire, tree_to_wire
 from sequoia.worker import Worker
 
 
@@ -55,10 +55,10 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
         self, session: AnySession, request: draft_pb2.DraftStep, idle_time: IdleTime
     ) -> draft_pb2.DraftResponse:
         started = time.monotonic()
-        topology = topology_from_wire(request.topology, self._limits.max_tree_size)
+        shape = shape_from_wire(request, session.rule, self._limits.max_tree_size)
         self._commit(session, request.base_len, request.token_ids)
         spent = Spent()
-        drafted = await self._drafter.run(timed(session.grow(topology), spent))
+        drafted = await self._drafter.run(timed(session.grow(shape), spent))
         idle_time.settle(drafted)
         return draft_pb2.DraftResponse(
             step=request.step,

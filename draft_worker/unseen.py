@@ -9,8 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from draft_worker.growth import DEAD, NUM_SPARES, Chooser, Growth, Level, nodes_segment, undrawn
+from draft_worker.choosing import NUM_SPARES, Chooser, Level, undrawn
+from draft_worker.growth import DEAD, nodes_segment
 from draft_worker.mixture import DeviceMixture
+from draft_worker.planned import PlannedGrowth
 from sequoia.engine.children import DRAFT_WIDTH
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
@@ -37,13 +39,13 @@ class _Plan(NamedTuple):
     exponentials: tuple[Tensor, ...]  # (nodes, DRAFT_WIDTH) float64 by depth; none where nothing is drawn
 
 
-def grow_unseen(slot: KVSlot, growth: Growth, chooser: Chooser, logits: Tensor) -> Job[None]:
+def grow_unseen(slot: KVSlot, growth: PlannedGrowth, chooser: Chooser, logits: Tensor) -> Job[None]:
     """Grow the whole tree from its root's logits (1, vocabulary): one forward a level, and one copy to the host.
 
     Where q has fewer tokens than a node has children, what is missing is forwarded like the rest and dropped when the
     tree is read. The tree is the one that `grow_levels` grows.
     """
-    shape = growth.topology
+    shape = growth.shape
     plan = _plan(shape, chooser, logits)
     temperature = chooser.decoding.sampling.temperature
     mixture = DeviceMixture(growth.mixture, temperature, logits.device) if growth.mixture else None
@@ -78,10 +80,10 @@ def _plan(shape: Topology, chooser: Chooser, like: Tensor) -> _Plan:
     return _Plan(nodes, tuple(uploaded[:below]), tuple(uploaded[below : 2 * below]), tuple(uploaded[2 * below :]))
 
 
-def _rank(logits: Tensor, growth: Growth, chooser: Chooser, depth: int, plan: _Plan) -> Ranking:
+def _rank(logits: Tensor, growth: PlannedGrowth, chooser: Chooser, depth: int, plan: _Plan) -> Ranking:
     """What `choose_level` chooses from, for nodes of one depth with these logits (nodes, vocabulary)."""
     kind, sampling = chooser.decoding.rule.children, chooser.decoding.sampling
-    count = NUM_SPARES + max(len(growth.topology.children[node]) for node in plan.nodes[depth])
+    count = NUM_SPARES + max(len(growth.shape.children[node]) for node in plan.nodes[depth])
     if kind == "drawn":
         q = draft_weights(logits, sampling)
         return Ranking(*drawn_ranking(*q, plan.exponentials[depth]), q)

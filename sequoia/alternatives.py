@@ -5,7 +5,7 @@ from __future__ import annotations
 from sequoia.optimal_tree import Rows, optimal_tree
 from sequoia.planner import MAX_LEVELS, TreePlan
 from sequoia.pricing import PlanInputs, price
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 # Sizes and levels that Chen et al. 2024 (arXiv 2402.12374) use: two with the models on the GPU, the last offloaded.
 PAPER_SIZES = ((64, 9), (128, 10), (768, 18))
@@ -19,12 +19,12 @@ EXPANSIONS = {
 }
 
 
-def alternatives(plan: TreePlan) -> dict[str, Topology | None]:
+def alternatives(plan: TreePlan) -> dict[str, TreeShape | None]:
     """By name, the plan's own tree first; None where no such tree exists, at all or for so few ranks."""
     own = {"plan": plan.chosen, "best tree": plan.best_tree, "reduced": plan.reduced, "runner-up": plan.runner_up}
     return {
-        **{name: priced.topology if priced else None for name, priced in own.items()},
-        "best chain": best_chain(plan.inputs, max(MAX_LEVELS, plan.chosen.topology.levels)),
+        **{name: priced.shape if priced else None for name, priced in own.items()},
+        "best chain": best_chain(plan.inputs, max(MAX_LEVELS, plan.chosen.shape.levels)),
         "off": Topology.root_only(),
         **{name: expansion(widths) for name, widths in EXPANSIONS.items()},
         **{f"paper {size}x{levels}": _optimal(plan.inputs.acceptance, size, levels) for size, levels in PAPER_SIZES},

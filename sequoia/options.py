@@ -10,10 +10,10 @@ from google.protobuf.message import Message as ProtoMessage
 
 from sequoia.errors import InvalidArgument
 from sequoia.rules import RULES
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1 import coordinator_pb2 as pb
-from sequoia.v1 import sampling_pb2, tree_pb2
-from sequoia.wire import rule_to_wire
+from sequoia.v1 import sampling_pb2
+from sequoia.wire import rule_to_wire, shape_to_wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Message:
 
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
-Speculation: TypeAlias = Literal["auto", "off", "tree"] | Topology
+Speculation: TypeAlias = Literal["auto", "off", "tree"] | TreeShape
 Stop: TypeAlias = Sequence[str | bytes]
 
 
@@ -153,9 +153,10 @@ def _rule_number(rule: str | None) -> sampling_pb2.Rule:
 
 def _speculation(speculation: Speculation, rule: str | None) -> pb.Speculation:
     number = _rule_number(rule)
-    if isinstance(speculation, Topology):
-        topology = tree_pb2.Topology(parents=speculation.parents)
-        return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, topology=topology, rule=number)
+    if isinstance(speculation, Topology | DynamicShape):
+        return pb.Speculation(mode=pb.SPECULATION_MODE_TREE, rule=number, **shape_to_wire(speculation))
     if not isinstance(speculation, str) or speculation not in _MODES:
-        raise InvalidArgument(f"{speculation!r} is none of 'auto', 'off', 'tree', or a Topology", "speculation")
+        raise InvalidArgument(
+            f"{speculation!r} is none of 'auto', 'off', 'tree', a Topology or a DynamicShape", "speculation"
+        )
     return pb.Speculation(mode=_MODES[speculation], rule=number)

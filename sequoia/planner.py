@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import Frontier, Rows, expected_tokens, frontiers, optimal_tree
-from sequoia.pricing import PlanInputs, PricedTree, draft_seconds, price
-from sequoia.topology import Topology
+from sequoia.pricing import PlanInputs, PricedTree, draft_seconds, planned_like, price
+from sequoia.topology import DynamicShape, Topology, TreeShape
 
 __all__ = [
     "PlanInputs",
@@ -31,10 +31,12 @@ __all__ = [
 
 Float = NDArray[np.float64]
 
-SCHEMA = "sequoia.tree_plan.v2"
+SCHEMA = "sequoia.tree_plan.v3"
 MAX_LEVELS = 16
 # Limits on a level's width that are tried, of those the draft's curve has.
 _MOST_WIDTHS = 6
+# Widths of dynamic trees that are tried: with one node a level there is hardly a choice.
+_DYNAMIC_WIDTHS = range(2, 9)
 _ALTERNATIVES = ("best_tree", "reduced", "runner_up")
 # Figures that another machine computed may differ by this much.
 _ROUNDING = 1e-9
@@ -96,7 +98,7 @@ class TreePlan:
 
 
 def choose(inputs: PlanInputs, *, max_size: int | None = None, max_levels: int = MAX_LEVELS) -> TreePlan:
-    """The plan with the fewest seconds per token among trees, chains and off.
+    """The plan with the fewest seconds per token among trees, dynamic trees if their factor is known, chains and off.
 
     Trees have at most `max_size` nodes, never more than the verify curve's end, and at most `max_levels` levels; for
     every size, number of levels and width of a level the tree with the most expected tokens per step is considered.
@@ -105,7 +107,7 @@ def choose(inputs: PlanInputs, *, max_size: int | None = None, max_levels: int =
     shelf = _Shelf(inputs, size, min(max_levels, size))
     trees = shelf.cheapest(size)
     best_tree = trees[0] if trees else None
-    smaller = shelf.cheapest(1 + (best_tree.topology.size - 1) // 2) if best_tree else []
+    smaller = shelf.cheapest(1 + (best_tree.shape.size - 1) // 2) if best_tree else []
     ranking = sorted([*trees, price(Topology.root_only(), inputs)], key=_preference)
     return TreePlan(
         chosen=ranking[0],
@@ -114,6 +116,23 @@ def choose(inputs: PlanInputs, *, max_size: int | None = None, max_levels: int =
         runner_up=ranking[1] if len(ranking) > 1 else None,
         inputs=inputs,
     )
+
+
+def without_dynamic(plan: TreePlan) -> TreePlan:
+    """For rules that are not exact with dynamic trees: in each one's place the best tree of its size, levels, width."""
+    priced = (plan.chosen, *plan.alternatives.values())
+    return _planned(plan) if any(each and each.kind == "dynamic" for each in priced) else plan
+
+
+@lru_cache(maxsize=32)
+def _planned(plan: TreePlan) -> TreePlan:
+    inputs = replace(plan.inputs, dynamic_factor=None)
+
+    def planned(tree: PricedTree) -> PricedTree:
+        return price(planned_like(tree.shape, plan.inputs), inputs)
+
+    others = {name: tree and planned(tree) for name, tree in plan.alternatives.items()}
+    return TreePlan(planned(plan.chosen), **others, inputs=inputs)
 
 
 class _Shelf:
@@ -128,18 +147,30 @@ class _Shelf:
         ]
         verifying, drafting = inputs.verify_curve.table(size), inputs.draft_curve.table(size)
         self._seconds = [self._per_token(each, verifying, drafting) for each in self._frontiers]
+        self._dynamic = {
+            (at_most, width): self._dynamic_per_token(frontier, at_most, width, verifying)
+            for width in dynamic_widths(inputs)
+            for at_most, frontier in enumerate(cached_frontiers(inputs.acceptance, size, levels, width), start=1)
+            if at_most > 1 and 1 + (at_most - 2) * width < size  # as many KV rows as there are
+        }
 
     def cheapest(self, most: int) -> list[PricedTree]:
         """The two cheapest trees of 2 to `most` nodes, the cheapest first; fewer where there are no more."""
         sizes = [int(each[: most + 1].argmin()) for each in self._seconds]
         best = sorted((self._seconds[index][size], size, index) for index, size in enumerate(sizes))
-        shapes: dict[Topology, None] = {}
+        shapes: dict[TreeShape, None] = {}
         for seconds, size, index in best:
             if np.isfinite(seconds) and len(shapes) < 2:
                 shapes[self._frontiers[index].tree(size)] = None
-        priced = {price(each, self._inputs) for each in shapes}
-        priced |= {each for each in self._chains if each.topology.size <= most}
+        priced = {price(each, self._inputs) for each in (*shapes, *self._cheapest_dynamic(most))}
+        priced |= {each for each in self._chains if each.shape.size <= most}
         return sorted(priced, key=_preference)[:2]
+
+    def _cheapest_dynamic(self, most: int) -> list[DynamicShape]:
+        """The two cheapest, as for `cheapest`."""
+        sizes = {key: int(seconds[: most + 1].argmin()) for key, seconds in self._dynamic.items()}
+        best = sorted((self._dynamic[key][size], size, *key) for key, size in sizes.items())
+        return [DynamicShape(*shape) for seconds, *shape in best[:2] if np.isfinite(seconds)]
 
     def _per_token(self, frontier: Frontier, verifying: Float, drafting: Float) -> Float:
         """(size + 1,) infinite where there is no tree, or one with a forward wider than a curve; and for off."""
@@ -149,6 +180,23 @@ class _Shelf:
         seconds = np.where(np.isfinite(frontier.tokens), seconds, np.inf)
         seconds[:2] = np.inf
         return seconds
+
+    def _dynamic_per_token(self, frontier: Frontier, levels: int, width: int, verifying: Float) -> Float:
+        """As `_per_token`, of dynamic trees of so many levels, whose forwards are all of that width."""
+        drafting = draft_seconds(DynamicShape(levels * width + 1, levels, width), self._inputs.draft_curve)
+        with np.errstate(invalid="ignore"):
+            seconds = self._inputs.step_seconds(verifying, np.float64(drafting))
+            seconds = seconds / self._inputs.tokens_per_step(frontier.tokens, is_dynamic=True)
+        seconds = np.where(np.isfinite(frontier.tokens), seconds, np.inf)
+        seconds[: max(levels, width + 1)] = np.inf
+        return seconds
+
+
+def dynamic_widths(inputs: PlanInputs) -> list[int]:
+    """Widths of dynamic trees that are tried, of those the draft's curve has; none without a factor."""
+    if inputs.dynamic_factor is None:
+        return []
+    return [width for width in inputs.draft_curve.num_tokens if width in _DYNAMIC_WIDTHS]
 
 
 def width_limits(curve: LatencyCurve, size: int) -> list[int | None]:
@@ -166,13 +214,20 @@ def cached_frontiers(acceptance: Rows, size: int, levels: int, width: int | None
     return frontiers(acceptance, size, levels, max_width=width)
 
 
-def _preference(tree: PricedTree) -> tuple[float, int, tuple[int, ...]]:
-    # Of two that are equal in time, the smaller.
-    return tree.seconds_per_token, tree.topology.size, tree.parents
+def _preference(tree: PricedTree) -> tuple[float, int, bool, tuple[int, ...]]:
+    # Of two that are equal in time, the smaller, and the one that is planned.
+    rest = tree.shape.parents if isinstance(tree.shape, Topology) else (tree.shape.width,)
+    return tree.seconds_per_token, tree.shape.size, tree.kind == "dynamic", rest
 
 
 def _reprice(data: dict[str, Any], inputs: PlanInputs) -> PricedTree:
-    return price(Topology(tuple(map(operator.index, data["parents"]))), inputs)
+    return price(_shape(data), inputs)
+
+
+def _shape(data: dict[str, Any]) -> TreeShape:
+    if "parents" in data:
+        return Topology(tuple(map(operator.index, data["parents"])))
+    return DynamicShape(*(operator.index(data[name]) for name in ("size", "levels", "width")))
 
 
 def _agree(ours: Any, theirs: Any) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sequoia.hardware import LatencyCurve
-from sequoia.optimal_tree import Rows, derivatives, expected_tokens, rows_of
-from sequoia.topology import Topology
+from sequoia.optimal_tree import Rows, derivatives, expected_tokens, frontiers, rows_of
+from sequoia.topology import DynamicShape, Topology, TreeShape
 
 # Seconds or tokens, one or as many as there are trees.
 Float = np.float64 | NDArray[np.float64]
@@ -30,8 +31,10 @@ class PlanInputs:
     trips per step to each worker and all else that a drafted step takes beside the forwards in seconds.
 
     `tokens_factor`: tokens beyond the first that a step brings, by those that follow from `acceptance`: 1 for a rule
-    that decides node by node, measured for one that does not. `draft_ahead_hit_rate`: the share of steps whose tree the
-    drafter had begun while the step before was verified; None when it never does. A shared device hides nothing.
+    that decides node by node, measured for one that does not. `dynamic_factor`: those of a dynamic tree by those of the
+    best tree of its size, levels and width, as measured; None where there are no dynamic ones. `draft_ahead_hit_rate`:
+    the share of steps whose tree the drafter had begun while the step before was verified; None when it never does. A
+    shared device hides nothing.
     """
 
     acceptance: Rows
@@ -42,6 +45,7 @@ class PlanInputs:
     host_seconds: float = 0.0
     errors: Rows = ()
     tokens_factor: float = 1.0
+    dynamic_factor: float | None = None
     draft_ahead_hit_rate: float | None = None
     shares_device: bool = False
 
@@ -56,8 +60,9 @@ class PlanInputs:
             raise ValueError("a latency curve must start at width 1: decoding without speculation is compared with it")
         if not all(math.isfinite(each) and each >= 0.0 for each in self._overheads):
             raise ValueError(f"round trips and host time must be seconds of 0 or more, not {self._overheads}")
-        if not 0.0 <= self.tokens_factor < math.inf:
-            raise ValueError(f"tokens_factor must be 0 or more, not {self.tokens_factor}")
+        for name, factor in (("tokens_factor", self.tokens_factor), ("dynamic_factor", self.dynamic_factor or 0.0)):
+            if not 0.0 <= factor < math.inf:
+                raise ValueError(f"{name} must be 0 or more, not {factor}")
         if self.draft_ahead_hit_rate is not None and not 0.0 <= self.draft_ahead_hit_rate <= 1.0:
             raise ValueError(f"draft_ahead_hit_rate must be in 0..1, not {self.draft_ahead_hit_rate}")
 
@@ -98,9 +103,13 @@ class PlanInputs:
         hidden = self.draft_ahead_hit_rate * np.minimum(between, draft_seconds)
         return whole - hidden + (1.0 - self.draft_ahead_hit_rate) * self.draft_curve.at(1) / 2.0
 
-    def tokens_per_step(self, expected: Float) -> Float:
-        """What a step brings where the acceptance alone makes us expect so many tokens."""
-        return 1.0 + self.tokens_factor * (expected - 1.0)
+    def tokens_per_step(self, expected: Float, *, is_dynamic: bool = False) -> Float:
+        """What a step brings where the acceptance alone makes us expect so many tokens.
+
+        Of a dynamic tree: of the best tree of its size, levels and width.
+        """
+        factor = (self.dynamic_factor or 0.0) if is_dynamic else 1.0
+        return 1.0 + factor * self.tokens_factor * (expected - 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,31 +120,28 @@ class PricedTree:
     token of plain decoding by those of this tree.
     """
 
-    topology: Topology
+    shape: TreeShape
     tokens_per_step: float
     tokens_error: float
     seconds_per_token: float
     speedup: float
 
     @property
-    def parents(self) -> tuple[int, ...]:
-        """The topology's parents."""
-        return self.topology.parents
-
-    @property
-    def kind(self) -> Literal["tree", "chain", "off"]:
+    def kind(self) -> Literal["tree", "dynamic", "chain", "off"]:
         """What the tree amounts to."""
-        if self.topology.size == 1:
+        if isinstance(self.shape, DynamicShape):
+            return "dynamic"
+        if self.shape.size == 1:
             return "off"
-        return "chain" if self.topology.levels == self.topology.size else "tree"
+        return "chain" if self.shape.levels == self.shape.size else "tree"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
             "kind": self.kind,
-            "size": self.topology.size,
-            "levels": self.topology.levels,
-            "parents": list(self.parents),
+            "size": self.shape.size,
+            "levels": self.shape.levels,
+            **self.shape.to_dict(),
             "tokens_per_step": self.tokens_per_step,
             "tokens_error": self.tokens_error,
             "seconds_per_token": self.seconds_per_token,
@@ -143,23 +149,54 @@ class PricedTree:
         }
 
 
-def price(topology: Topology, inputs: PlanInputs) -> PricedTree:
+def price(shape: TreeShape, inputs: PlanInputs) -> PricedTree:
     """Seconds per token = (t(n) + one draft forward per level with internal nodes + overheads) / F; off costs t(1).
 
-    Raises ValueError when a forward would be wider than the curves were measured.
+    Raises ValueError when a forward would be wider than the curves were measured, and for a dynamic tree that nothing
+    is known of.
     """
     off_seconds = inputs.verify_curve.at(1)
-    if topology.size == 1:
-        return PricedTree(topology, 1.0, 0.0, off_seconds, 1.0)
-    tokens = float(inputs.tokens_per_step(np.float64(expected_tokens(topology, inputs.acceptance))))
-    forwards = inputs.verify_curve.at(topology.size), draft_seconds(topology, inputs.draft_curve)
+    if shape.size == 1:
+        return PricedTree(shape, 1.0, 0.0, off_seconds, 1.0)
+    # First, as it refuses sizes beyond the curve, for which no tree should be looked for.
+    forwards = inputs.verify_curve.at(shape.size), draft_seconds(shape, inputs.draft_curve)
+    planned = planned_like(shape, inputs)
+    expected, is_dynamic = np.float64(expected_tokens(planned, inputs.acceptance)), isinstance(shape, DynamicShape)
+    tokens = float(inputs.tokens_per_step(expected, is_dynamic=is_dynamic))
     seconds = float(inputs.step_seconds(*map(np.float64, forwards))) / tokens
-    return PricedTree(topology, tokens, _tokens_error(topology, inputs), seconds, off_seconds / seconds)
+    error = _tokens_error(planned, inputs) * ((inputs.dynamic_factor or 0.0) if is_dynamic else 1.0)
+    return PricedTree(shape, tokens, error, seconds, off_seconds / seconds)
 
 
-def draft_seconds(topology: Topology, curve: LatencyCurve) -> float:
-    """Seconds to grow a tree: one forward per level with internal nodes, as wide as they are many."""
-    widths = np.bincount([topology.depths[node] for node in topology.internal_nodes])
+def planned_like(shape: TreeShape, inputs: PlanInputs) -> Topology:
+    """The tree itself; of a dynamic one the best tree of its size, levels and width, by which it is priced.
+
+    Raises ValueError where there is no such tree, or no `dynamic_factor`.
+    """
+    if isinstance(shape, Topology):
+        return shape
+    if inputs.dynamic_factor is None:
+        raise ValueError("without a dynamic_factor nothing is known of dynamic trees")
+    return best_within(inputs.acceptance, shape)
+
+
+@lru_cache(maxsize=128)
+def best_within(acceptance: Rows, shape: DynamicShape) -> Topology:
+    """The tree of most expected tokens within its size, levels and width. Raises ValueError when there is none."""
+    [frontier] = frontiers(acceptance, shape.size, shape.levels, min_levels=shape.levels, max_width=shape.width)
+    if not math.isfinite(frontier.tokens[shape.size]):
+        raise ValueError(f"no tree of {shape} within {max(map(len, acceptance))} ranks")
+    return frontier.tree(shape.size)
+
+
+def draft_seconds(shape: TreeShape, curve: LatencyCurve) -> float:
+    """Seconds to grow a tree: one forward per level with internal nodes, as wide as they are many; at most, if dynamic.
+
+    A level of a dynamic tree may have fewer nodes than `width` to forward, or none.
+    """
+    if isinstance(shape, DynamicShape):
+        return curve.at(1) + (shape.levels - 2) * curve.at(shape.width)
+    widths = np.bincount([shape.depths[node] for node in shape.internal_nodes])
     return sum(curve.at(int(width)) for width in widths)
 
 

@@ -25,6 +25,11 @@ class Rule:
         """Whether it serves temperature 0, and only that."""
         return self is GREEDY
 
+    @property
+    def takes_any_shape(self) -> bool:
+        """Whether it is exact whatever decides a tree's shape; draws that are chosen among would be biased."""
+        return self.children != "drawn"
+
 
 _NO_SEED = frozenset({"seed"})
 

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from itertools import zip_longest
 from typing import Any, Literal
 
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 from sequoia.v1 import coordinator_pb2 as pb
+from sequoia.wire import known_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class TreeUsage:
     of the draft's time; before `num_ahead_misses` trees had been begun that were of no use.
     """
 
-    topology: Topology
+    shape: TreeShape
     num_steps: int
     num_tokens: int
     stage_seconds: StageSeconds
@@ -69,7 +70,7 @@ class TreeUsage:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         return {
-            "parents": self.topology.parents,
+            **self.shape.to_dict(),
             "steps": self.num_steps,
             "tokens": self.num_tokens,
             "seconds": asdict(self.stage_seconds),
@@ -107,9 +108,9 @@ class SpeculationFigures:
     num_accepted_ngram_tokens: int = 0
 
     @property
-    def tree(self) -> Topology:
+    def tree(self) -> TreeShape:
         """The largest that was used (they are cut towards the end of an answer); root-only for plain decoding."""
-        return max((each.topology for each in self.trees), key=lambda tree: tree.size, default=Topology.root_only())
+        return max((each.shape for each in self.trees), key=lambda tree: tree.size, default=Topology.root_only())
 
     @property
     def num_ahead_hits(self) -> int:
@@ -192,7 +193,7 @@ def _stage_seconds(stages: pb.StageSeconds) -> StageSeconds:
 
 def _tree_usage(usage: pb.TreeUsage) -> TreeUsage:
     return TreeUsage(
-        Topology(tuple(usage.topology.parents)),
+        known_shape(usage),
         usage.num_steps,
         usage.num_tokens,
         _stage_seconds(usage.stages),

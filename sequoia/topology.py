@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,11 +105,64 @@ class Topology:
         """The tree without its last nodes in level order, so that at most `max_size` (at least 1) are left."""
         return self if self.size <= max_size else Topology(self.parents[:max_size])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"parents": list(self.parents)}
+
     def with_more_children(self, count: int) -> Topology:
         """The tree with that many leaves more under the root, of the ranks that come next."""
         first = 1 + len(self.children[0])
         below = tuple(parent + count if parent >= first else parent for parent in self.parents[first:])
         return Topology(self.parents[:first] + (0,) * count + below)
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicShape:
+    """A tree whose shape the draft's own scores decide at every step (Li et al. 2024, arXiv 2406.16858).
+
+    `size` nodes and `levels` levels at most, the root counting in both; at most `width` nodes of a level get children,
+    which is what a draft forward has rows. Raises ValueError when there is no such tree.
+    """
+
+    size: int
+    levels: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= self.size:
+            raise ValueError(f"levels is {self.levels}; with {self.size} nodes it must be in 2..{self.size}")
+        if not 1 <= self.width < self.size:
+            raise ValueError(f"width is {self.width}; with {self.size} nodes it must be in 1..{self.size - 1}")
+
+    def __str__(self) -> str:
+        return f"{self.size}x{self.levels} dynamic, width {self.width}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {"size": self.size, "levels": self.levels, "width": self.width}
+
+    @property
+    def num_rows(self) -> int:
+        """KV rows that it takes at most while it grows, the root's included; some are of nodes that it drops again."""
+        return 1 + (self.levels - 2) * self.width
+
+    def truncated(self, max_levels: int) -> TreeShape:
+        """The same with at most that many levels (at least 1, the root)."""
+        if max_levels < 2:
+            return Topology.root_only()
+        return replace(self, levels=min(self.levels, max_levels))
+
+    def cut_to(self, max_size: int) -> TreeShape:
+        """The same with at most `max_size` (at least 1) nodes, and in fewer rows than that."""
+        if max_size < 2:
+            return Topology.root_only()
+        size, levels = min(self.size, max_size), min(self.levels, max_size)
+        most = (max_size - 2) // (levels - 2) if levels > 2 else size - 1
+        return DynamicShape(size, levels, min(self.width, size - 1, most))
+
+
+# What a step may be asked to grow.
+TreeShape: TypeAlias = Topology | DynamicShape
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -11,8 +11,8 @@ from sequoia.errors import InvalidArgument
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.rules import RULES, ParameterError, Rule
 from sequoia.sampling import PARAMETERS, Decoding, Sampling
-from sequoia.topology import DraftDistributions, TokenLogprobs, TokenTree, Topology, Verdict
-from sequoia.v1 import draft_pb2, sampling_pb2, tree_pb2, verify_pb2, worker_pb2
+from sequoia.topology import DraftDistributions, DynamicShape, TokenLogprobs, TokenTree, Topology, TreeShape, Verdict
+from sequoia.v1 import coordinator_pb2, draft_pb2, sampling_pb2, tree_pb2, verify_pb2, worker_pb2
 
 MAX_DRAFT_WIDTH = 1024
 _OPTIONAL = tuple(name for name in PARAMETERS if name not in ("logit_bias", "stop_token_ids"))
@@ -26,6 +26,47 @@ def topology_from_wire(message: tree_pb2.Topology, max_size: int, field: str = "
         return Topology.of(tuple(message.parents))
     except ValueError as error:
         raise InvalidArgument(str(error), field) from error
+
+
+def dynamic_from_wire(message: tree_pb2.DynamicShape, max_size: int, field: str = "dynamic") -> DynamicShape:
+    """Raises InvalidArgument naming `field`, or a field of it."""
+    if not 2 <= message.size <= max_size:
+        raise InvalidArgument(f"is {message.size}; it must be in 2..{max_size}", f"{field}.size")
+    try:
+        shape = DynamicShape(message.size, message.levels, message.width)
+    except ValueError as error:
+        name = "levels" if not 2 <= message.levels <= message.size else "width"
+        raise InvalidArgument(str(error), f"{field}.{name}") from error
+    if shape.num_rows >= max_size:
+        rows = f"{shape.num_rows} rows with these levels; there are {max_size - 1}"
+        raise InvalidArgument(f"is {shape.width} and takes {rows}", f"{field}.width")
+    return shape
+
+
+def shape_from_wire(
+    message: draft_pb2.DraftStep | coordinator_pb2.Speculation, rule: Rule, max_size: int, group: str = ""
+) -> TreeShape:
+    """Of a message that has one of both kinds. Raises InvalidArgument naming the field, in `group`."""
+    if message.WhichOneof("shape") != "dynamic":
+        return topology_from_wire(message.topology, max_size, f"{group}topology")
+    if not rule.takes_any_shape:
+        reason = f"{rule.name} is exact only with a shape that is known before the draws; give a topology"
+        raise InvalidArgument(reason, f"{group}dynamic")
+    return dynamic_from_wire(message.dynamic, max_size, f"{group}dynamic")
+
+
+def known_shape(message: coordinator_pb2.TreeUsage | coordinator_pb2.RealisedPace) -> TreeShape:
+    """Of a message from a part that has checked it."""
+    if message.WhichOneof("shape") == "dynamic":
+        return DynamicShape(message.dynamic.size, message.dynamic.levels, message.dynamic.width)
+    return Topology.of(tuple(message.topology.parents))
+
+
+def shape_to_wire(shape: TreeShape) -> dict[str, Any]:
+    """The field that says it, in each message that has a shape."""
+    if isinstance(shape, Topology):
+        return {"topology": tree_pb2.Topology(parents=shape.parents)}
+    return {"dynamic": tree_pb2.DynamicShape(size=shape.size, levels=shape.levels, width=shape.width)}
 
 
 def tree_from_wire(message: tree_pb2.TokenTree, max_size: int, vocab_size: int) -> TokenTree:

@@ -109,6 +109,9 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     )
     context_length = _context_length(config, model)
     is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
+    if model.vocabulary and not is_draft:
+        reason = f"knows {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
+        raise InvalidArgument(f"{model.reference} {reason}", "model")
     quantization = _quantization(config.quantization, model, is_draft=is_draft)
     arithmetic = Arithmetic(
         engine=config.engine,
@@ -121,7 +124,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_layers = model.module.config.get_text_config().num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
     cache = KVCache(num_layers, config.num_slots, slot_rows)
-    executor.engine = Engine(decoder, cache, model.device, model.dtype)
+    executor.engine = Engine(decoder, cache, model.device, model.dtype, vocabulary=model.vocabulary)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
         role=role,

@@ -47,4 +47,4 @@ def load_engine(
     num_layers = model.module.config.num_hidden_layers
     decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
     cache = KVCache(num_layers, num_slots, slot_rows)
-    return Engine(decoder, cache, model.device, model.dtype, reads_once=reads_once)
+    return Engine(decoder, cache, model.device, model.dtype, reads_once=reads_once, vocabulary=model.vocabulary)

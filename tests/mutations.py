@@ -21,12 +21,13 @@ PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", 
 # The proofs that need no server; those that say most of a rule are run first.
 PROOFS = (
     *("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py"),
-    *("test_target_table.py", "test_rankings.py", "test_unseen.py"),
+    *("test_target_table.py", "test_rankings.py", "test_unseen.py", "test_dynamic.py"),
 )
-FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
+FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py", "dynamic": "test_dynamic.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
 SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
 RANKINGS = "sequoia/engine/rankings.py"
+DYNAMIC, WIRE = "draft_worker/dynamic.py", "sequoia/wire.py"
 NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.py", "draft_worker/unseen.py"
 
 
@@ -197,6 +198,18 @@ FAULTS = (
     Fault(
         "sample_and_walk", "read at once: every node draws with the same numbers", SAMPLING,
         "streams(key, range(len(logs)))", "streams(key, [0] * len(logs))",
+    ),
+    Fault(
+        "dynamic", "rows of dropped nodes are taken for those of nodes that are kept", DYNAMIC,
+        "[place.get(node, DEAD) for node in self.forwarded]", "[min(node, len(kept) - 1) for node in self.forwarded]",
+    ),
+    Fault(
+        "dynamic", "draws are chosen among", WIRE,
+        "if not rule.takes_any_shape:", "if rule is None:",
+    ),
+    Fault(
+        "dynamic", "the unlikeliest nodes are kept", DYNAMIC,
+        "key=lambda node: -self._scores[node]", "key=lambda node: self._scores[node]",
     ),
     Fault(
         "all", "min_tokens is off by one", SAMPLING,

@@ -29,9 +29,11 @@ from sequoia.errors import InvalidArgument, Unavailable
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, choose
 from sequoia.rpc import Context, Server, error_border
+from sequoia.topology import DynamicShape
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
+from sequoia.wire import known_shape
 
 
 class EchoCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
@@ -125,11 +127,19 @@ async def test_every_flag_reaches_the_request(address: str, coordinator: EchoCoo
     assert list(request.speculation.topology.parents) == [-1, 0, 0, 1]
 
 
+async def test_a_dynamic_tree_is_written_by_its_nodes_levels_and_width(
+    address: str, coordinator: EchoCoordinator
+) -> None:
+    assert await run_generate(address, "hello", "--tree", "16x5d4") == 0
+    assert known_shape(coordinator.request.speculation) == DynamicShape(16, 5, 4)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--temperature", "-1"], "error: temperature: -1.0 is below 0\n"),
         (["--tree", "-1,5"], "error: tree: '-1,5' is not a tree such as -1,0,0,1"),
+        (["--tree", "4x5d1"], "error: tree: '4x5d1' is not a tree such as -1,0,0,1 or 16x5d4: levels is 5"),
         (["--tree", "-1,0", "--speculation", "off"], "error: tree: cannot be used with --speculation off\n"),
         (["--stop", "\udcff"], "error: stop: ['\\udcff'] is not a list of strings in UTF-8"),
     ],

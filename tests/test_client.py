@@ -193,9 +193,9 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             "state": "reduced",
             "state_reason": "the tree was too slow",
             "trees": [
-                {"parents": (-1,), "steps": 1, "tokens": 1, "seconds": dict.fromkeys(STAGES, 0.0), **NEVER_AHEAD},
+                {"parents": [-1], "steps": 1, "tokens": 1, "seconds": dict.fromkeys(STAGES, 0.0), **NEVER_AHEAD},
                 {
-                    "parents": (-1, 0, 0, 1),
+                    "parents": [-1, 0, 0, 1],
                     "steps": 2,
                     "tokens": 5,
                     "seconds": dict.fromkeys(STAGES, 0.0) | {"draft": 0.2},
@@ -206,6 +206,8 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             ],
             "num_fallback_steps": 1,
             "fallback_reason": "draft was late",
+            "num_ngram_tokens": 0,
+            "num_accepted_ngram_tokens": 0,
         },
     }
 

@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from sequoia.client import Generation
 from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.sampling import Sampling
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, worker_pb2, worker_pb2_grpc
 from sequoia.v1.sampling_pb2 import RULE_GREEDY
 from sequoia.wire import sampling_to_wire
 
-SHAPES = (TREE, Topology.chain(4), Topology((-1, *[0] * 5)))
+SHAPES = (TREE, Topology.chain(4), Topology((-1, *[0] * 5)), DynamicShape(16, 5, 4))
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -62,8 +62,8 @@ def num_forwards(system: System) -> int:
         return stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5).num_forwards
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=["tree", "chain", "star"])
-def test_greedy_text_is_that_of_plain_decoding(ahead_system: System, shape: Topology) -> None:
+@pytest.mark.parametrize("shape", SHAPES, ids=["tree", "chain", "star", "dynamic"])
+def test_greedy_text_is_that_of_plain_decoding(ahead_system: System, shape: TreeShape) -> None:
     plain = generated(ahead_system, temperature=0, speculation="off", max_tokens=160)
     found = generated(ahead_system, temperature=0, speculation=shape, max_tokens=160)
     assert found.token_ids == plain.token_ids
@@ -132,7 +132,7 @@ def test_on_one_device_auto_is_off_and_costs_no_forward(tiny_system: System) -> 
     """One forward for the prompt, one for each level of a tree but the last."""
     before = num_forwards(tiny_system)
     figures = generated(tiny_system, temperature=0, speculation=TREE).speculation
-    grown = sum(each.num_steps * (each.topology.levels - 1) for each in figures.trees if each.topology.size > 1)
+    grown = sum(each.num_steps * (each.shape.levels - 1) for each in figures.trees if each.shape.size > 1)
     assert num_forwards(tiny_system) - before == 1 + grown
     assert figures.num_ahead_attempts == 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import grpc
 import pytest
 import reference
 import torch
@@ -17,11 +18,17 @@ from sequoia.cli.steps import Steps
 from sequoia.client import Client, Message
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
+from sequoia.errors import InvalidArgument
+from sequoia.rpc import open_channel
 from sequoia.rules import SAMPLED_RULES
 from sequoia.sampling import Sampling
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
+from sequoia.v1 import draft_pb2, draft_pb2_grpc
+from sequoia.v1.sampling_pb2 import RULE_SEQUOIA
+from sequoia.wire import sampling_to_wire, shape_to_wire
 
 TREES = (Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *([0] * 7))))
+DYNAMIC = (DynamicShape(16, 5, 4), DynamicShape(8, 3, 1), DynamicShape(12, 8, 3))
 PROMPTS = (
     "Explain why the sky is blue.",
     "Write a haiku about the sea.",
@@ -62,6 +69,20 @@ def test_greedy_output_equals_generate_on_every_architecture(every_tiny_system: 
     assert num_accepted > 50, "a draft that is never accepted proves nothing"
 
 
+def test_greedy_output_with_dynamic_trees_equals_generate_on_every_architecture(every_tiny_system: System) -> None:
+    module = AutoModelForCausalLM.from_pretrained(every_tiny_system.target, dtype=torch.float32)
+    num_accepted = 0
+    for seed in range(6):
+        prompt = torch.randint(5, 250, (3 + 7 * seed,), generator=torch.Generator().manual_seed(seed)).tolist()
+        shape = DYNAMIC[seed % len(DYNAMIC)]
+        found = every_tiny_system.client.generate(prompt, max_tokens=64, temperature=0, speculation=shape)
+        assert list(found.token_ids) == greedy(module, prompt, 64)
+        assert shape in {usage.shape for usage in found.speculation.trees}
+        assert found.speculation.offered == (), "a dynamic tree says nothing about ranks"
+        num_accepted += found.speculation.num_accepted_tokens
+    assert num_accepted > 50, "a draft that is never accepted proves nothing"
+
+
 def test_speculation_off_gives_the_same_greedy_text(tiny_system: System) -> None:
     prompt = list(range(20, 60))
     texts = {
@@ -71,8 +92,15 @@ def test_speculation_off_gives_the_same_greedy_text(tiny_system: System) -> None
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("rule", [rule.name for rule in SAMPLED_RULES])
-def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule: str) -> None:
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        *((rule.name, TREES[1]) for rule in SAMPLED_RULES),
+        *((rule.name, DYNAMIC[0]) for rule in SAMPLED_RULES if rule.takes_any_shape),
+    ],
+    ids=str,
+)
+def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule: str, shape: TreeShape) -> None:
     """Chi-square of 500 triples of tokens, cells below 5 expected pooled, z above 3.72: false alarm 1e-4 a rule.
 
     Answers are longer, because a tree is cut to what is left of an answer. The draws are seeded under `coupled`; the
@@ -97,7 +125,7 @@ def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule
     def triple(draw: int) -> tuple[int, ...]:
         seed = draw if rule == "coupled" else None
         found = tiny_system.client.generate(
-            prompt, max_tokens=6, **parameters, rule=rule, seed=seed, ignore_eos=True, speculation=TREES[1]
+            prompt, max_tokens=6, **parameters, rule=rule, seed=seed, ignore_eos=True, speculation=shape
         )
         assert found.rule == rule
         return found.token_ids[:3]
@@ -105,6 +133,26 @@ def test_first_three_tokens_have_the_targets_joint_law(tiny_system: System, rule
     found = Counter(map(triple, range(draws)))
     assert set(found) <= set(triples)
     assert chi_square_z(found, triples, draws) < 3.72
+
+
+@pytest.mark.parametrize("rule", [rule.name for rule in SAMPLED_RULES if not rule.takes_any_shape])
+def test_a_dynamic_tree_is_refused_where_it_would_not_be_exact(tiny_system: System, rule: str) -> None:
+    with pytest.raises(InvalidArgument, match=rf"speculation\.dynamic: {rule} is exact only with"):
+        tiny_system.client.generate([5, 6, 7], max_tokens=4, temperature=0.7, rule=rule, speculation=DYNAMIC[0])
+
+
+async def test_the_draft_worker_refuses_a_dynamic_tree_of_draws(tiny_system: System) -> None:
+    sampling = sampling_to_wire(Sampling(0.7))
+    opening = draft_pb2.DraftOpen(token_ids=[5, 6, 7], num_prompt_tokens=1, sampling=sampling, rule=RULE_SEQUOIA)
+    step = draft_pb2.DraftStep(step=1, base_len=2, token_ids=[7], **shape_to_wire(DYNAMIC[0]))
+    async with open_channel(tiny_system.deployment.processes["draft"].address) as channel:
+        call = draft_pb2_grpc.DraftServiceStub(channel).Draft(timeout=30)
+        await call.write(draft_pb2.DraftRequest(open=opening))
+        await call.read()
+        await call.write(draft_pb2.DraftRequest(step=step))
+        with pytest.raises(grpc.aio.AioRpcError, match="dynamic: sequoia is exact only with"):
+            await call.read()
+        assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 def chi_square_z(found: Counter[tuple[int, ...]], law: dict[tuple[int, ...], float], draws: int) -> float:

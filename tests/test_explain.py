@@ -45,7 +45,7 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             num_ahead_hits=30,
             num_ahead_misses=20,
             realised=[
-                pace(PLAN.chosen.topology, num_steps=50, num_tokens=150, seconds=2.4),
+                pace(PLAN.chosen.shape, num_steps=50, num_tokens=150, seconds=2.4),
                 pace(Topology.root_only(), num_steps=40, num_tokens=40, seconds=1.28),
                 pace(Topology((-1, 0, 0)), num_steps=10, num_tokens=15, seconds=0.6),
             ],
@@ -97,7 +97,7 @@ def by_name(document: str) -> dict[str, dict[str, Any]]:
 
 def test_a_plan_stands_beside_its_alternatives(capsys: pytest.CaptureFixture[str], plan_file: str) -> None:
     trees = by_name(explained(capsys, "--plan", plan_file, "--json"))
-    assert trees["plan"]["parents"] == list(PLAN.chosen.parents)
+    assert trees["plan"]["parents"] == list(PLAN.chosen.shape.parents)
     assert (trees["off"]["speedup"], trees["best chain"]["kind"]) == (1.0, "chain")
     assert (trees["SpecInfer 5x8"]["size"], trees["full binary"]["size"]) == (41, 31)
     assert trees["paper 64x9"]["tokens_per_step"] == pytest.approx(price_of("paper 64x9"))
@@ -139,7 +139,7 @@ def test_files_of_numbers_are_explained_as_the_plan_that_they_give(
         (tmp_path / name).write_text(json.dumps(document))
         arguments += [f"--{name}", str(tmp_path / name)]
     trees = by_name(explained(capsys, *arguments, "--json"))
-    assert trees["plan"]["parents"] == list(PLAN.chosen.parents)
+    assert trees["plan"]["parents"] == list(PLAN.chosen.shape.parents)
     assert trees["plan"]["tokens_error"] == 0.0
 
 

@@ -151,7 +151,7 @@ def test_gaits_follow_from_a_plan() -> None:
     of_plan = Gaits.of(plan)
     assert plan.best_tree is not None
     assert plan.reduced is not None
-    assert of_plan.trees == {Gait.ON: plan.best_tree.topology, Gait.REDUCED: plan.reduced.topology, Gait.OFF: PLAIN}
+    assert of_plan.trees == {Gait.ON: plan.best_tree.shape, Gait.REDUCED: plan.reduced.shape, Gait.OFF: PLAIN}
     assert of_plan.first is Gait.ON
     assert Gaits.of(choose(PlanInputs(((0.6, 0.2),), slow, slow))).first is Gait.OFF
 

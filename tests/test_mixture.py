@@ -16,17 +16,18 @@ from test_drafter import Bench, path_tokens
 from test_exactness import chi_square_z
 from tiny_models import write_tiny_model
 
+from draft_worker.choosing import Level, choose_level, score_level
 from draft_worker.drafter import DraftLimits, DraftSession
-from draft_worker.growth import Level, choose_level
 from draft_worker.mixture import Mixture, NgramSource, Trust
 from draft_worker.ngram import LONGEST, SHORTEST
+from sequoia.engine.children import COUPLED_SHARPNESS
 from sequoia.engine.noise import gumbel_noise
 from sequoia.engine.sampling import Path, RandomChoices
 from sequoia.engine.trie import NOWHERE, Trie, mix
 from sequoia.engine.trie_rows import TrieRows
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
-from sequoia.topology import TokenTree, Topology
+from sequoia.topology import DynamicShape, TokenTree, Topology, TreeShape
 from verify_worker.verifier import VerifyLimits, VerifySession
 
 # Behind the root 3 (weight 3/4) or 5, behind 3 only 1; 7 lies outside a vocabulary of six.
@@ -38,6 +39,7 @@ LOGITS = torch.tensor(
 PATHS = tuple(Path((9, 2), 1, drafted) for drafted in ((), (3,), (4,)))
 TREE = Topology((-1, 0, 0, 0, 1, 1, 2, 4, 4, 7))
 SMALL = Topology((-1, 0, 0, 1))
+DYNAMIC = DynamicShape(12, 5, 3)
 REPEATING = (*range(30, 42), *range(30, 38))
 
 
@@ -126,6 +128,29 @@ def test_coupled_children_win_the_race_of_the_mixture(seed: int) -> None:
         assert children == tuple(np.argsort(-races)[:3].tolist())
 
 
+@pytest.mark.parametrize("rule", [GREEDY, SAMPLE_AND_WALK])
+def test_top_children_of_dynamic_trees_are_scored_by_the_mixture(rule: Rule) -> None:
+    temperature = 0.0 if rule.greedy else 1.3
+    decoding = Decoding(rule, Sampling(temperature, top_k=2), 1)
+    for row, law in enumerate(by_hand(temperature or 1.0)):
+        found = score_level(LOGITS[row : row + 1], decoding, [PATHS[row]], [4], Mixture(TRIE))
+        likeliest = sorted(range(6), key=lambda token: -law[token])[:4]  # nothing is cut
+        assert found.children == (tuple(likeliest),)
+        assert found.scores[0] == pytest.approx([math.log(law[token]) for token in likeliest], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_coupled_children_of_dynamic_trees_are_scored_by_the_race_of_the_mixture(seed: int) -> None:
+    decoding = Decoding(COUPLED, Sampling(1.3, seed=seed), 1)
+    for row, law in enumerate(by_hand(1.3)):
+        found = score_level(LOGITS[row : row + 1], decoding, [PATHS[row]], [3], Mixture(TRIE))
+        races = np.log(law) + gumbel_noise(seed, PATHS[row].position, torch.arange(6)).numpy()
+        first = np.argsort(-races)[:3]
+        chances = torch.from_numpy(races * 1.3 / COUPLED_SHARPNESS).log_softmax(0)[torch.from_numpy(first)]
+        assert found.children == (tuple(first.tolist()),)
+        assert found.scores[0] == pytest.approx(chances.tolist(), rel=1e-4, abs=1e-5)
+
+
 @pytest.mark.parametrize("rule", [SEQUOIA, TRAVERSAL])
 def test_the_q_that_travels_is_the_mixture(rule: Rule) -> None:
     q = level(rule, Sampling(0.8), [2, 2, 2]).q
@@ -171,13 +196,15 @@ def limits(*, mixes: bool) -> DraftLimits:
     return DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200, mixes_ngrams=mixes)
 
 
-def grown(bench: Bench, prompt: Sequence[int], sampling: Sampling, *, mixes: bool) -> TokenTree:
+def grown(
+    bench: Bench, prompt: Sequence[int], sampling: Sampling, shape: TreeShape = TREE, *, mixes: bool
+) -> TokenTree:
     rule = GREEDY if sampling.greedy else SEQUOIA
     with bench.engine.cache.slot() as slot:
         decoding = Decoding(rule, sampling, 1)
         session = DraftSession(slot, decoding, np.random.default_rng(0), limits(mixes=mixes))
         session.commit(0, tuple(prompt))
-        return bench.run(session.grow(TREE)).tree
+        return bench.run(session.grow(shape)).tree
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(0.9, top_p=0.9)], ids=str)
@@ -192,10 +219,11 @@ def test_a_tree_without_a_match_is_the_models_own_to_the_last_bit(bench: Bench, 
 
 def test_a_tree_proposes_what_the_text_repeats(bench: Bench) -> None:
     """A tiny random model knows nothing of it: its own probabilities are about 1/400."""
-    tree = grown(bench, REPEATING, Sampling(0.0), mixes=True)
-    assert tree.follow((38, 39, 40, 41))
-    assert path_tokens(tree, tree.follow((38, 39, 40))[-1]) == (38, 39, 40)
-    assert not grown(bench, REPEATING, Sampling(0.0), mixes=False).follow((38,))
+    for shape in (TREE, DYNAMIC):
+        tree = grown(bench, REPEATING, Sampling(0.0), shape, mixes=True)
+        assert tree.follow((38, 39, 40, 41))
+        assert path_tokens(tree, tree.follow((38, 39, 40))[-1]) == (38, 39, 40)
+        assert not grown(bench, REPEATING, Sampling(0.0), shape, mixes=False).follow((38,))
 
 
 DEVICE_KINDS = {
@@ -264,8 +292,8 @@ RULES: dict[str, tuple[Rule, Sampling]] = {
 class Pair:
     """A drafter and a verifier of one tiny model, and the tokens that they write."""
 
-    def __init__(self, bench: Bench, rule: Rule, sampling: Sampling) -> None:
-        self._bench, self._decoding = bench, Decoding(rule, sampling, len(REPEATING))
+    def __init__(self, bench: Bench, rule: Rule, sampling: Sampling, shape: TreeShape = SMALL) -> None:
+        self._bench, self._decoding, self._shape = bench, Decoding(rule, sampling, len(REPEATING)), shape
         self.num_on_trie = 0
 
     def write(self, num_tokens: int) -> tuple[int, ...]:
@@ -276,15 +304,22 @@ class Pair:
             draft = DraftSession(b, self._decoding, np.random.default_rng(), limits(mixes=True))
             while len(tokens) < len(REPEATING) + num_tokens:
                 draft.commit(draft.num_committed, tuple(tokens[draft.num_committed :]))
-                tree = self._bench.run(draft.grow(SMALL)).tree
+                tree = self._bench.run(draft.grow(self._shape)).tree
                 last = draft._last
                 self.num_on_trie += last is not None and last.mixture is not None
                 tokens += self._bench.run(verify.verify(tree)).tokens(tree)
         return tuple(tokens[len(REPEATING) :][:num_tokens])
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_tokens_of_mixed_trees_have_the_targets_joint_law(bench: Bench, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, SMALL) for name in RULES),
+        *((rule.name, DynamicShape(4, 3, 2)) for rule, _ in RULES.values() if rule.takes_any_shape),
+    ],
+    ids=str,
+)
+def test_tokens_of_mixed_trees_have_the_targets_joint_law(bench: Bench, name: str, shape: TreeShape) -> None:
     """Chi-square of 400 triples, cells below 5 expected pooled, z above 3.72: false alarm 1e-4 a rule."""
     rule, sampling = RULES[name]
     draws = 400
@@ -296,7 +331,7 @@ def test_tokens_of_mixed_trees_have_the_targets_joint_law(bench: Bench, name: st
     pairs = {(a, b): pa * pb for a, pa in law(()).items() for b, pb in law((a,)).items()}
     triples = {(*ab, c): p * pc for ab, p in pairs.items() for c, pc in law(ab).items()}
     seeds = [replace(sampling, seed=seed if rule is COUPLED else None) for seed in range(draws)]
-    writers = [Pair(bench, rule, each) for each in seeds]
+    writers = [Pair(bench, rule, each, shape) for each in seeds]
     found = Counter(writer.write(3) for writer in writers)
     assert sum(writer.num_on_trie for writer in writers) >= draws
     assert set(found) <= set(triples)

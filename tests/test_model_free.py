@@ -28,7 +28,7 @@ from sequoia.engine.sampling import RandomChoices
 from sequoia.errors import FailedPrecondition
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
-from sequoia.topology import TokenTree, Topology
+from sequoia.topology import DynamicShape, TokenTree, Topology, TreeShape
 from sequoia.v1 import worker_pb2
 from verify_worker.verifier import VerifyLimits, VerifySession
 
@@ -43,8 +43,8 @@ def session(rule: Rule, sampling: Sampling, tokens: Sequence[int], seed: int = 0
     return found
 
 
-def grown(found: LookupSession, topology: Topology) -> TokenTree:
-    job = found.grow(topology)
+def grown(found: LookupSession, shape: TreeShape) -> TokenTree:
+    job = found.grow(shape)
     try:
         next(job)
     except StopIteration as end:
@@ -83,12 +83,38 @@ def test_an_answer_becomes_part_of_the_text() -> None:
     assert grown(found, Topology.chain(3)).token_ids == (4, 5, 6)
 
 
+@pytest.mark.parametrize("rule", [GREEDY, SAMPLE_AND_WALK])
+@pytest.mark.parametrize(
+    ("shape", "topology", "tokens"),
+    [
+        # Behind the root 3 (2/3) and 4 (1/3); behind 3 what came last and what came first (1/3 each); behind 4 is 7.
+        (DynamicShape(6, 3, 5), Topology((-1, 0, 0, 1, 1, 2)), (2, 3, 4, 6, 5, 7)),
+        (DynamicShape(6, 3, 1), Topology((-1, 0, 0, 1, 1)), (2, 3, 4, 6, 5)),
+        (DynamicShape(12, 2, 5), Topology((-1, 0, 0)), (2, 3, 4)),
+    ],
+    ids=str,
+)
+def test_dynamic_trees_have_the_likeliest_paths(
+    rule: Rule, shape: DynamicShape, topology: Topology, tokens: tuple[int, ...]
+) -> None:
+    tree = grown(session(rule, Sampling(0.0 if rule.greedy else 1.0), TEXT), shape)
+    assert (tree.topology, tree.token_ids) == (topology, tokens)
+
+
+def test_a_dynamic_tree_goes_on_where_the_text_is_sure() -> None:
+    """Behind 1, 2 came 3 (3/4) or 4 (1/4), and behind 3 always 5."""
+    text = (9, 1, 2, 3, 5, 8, 1, 2, 3, 5, 7, 1, 2, 4, 6, 0, 1, 2, 3, 5, 1, 2)
+    tree = grown(session(GREEDY, Sampling(0.0), text), DynamicShape(3, 3, 2))
+    assert (tree.topology, tree.token_ids) == (Topology.chain(3), (2, 3, 5))
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_coupled_children_win_the_race_of_the_counts(seed: int) -> None:
     tree = grown(session(COUPLED, Sampling(0.7, seed=seed), TEXT), Topology((-1, 0, 0)))
     noise = gumbel_noise(seed, len(TEXT), torch.tensor([3, 4])).tolist()
     first = 3 if np.log(2 / 3) + noise[0] > np.log(1 / 3) + noise[1] else 4
     assert tree.token_ids == (2, first, 7 - first)
+    assert grown(session(COUPLED, Sampling(0.7, seed=seed), TEXT), DynamicShape(2, 2, 1)).token_ids == (2, first)
 
 
 @pytest.mark.parametrize("rule", [SEQUOIA, TRAVERSAL])
@@ -117,8 +143,15 @@ THREE = Sampling(5.0, top_k=3, logit_bias=((41, 90.0), (42, 90.0), (43, 90.0)))
 PROMPT = (*range(30, 38), 41, 42, 43, 41, 43, 42, 42, 41, 41, 42)
 
 
-@pytest.mark.parametrize("rule", [SEQUOIA, TRAVERSAL, SAMPLE_AND_WALK, COUPLED])
-def test_tokens_have_the_targets_joint_law(bench: Bench, rule: Rule) -> None:
+@pytest.mark.parametrize(
+    ("rule", "shape"),
+    [
+        *((rule, TREE) for rule in (SEQUOIA, TRAVERSAL, SAMPLE_AND_WALK, COUPLED)),
+        *((rule, DynamicShape(7, 4, 3)) for rule in (SAMPLE_AND_WALK, COUPLED)),
+    ],
+    ids=str,
+)
+def test_tokens_have_the_targets_joint_law(bench: Bench, rule: Rule, shape: TreeShape) -> None:
     """Chi-square of 400 triples, cells below 5 expected pooled, z above 3.72: false alarm 1e-4 a rule."""
     sampling, prompt, draws = THREE, PROMPT, 400
 
@@ -140,7 +173,7 @@ def test_tokens_have_the_targets_joint_law(bench: Bench, rule: Rule) -> None:
             verify = VerifySession(slot, prompt, decoding, choices, VerifyLimits(8, 400))
             while len(tokens) < len(prompt) + 3:
                 draft.commit(len(prompt), tokens[len(prompt) :])
-                tree = grown(draft, TREE)
+                tree = grown(draft, shape)
                 num_nodes, num_steps = num_nodes + tree.topology.size - 1, num_steps + 1
                 tokens += bench.run(verify.verify(tree)).tokens(tree)
         return tokens[len(prompt) :][:3]
@@ -178,7 +211,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         yield System(deployment, target, client)
 
 
-WAYS = ("tree", "auto", Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)))
+WAYS = ("tree", "auto", Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), DynamicShape(10, 5, 4))
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 0},
     {"temperature": 0.4, "top_k": 2, "seed": 7},

@@ -29,7 +29,7 @@ def test_a_governed_answer_is_the_plain_one_however_often_it_changes_its_gait(
 ) -> None:
     governed = [tiny_system.client.generate(PROMPT, max_tokens=600, temperature=0, ignore_eos=True) for _ in range(3)]
     assert {each.token_ids for each in governed} == {undisturbed.token_ids}
-    sizes = {usage.topology.size for each in governed for usage in each.speculation.trees}
+    sizes = {usage.shape.size for each in governed for usage in each.speculation.trees}
     assert {1, 8} <= sizes
     assert {each.speculation.state for each in governed} <= {"on", "reduced", "off"}
     assert all(each.speculation.state_reason for each in governed)
@@ -37,7 +37,7 @@ def test_a_governed_answer_is_the_plain_one_however_often_it_changes_its_gait(
 
 def test_a_request_that_says_how_to_speculate_is_not_governed(undisturbed: Generation) -> None:
     assert (undisturbed.speculation.state, undisturbed.speculation.state_reason) == ("", "")
-    assert [usage.topology.size for usage in undisturbed.speculation.trees] == [1]
+    assert [usage.shape.size for usage in undisturbed.speculation.trees] == [1]
 
 
 def test_bytes_to_both_workers_are_counted(tiny_system: System, undisturbed: Generation) -> None:

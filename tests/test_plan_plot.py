@@ -27,7 +27,14 @@ PLAN = choose(INPUTS)
 OFF = choose(replace(INPUTS, draft_curve=INPUTS.verify_curve))
 
 
-@pytest.mark.parametrize("plan", [PLAN, OFF], ids=["speculating", "off"])
+DYNAMIC = choose(replace(INPUTS, draft_curve=LatencyCurve((1, 4, 64), (0.002, 0.002, 0.006)), dynamic_factor=1.3))
+
+
+def test_the_dynamic_plan_below_is_one() -> None:
+    assert DYNAMIC.chosen.kind == "dynamic"
+
+
+@pytest.mark.parametrize("plan", [PLAN, OFF, DYNAMIC], ids=["speculating", "off", "dynamic"])
 @pytest.mark.parametrize("suffix", ["png", "svg"])
 def test_the_picture_is_a_valid_file(tmp_path: Path, plan: TreePlan, suffix: str) -> None:
     file = tmp_path / f"plan.{suffix}"
@@ -43,7 +50,7 @@ def test_the_picture_is_a_valid_file(tmp_path: Path, plan: TreePlan, suffix: str
 def test_the_surface_is_highest_at_the_plan() -> None:
     found = speedups(INPUTS, 128, 16)
     chosen = PLAN.chosen
-    assert found[chosen.topology.levels - 2, chosen.topology.size - 2] == pytest.approx(chosen.speedup)
+    assert found[chosen.shape.levels - 2, chosen.shape.size - 2] == pytest.approx(chosen.speedup)
     assert np.nanmax(found) == pytest.approx(chosen.speedup)
     # No tree of 2 nodes has 3 levels.
     assert np.isnan(found[1, 0])

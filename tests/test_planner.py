@@ -12,8 +12,8 @@ import pytest
 from sequoia.acceptance import PRIOR
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.optimal_tree import best_first, depth_limited
-from sequoia.planner import PlanInputs, TreePlan, choose, expected_tokens, optimal_tree, price
-from sequoia.topology import Topology
+from sequoia.planner import PlanInputs, TreePlan, choose, expected_tokens, optimal_tree, price, without_dynamic
+from sequoia.topology import DynamicShape, Topology
 
 CASES = json.loads(Path(__file__).with_name("data").joinpath("dp_cases.json").read_text())["cases"]
 OPTIMA = [
@@ -98,18 +98,18 @@ def test_ranks_without_a_measurement_add_nothing() -> None:
 def test_off_wins_when_the_draft_is_as_slow_as_the_target() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FLAT))
     chosen = plan.chosen
-    assert (chosen.kind, chosen.parents, chosen.speedup, chosen.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
+    assert (chosen.kind, chosen.shape.parents, chosen.speedup, chosen.seconds_per_token) == ("off", (-1,), 1.0, 0.1)
     assert plan.best_tree is not None
     assert plan.best_tree.speedup < 1.0
-    assert plan.best_tree.topology.size > 1
+    assert plan.best_tree.shape.size > 1
 
 
 def test_a_tree_as_large_as_can_be_wins_when_draft_and_width_cost_nothing() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
-    assert (plan.chosen.kind, plan.chosen.topology.size) == ("tree", 32)
+    assert (plan.chosen.kind, plan.chosen.shape.size) == ("tree", 32)
     assert plan.chosen.speedup == pytest.approx(plan.chosen.tokens_per_step, rel=1e-6)
     assert plan.best_tree is not None
-    assert plan.best_tree.parents == plan.chosen.parents
+    assert plan.best_tree.shape.parents == plan.chosen.shape.parents
 
 
 def test_a_chain_wins_when_siblings_are_never_accepted() -> None:
@@ -121,13 +121,13 @@ def test_of_trees_with_as_many_tokens_the_one_that_drafts_fewer_rows_wins() -> N
     only_five = LatencyCurve((1, 2, 4, 5), (1.0, 100.0, 100.0, 1.0))
     only_one_row = LatencyCurve((1, 2, 5), (0.01, 100.0, 100.0))
     plan = choose(PlanInputs((0.5, 0.4), verify_curve=only_five, draft_curve=only_one_row))
-    assert plan.chosen.parents == (-1, 0, 0, 1, 1)
+    assert plan.chosen.shape.parents == (-1, 0, 0, 1, 1)
 
 
 def test_longer_round_trips_make_larger_trees_and_then_none() -> None:
     curve = LatencyCurve((1, 64), (0.01, 0.04))
     near = PlanInputs(PRIOR, verify_curve=curve, draft_curve=FREE)
-    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).chosen.topology.size for rtt in (0.0, 0.005, 0.02, 1.0)]
+    sizes = [choose(replace(near, draft_rtt_seconds=rtt)).chosen.shape.size for rtt in (0.0, 0.005, 0.02, 1.0)]
     assert sizes[0] < sizes[1] < sizes[2]
     assert sizes[3] == 1
 
@@ -198,7 +198,7 @@ def test_the_reduced_tree_has_at_most_half_the_drafted_nodes() -> None:
     plan = choose(PlanInputs((0.6, 0.2), verify_curve=FLAT, draft_curve=FREE))
     assert plan.reduced is not None
     assert plan.best_tree is not None
-    assert plan.reduced.topology.size - 1 <= (plan.best_tree.topology.size - 1) / 2
+    assert plan.reduced.shape.size - 1 <= (plan.best_tree.shape.size - 1) / 2
 
 
 def test_drafting_ahead_hides_the_drafts_forwards_on_devices_of_their_own_and_no_round_trip() -> None:
@@ -226,7 +226,7 @@ def test_sessions_that_share_the_verifier_get_smaller_trees() -> None:
     curve = LatencyCurve((1, 8, 64), (0.1, 0.11, 0.4))
     profile = LatencyProfile(SharedCurve(1, 64, curve))
     sizes = [
-        choose(PlanInputs(PRIOR, profile.curve(sessions), LatencyCurve((1, 16), (0.003, 0.003)))).chosen.topology.size
+        choose(PlanInputs(PRIOR, profile.curve(sessions), LatencyCurve((1, 16), (0.003, 0.003)))).chosen.shape.size
         for sessions in (1, 4, 16)
     ]
     assert sizes[0] > sizes[1] > sizes[2]
@@ -235,10 +235,90 @@ def test_sessions_that_share_the_verifier_get_smaller_trees() -> None:
 def test_trees_stay_within_the_given_limits_and_the_measured_widths() -> None:
     inputs = PlanInputs((0.4, 0.3, 0.2), verify_curve=FLAT, draft_curve=LatencyCurve((1, 2), (1e-9, 1e-9)))
     plan = choose(inputs, max_size=20, max_levels=3)
-    internal_depths = [plan.chosen.topology.depths[node] for node in plan.chosen.topology.internal_nodes]
-    assert plan.chosen.topology.levels <= 3
-    assert plan.chosen.topology.size <= 20
+    internal_depths = [plan.chosen.shape.depths[node] for node in plan.chosen.shape.internal_nodes]
+    assert plan.chosen.shape.levels <= 3
+    assert plan.chosen.shape.size <= 20
     assert max(internal_depths.count(depth) for depth in range(3)) <= 2
+
+
+DYNAMIC_INPUTS = PlanInputs(
+    (0.6, 0.2, 0.1), LatencyCurve((1, 16), (0.1, 0.12)), LatencyCurve((1, 2, 4, 16), (0.001, 0.002, 0.004, 0.016))
+)
+
+
+def test_a_dynamic_tree_costs_its_width_at_every_level_and_brings_what_the_factor_says() -> None:
+    shape, inputs = DynamicShape(8, 4, 2), replace(DYNAMIC_INPUTS, dynamic_factor=1.25)
+    planned = [tree for tree in ordered_trees(8) if tree.levels <= 4 and most_internal(tree) <= 2]
+    best = max(expected_tokens(tree, inputs.acceptance) for tree in planned)
+    priced = price(shape, inputs)
+    assert priced.tokens_per_step == pytest.approx(1 + 1.25 * (best - 1))
+    seconds = inputs.verify_curve.at(8) + 0.001 + 2 * 0.002
+    assert priced.seconds_per_token == pytest.approx(seconds / priced.tokens_per_step)
+    assert priced.kind == "dynamic"
+
+
+def most_internal(tree: Topology) -> int:
+    depths = [tree.depths[node] for node in tree.internal_nodes]
+    return max(map(depths.count, depths))
+
+
+@pytest.mark.parametrize("factor", [None, 0.5, 0.95])
+def test_dynamic_trees_are_left_out_unless_they_were_measured_to_pay(factor: float | None) -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=factor))
+    assert plan.chosen == choose(DYNAMIC_INPUTS).chosen
+    assert plan.chosen.kind == "tree"
+
+
+def test_a_dynamic_tree_is_chosen_when_its_factor_pays_for_its_forwards() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.2))
+    assert plan.chosen.kind == "dynamic"
+    assert plan.chosen.seconds_per_token < choose(DYNAMIC_INPUTS).chosen.seconds_per_token
+    dear = replace(plan.inputs, draft_curve=LatencyCurve((1, 2, 4, 16), (0.001, 0.1, 0.2, 0.8)))
+    assert choose(dear).chosen.kind == "tree"
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.1, 1.4])
+def test_no_dynamic_tree_at_all_is_cheaper_than_the_choice(factor: float) -> None:
+    inputs = replace(DYNAMIC_INPUTS, dynamic_factor=factor)
+    shapes = [
+        DynamicShape(size, levels, width)
+        for size, width in product(range(2, 17), (2, 4))
+        for levels in range(2, size + 1)
+        if width < size and 1 + (levels - 2) * width < 16
+    ]
+    seconds = [price(shape, inputs).seconds_per_token for shape in shapes if exists(shape)]
+    assert choose(inputs).chosen.seconds_per_token <= min(seconds) * (1 + 1e-12)
+
+
+def exists(shape: DynamicShape) -> bool:
+    """With three ranks, of which `width` nodes of a level have children."""
+    nodes, level = 1, 1
+    for _ in range(shape.levels - 1):
+        level = 3 * min(level, shape.width)
+        nodes += level
+    return nodes >= shape.size
+
+
+def test_a_rule_that_needs_planned_trees_gets_the_best_of_the_same_size() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.3))
+    planned = without_dynamic(plan)
+    assert plan.chosen.kind == "dynamic"
+    assert isinstance(planned.chosen.shape, Topology)
+    assert (planned.chosen.shape.size, planned.inputs.dynamic_factor) == (plan.chosen.shape.size, None)
+    assert planned.chosen == price(planned.chosen.shape, DYNAMIC_INPUTS)
+    assert without_dynamic(planned) is planned
+
+
+def test_a_plan_of_dynamic_trees_survives_json_and_nobody_can_change_their_width() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.3))
+    document = plan.to_dict()
+    assert TreePlan.from_json(plan.to_json()) == plan
+    for change in ({"width": 0}, {"width": document["width"] + 1}, {"width": 1.5}, {"levels": 99}):
+        with pytest.raises(ValueError, match="not a tree plan"):
+            TreePlan.from_dict({**document, **change})
+    without = {**document["inputs"], "dynamic_factor": None}
+    with pytest.raises(ValueError, match="nothing is known of dynamic trees"):
+        TreePlan.from_dict({**document, "inputs": without})
 
 
 def random_inputs(generator: random.Random) -> PlanInputs:
@@ -256,7 +336,7 @@ def test_a_plan_survives_json(seed: int) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("schema", "sequoia.tree_plan.v1"),
+        ("schema", "sequoia.tree_plan.v2"),
         ("parents", [-1, 0, 7]),
         ("parents", [-1, 0, 0.5]),
         ("kind", "magic"),
@@ -287,6 +367,8 @@ def test_a_document_that_is_no_plan_is_refused(document: str | bytes) -> None:
         {"acceptance": (math.nan,)},
         {"draft_rtt_seconds": -1.0},
         {"host_seconds": math.inf},
+        {"dynamic_factor": -0.1},
+        {"dynamic_factor": math.nan},
         {"verify_curve": LatencyCurve((2, 4), (0.1, 0.1))},
     ],
 )

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 from redis import Redis
 
-from coordinator.measuring import MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
+from coordinator.measuring import MEASURING_DYNAMIC, MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
 from coordinator.planner_job import plan_pair
 from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
@@ -16,16 +16,19 @@ from sequoia.acceptance import AcceptanceCounts
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
+from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
+from sequoia.pricing import best_within
 from sequoia.rpc import Context, Server
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.tree_cache import PlanKey, StoredPlan, TreeCache
 from sequoia.v1 import coordinator_pb2 as pb
-from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
+from sequoia.v1 import coordinator_pb2_grpc
 from sequoia.v1.sampling_pb2 import RULE_SEQUOIA
 from sequoia.v1.worker_pb2 import LatencyCurve, WorkerDescription
+from sequoia.wire import shape_from_wire, shape_to_wire
 
 VERIFY_SECONDS, DRAFT_SECONDS = 0.100, 0.001
 STEPS = 1000
@@ -61,7 +64,7 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
         )
         self.requests: list[pb.GenerateRequest] = []
         self.fails = False
-        self.tokens_per_step = 2.5
+        self.tokens_per_step = self.dynamic_tokens_per_step = 2.5
         self.num_ahead_hits = self.num_ahead_misses = 0
 
     async def DescribePair(self, request: pb.DescribePairRequest, context: Context) -> pb.DescribePairResponse:
@@ -70,17 +73,16 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         is_off = request.speculation.mode == pb.SPECULATION_MODE_OFF
-        tree = Topology((-1,)) if is_off else Topology(tuple(request.speculation.topology.parents))
+        tree = Topology((-1,)) if is_off else shape_from_wire(request.speculation, GREEDY, 64)
         finish = pb.Finish(reason=pb.FINISH_REASON_LENGTH, speculation=self._report(tree))
         yield pb.GenerateResponse(finish=finish)
 
-    def _report(self, tree: Topology) -> pb.SpeculationReport:
+    def _report(self, tree: TreeShape) -> pb.SpeculationReport:
         if self.fails:
             return pb.SpeculationReport(num_steps=8, num_fallback_steps=8, fallback_reason="the draft is late")
-        wire = tree_pb2.Topology(parents=tree.parents)
         if tree.size == 1:
             stages = pb.StageSeconds(verify=STEPS * VERIFY_SECONDS * 1.5)
-            return pb.SpeculationReport(trees=[pb.TreeUsage(topology=wire, num_steps=STEPS, stages=stages)])
+            return pb.SpeculationReport(trees=[pb.TreeUsage(**shape_to_wire(tree), num_steps=STEPS, stages=stages)])
         seconds = VERIFY_SECONDS + 0.001 * (tree.size - 1)
         num_grown = STEPS - self.num_ahead_hits
         stages = pb.StageSeconds(
@@ -89,9 +91,10 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             host=STEPS * 0.001,
             network=STEPS * 0.004,
         )
-        num_tokens = int(STEPS * self.tokens_per_step)
+        per_step = self.dynamic_tokens_per_step if isinstance(tree, DynamicShape) else self.tokens_per_step
+        num_tokens = int(STEPS * per_step)
         usage = pb.TreeUsage(
-            topology=wire,
+            **shape_to_wire(tree),
             num_steps=STEPS,
             num_tokens=num_tokens,
             stages=stages,
@@ -100,7 +103,8 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             hit_draft_seconds=self.num_ahead_hits * 0.0001,
         )
         counts = pb.RankCounts(num_offered=[20_000, 20_000], num_accepted=[12_000, 4_000])
-        return pb.SpeculationReport(num_steps=STEPS, num_drafted_steps=STEPS, trees=[usage], counts_by_depth=[counts])
+        by_depth = [] if isinstance(tree, DynamicShape) else [counts]
+        return pb.SpeculationReport(num_steps=STEPS, num_drafted_steps=STEPS, trees=[usage], counts_by_depth=by_depth)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +157,7 @@ async def test_the_plan_follows_from_what_was_measured_and_lands_in_redis(
     assert (plan.inputs.verify_rtt_seconds, plan.inputs.draft_rtt_seconds) == (0.002, 0.001)
     assert plan.inputs.host_seconds == pytest.approx(0.002)
     assert (plan.inputs.tokens_factor, plan.inputs.shares_device) == (1.0, False)
-    assert (plan.chosen.kind, plan.chosen.topology.size <= 16) == ("tree", True)
+    assert (plan.chosen.kind, plan.chosen.shape.size <= 16) == ("tree", True)
     own = key(coordinator, SEQUOIA, 0.6)
     assert await stored(redis, own) == {own: plan}
 
@@ -166,7 +170,7 @@ async def test_there_is_a_plan_for_every_load_that_the_workers_take(
     keys = {load: key(coordinator, num_sessions=load[0], num_context_tokens=load[1]) for load in loads}
     plans = await stored(redis, *keys.values())
     assert {load for load in loads if keys[load] in plans} == {(1, 0), (1, 2000), (2, 0), (2, 2000)}
-    sizes = [plans[keys[sessions, 0]].chosen.topology.size for sessions in (1, 2)]
+    sizes = [plans[keys[sessions, 0]].chosen.shape.size for sessions in (1, 2)]
     assert sizes[1] <= sizes[0]
 
 
@@ -177,9 +181,11 @@ async def test_acceptance_is_measured_with_a_wide_tree_that_both_workers_take(
     await plan_pair(
         address, redis.url, prompts=["a", "b"], max_tokens=9, on_progress=lambda done, total: seen.append((done, total))
     )
-    first, plain, *_ = coordinator.requests
+    first, dynamic, plain, *_ = coordinator.requests
     assert (first.text, first.max_tokens, first.sampling.temperature) == ("a", 9, 0.0)
     assert tuple(first.speculation.topology.parents) == MEASURING_TREE.parents[:16]
+    assert (dynamic.text, dynamic.max_tokens) == ("a", 9)
+    assert shape_from_wire(dynamic.speculation, GREEDY, 16) == DynamicShape(16, 5, 4)
     assert (plain.text, plain.max_tokens, plain.speculation.mode) == ("a", 5, pb.SPECULATION_MODE_OFF)
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
@@ -219,6 +225,20 @@ async def test_traversal_gets_its_own_measured_correction(
     coordinator.tokens_per_step = 4.0
     [plan] = await plan_pair(address, redis.url, temperatures=[0.6], rule_name=TRAVERSAL.name, prompts=["a", "b", "c"])
     assert plan.inputs.tokens_factor > 1.1
+
+
+async def test_dynamic_trees_get_their_own_measured_factor_where_the_rule_is_exact_with_them(
+    coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis
+) -> None:
+    coordinator.dynamic_tokens_per_step = 3.5
+    [greedy] = await plan_pair(address, redis.url, prompts=["a", "b", "c"])
+    [drawn] = await plan_pair(address, redis.url, temperatures=[0.6], prompts=["a", "b", "c"])
+    expected = expected_tokens(best_within(greedy.inputs.acceptance, MEASURING_DYNAMIC), greedy.inputs.acceptance)
+    quotient, num_steps = 2.5 / (expected - 1), 3 * STEPS
+    assert greedy.inputs.dynamic_factor == pytest.approx((num_steps * quotient + 64) / (num_steps + 64))
+    assert greedy.inputs.acceptance[0][:2] == pytest.approx((0.6, 0.2), abs=1e-3)
+    assert (greedy.chosen.kind, drawn.chosen.kind, drawn.inputs.dynamic_factor) == ("dynamic", "tree", None)
+    assert not any(each.speculation.HasField("dynamic") for each in coordinator.requests if each.sampling.temperature)
 
 
 async def test_what_coordinators_counted_lately_counts_too(
@@ -319,7 +339,7 @@ async def test_a_watch_plans_again_without_measuring_when_acceptance_or_distance
     assert (event.kind, event.reason) == ("replanned", "acceptance or distance changed")
     assert first is not None
     assert event.plan is not None
-    assert event.plan.chosen.topology.levels > first.chosen.topology.levels
+    assert event.plan.chosen.shape.levels > first.chosen.shape.levels
     assert (first.inputs.draft_ahead_hit_rate, event.plan.inputs.draft_ahead_hit_rate) == (None, 0.75)
     coordinator.pair.draft_rtt_seconds = 0.03
     event = await watched.next()

@@ -19,11 +19,14 @@ from transformers import AutoModelForCausalLM
 from sequoia.engine.sampling import RandomChoices
 from sequoia.rules import COUPLED
 from sequoia.sampling import Decoding, Sampling
-from sequoia.topology import TokenTree, Topology
+from sequoia.topology import DynamicShape, TokenTree, Topology
 from verify_worker.verifier import VerifyLimits, VerifySession
 
 PROMPT = list(range(40, 70))
-WAYS = ("off", "tree", "auto", Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *[0] * 7)))
+WAYS = (
+    *("off", "tree", "auto", Topology.chain(4), Topology((-1, 0, 0, 0, 1, 1, 2, 4, 5, 7)), Topology((-1, *[0] * 7))),
+    *(DynamicShape(16, 5, 4), DynamicShape(6, 6, 1)),
+)
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"temperature": 1.0},
     {"temperature": 0.7, "top_p": 0.9, "top_k": 30},

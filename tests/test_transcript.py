@@ -21,6 +21,7 @@ from sequoia.v1.sampling_pb2 import TokenLogprobs
 from sequoia.v1.tree_pb2 import TokenTree, Topology, WorkerTimes
 from sequoia.v1.verify_pb2 import Verdict, VerifyResponse
 from sequoia.v1.worker_pb2 import TokenizerFiles
+from sequoia.wire import known_shape
 
 EOS = 1
 
@@ -130,6 +131,18 @@ def test_accepted_nodes_that_continue_the_text_are_counted_apart() -> None:
     shape = topology.Topology((-1, 0, 0, 1, 1))
     report.verified(response, DraftResponse(tree=tree, ngram_nodes=[1, 2, 3]), shape)
     assert (report.message.num_ngram_tokens, report.message.num_accepted_ngram_tokens) == (3, 1)
+
+
+def test_dynamic_trees_are_told_by_what_was_asked_for_and_say_nothing_about_ranks() -> None:
+    shape, report = topology.DynamicShape(8, 3, 2), Report()
+    for parents in ([-1, 0, 0, 1], [-1, 0, 1, 1]):
+        tree = TokenTree(topology=Topology(parents=parents), token_ids=[0] * 4)
+        response = VerifyResponse(verdict=Verdict(accepted_nodes=[1], bonus_token_id=9))
+        report.verified(response, DraftResponse(tree=tree), shape)
+    [usage] = report.message.trees
+    assert (known_shape(usage), usage.num_steps, usage.num_tokens) == (shape, 2, 4)
+    assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
+    assert not report.message.counts_by_depth
 
 
 def test_a_step_that_fell_back_is_no_plain_decoding() -> None:

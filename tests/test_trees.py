@@ -61,7 +61,7 @@ def situation(temperature: float, rule: Rule = SEQUOIA) -> Situation:
 
 
 def chosen(plans: TreePlans, of: Pair, mode: SpeculationMode, **kind: object) -> Topology:
-    return RequestSpeculation(Speculator(plans, of), request(mode, **kind), has_draft=True).choose(1).topology  # type: ignore[arg-type]
+    return RequestSpeculation(Speculator(plans, of), request(mode, **kind), has_draft=True).choose(1).shape  # type: ignore[arg-type]
 
 
 def put(url: str, of: Pair, at: Situation, document: TreePlan | str) -> None:
@@ -100,6 +100,24 @@ def test_the_built_in_tree_is_the_best_of_its_size_for_the_prior() -> None:
     assert optimal_tree(PRIOR, 8, 4) == BUILT_IN_TREE
 
 
+async def test_a_dynamic_plan_serves_a_rule_that_needs_planned_trees_with_one_of_its_size(idle: Idle) -> None:
+    plan = choose(replace(SPECULATE.inputs, dynamic_factor=1.4))
+    of, shapes = pair(), {}
+    with EmbeddedRedis() as redis:
+        put(redis.url, of, Situation.of(COUPLED, 0.6), plan)
+        plans = TreePlans(redis.url, of, refresh_seconds=60, default_rule=COUPLED)
+        async with AsyncExitStack() as stack:
+            stack.push_async_exit(plans)
+            await plans.refresh()
+            for rule in (COUPLED, SEQUOIA):
+                found = plans.find(Situation.of(rule, 0.6))
+                assert found is not None
+                shapes[rule] = found.plan.chosen.shape
+    assert shapes[COUPLED] == plan.chosen.shape
+    assert (plan.chosen.kind, plan.chosen.shape.size) == ("dynamic", shapes[SEQUOIA].size)
+    assert isinstance(shapes[SEQUOIA], Topology)
+
+
 @pytest.mark.parametrize("url", ["", NOWHERE])
 async def test_without_redis_the_built_in_tree_serves(idle: Idle, url: str) -> None:
     plans = idle.plans(url, pair())
@@ -115,7 +133,7 @@ async def test_the_plan_decides_in_mode_auto_and_its_best_tree_serves_mode_tree(
     assert plans.in_force() == [FoundPlan(DO_NOT, situation(0.0))]
     assert chosen(plans, pair(), SPECULATION_MODE_AUTO) == PLAIN
     assert DO_NOT.best_tree is not None
-    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == DO_NOT.best_tree.topology
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == DO_NOT.best_tree.shape
     assert chosen(plans, pair(), SPECULATION_MODE_OFF) == PLAIN
 
 
@@ -125,7 +143,7 @@ async def test_a_plan_that_promises_next_to_nothing_is_tried_before_it_is_follow
     assert 1.0 < plan.chosen.speedup < LEAST_SPEEDUP
     plans = await idle.plans_with(pair(), plan)
     assert chosen(plans, pair(), SPECULATION_MODE_AUTO) == PLAIN
-    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == plan.chosen.topology
+    assert chosen(plans, pair(), SPECULATION_MODE_TREE) == plan.chosen.shape
 
 
 async def test_a_tree_named_by_the_request_is_used_as_it_is(idle: Idle) -> None:
@@ -147,7 +165,7 @@ async def test_a_plan_serves_its_own_temperature_and_pair_only(idle: Idle) -> No
 async def test_trees_are_cut_to_what_the_workers_take(idle: Idle) -> None:
     small = pair(limit=5)
     plans = await idle.plans_with(small, SPECULATE)
-    parents = SPECULATE.chosen.parents
+    parents = SPECULATE.chosen.shape.parents
     assert len(parents) > 5
     assert chosen(plans, small, SPECULATION_MODE_AUTO) == Topology(parents[:5])
     assert chosen(plans, small, SPECULATION_MODE_AUTO, temperature=1.0) == Topology(BUILT_IN_TREE.parents[:5])
@@ -219,12 +237,12 @@ async def test_a_plan_that_is_stored_reaches_a_running_coordinator_at_once(new_p
             asyncio.timeout(10),
         ):
             governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-            assert governed.choose(1).topology == BUILT_IN_TREE
+            assert governed.choose(1).shape == BUILT_IN_TREE
             while not new_plan.is_set():  # until it listens
                 key = plan_key(pair().verify_description, pair().draft_description, situation(0.0))
                 await cache.put_many({key: StoredPlan(SPECULATE, 0.0)}, ttl_seconds=60)
                 await asyncio.sleep(0.01)
-            assert governed.choose(2).topology == SPECULATE.chosen.topology
+            assert governed.choose(2).shape == SPECULATE.chosen.shape
 
 
 async def test_what_is_wrong_is_logged_once_and_so_is_its_end(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
@@ -260,8 +278,8 @@ async def test_a_rule_without_a_plan_of_its_own_takes_the_default_rules() -> Non
 async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_not(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
     governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-    trees = [governed.choose(1).topology for _ in range(640)]
-    tree = SPECULATE.chosen.topology
+    trees = [governed.choose(1).shape for _ in range(640)]
+    tree = SPECULATE.chosen.shape
     explored = [each for each in trees if each != tree]
     assert len(explored) == 10
     assert {len(each.children[0]) for each in explored} == {len(tree.children[0]) + 8}
@@ -271,11 +289,11 @@ async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_
 async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
     speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-    assert speculation.choose(1).topology == SPECULATE.chosen.topology
+    assert speculation.choose(1).shape == SPECULATE.chosen.shape
     assert speculation.state == SPECULATION_STATE_ON
     for _ in range(200):
         choice = speculation.choose(1)
-        is_plain = choice.topology == PLAIN
+        is_plain = choice.shape == PLAIN
         speculation.observe(choice, 0.1 if is_plain else 1.0, 1 if is_plain else 2, usual=True)
     assert speculation.state == SPECULATION_STATE_OFF
     assert speculation.reason.startswith("measured, in ms a token: on 500.0")
@@ -285,5 +303,5 @@ async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
 async def test_without_a_draft_speculation_is_off_and_says_why(idle: Idle) -> None:
     plans = idle.plans("", pair())
     speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=False)
-    assert speculation.choose(1).topology == PLAIN
+    assert speculation.choose(1).shape == PLAIN
     assert (speculation.state, speculation.reason) == (SPECULATION_STATE_OFF, "there is no draft worker")

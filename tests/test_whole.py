@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from engines import load_engine, needs_native
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
+from tiny_models import write_narrow_model, write_tiny_model
 from torch import Tensor
 
 from draft_worker.drafter import DraftLimits, DraftSession
@@ -26,13 +27,14 @@ from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
 from sequoia.engine.spent import Spent, timed
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, GrownTree, WholeTree
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding, Sampling
-from sequoia.topology import TokenTree, Topology
+from sequoia.topology import DynamicShape, TokenTree, Topology, TreeShape
 from sequoia.worker import feed
 
 PROMPT = tuple(range(30, 60))
+NARROW_TOKENS = [0, 1, *range(25, 390, 2)]  # of the draft that knows some of its target's
 SHAPES = {
     "tree": Topology((-1, 0, 0, 0, 1, 1, 2, 4, 4, 7)),
     "chain": Topology.chain(6),
@@ -63,6 +65,16 @@ KINDS: dict[str, tuple[Rule, Sampling]] = {
     },
     "coupled with the last seed": (COUPLED, Sampling(1.0, seed=2**64 - 1)),
 }
+DYNAMIC_SHAPES = {
+    "two nodes": DynamicShape(2, 2, 1),
+    "star": DynamicShape(9, 2, 3),
+    "usual": DynamicShape(16, 5, 4),
+    "wide": DynamicShape(24, 4, 8),
+    "deep": DynamicShape(12, 12, 1),
+    "few nodes for so many levels": DynamicShape(5, 5, 4),
+    "more than a node may have children": DynamicShape(60, 3, 12),
+}
+DYNAMIC_KINDS = [name for name, (rule, _) in KINDS.items() if rule.takes_any_shape]
 
 
 pytestmark = needs_native
@@ -87,7 +99,7 @@ class Grown:
     def __exit__(self, *_: object) -> None:
         self._slots.close()
 
-    def grow(self, shape: Topology) -> TokenTree:
+    def grow(self, shape: TreeShape) -> TokenTree:
         tree: TokenTree = self.run(self.session.grow(shape)).tree
         return tree
 
@@ -99,7 +111,7 @@ class Grown:
                     wanted = next(job) if answer is None else job.send(answer)
                 except StopIteration as end:
                     return end.value
-                self.num_whole += isinstance(wanted, WholeTree)
+                self.num_whole += not isinstance(wanted, Segment)
                 answer = answered(self._engine, wanted)
 
     @property
@@ -129,8 +141,8 @@ class Grown:
         }
 
 
-def answered(engine: Engine, wanted: Segment | WholeTree) -> Tensor | GrownTree:
-    return engine.grow(wanted) if isinstance(wanted, WholeTree) else engine.forward([wanted])[0]
+def answered(engine: Engine, wanted: Segment | AnyWholeTree) -> Tensor | AnyGrownTree:
+    return engine.forward([wanted])[0] if isinstance(wanted, Segment) else engine.grow(wanted)
 
 
 def used_q(tree: TokenTree) -> list[list[tuple[int, float]]] | None:
@@ -148,7 +160,7 @@ NEWS = ((4, (77,)), (99, (78, 79)), (0, (5,)), (1, (91,)))
 def assert_same_steps(
     engines: tuple[Engine, Engine],
     kind: str,
-    shape: Topology,
+    shape: TreeShape,
     vocab_size: int = 400,
     *,
     prompt: tuple[int, ...] = PROMPT,
@@ -191,7 +203,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(architecture: str) -> Path:
         if architecture not in found:
             found[architecture] = tmp_path_factory.mktemp(architecture)
-            write_tiny_model(found[architecture], architecture, num_layers=2)
+            if architecture == "narrow":
+                write_narrow_model(folder("llama"), found[architecture], NARROW_TOKENS)
+            else:
+                write_tiny_model(found[architecture], architecture, num_layers=2)
         return found[architecture]
 
     return folder
@@ -203,7 +218,7 @@ def native(folder: Path, quantization: str = "none", num_threads: int = 1) -> En
     is_draft = quantization == "int8"
     arithmetic = Arithmetic("native", quantization, is_draft, num_threads=num_threads)
     decoder = build_decoder(model, arithmetic, 256, files.cache_dir)
-    return Engine(decoder, KVCache(2, 4, 256), model.device, model.dtype)
+    return Engine(decoder, KVCache(2, 4, 256), model.device, model.dtype, vocabulary=model.vocabulary)
 
 
 DEEP = Topology.chain(20)  # its paths are longer than the sliding windows
@@ -214,6 +229,7 @@ MODELS = [
     ("gemma3", "int8"),
     ("gemma3", "none"),
     ("mistral", "none"),
+    ("narrow", "int8"),
 ]
 
 
@@ -224,8 +240,59 @@ def engines(request: pytest.FixtureRequest, folders: Callable[[str], Path]) -> t
 
 
 @pytest.fixture(scope="module")
+def sharp_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Models that are surer of themselves than random ones: their dynamic trees are not all stars."""
+    found: dict[str, Path] = {}
+
+    def folder(architecture: str) -> Path:
+        if architecture not in found:
+            found[architecture] = tmp_path_factory.mktemp(f"sharp-{architecture}")
+            if architecture == "narrow":
+                write_narrow_model(folder("llama"), found[architecture], NARROW_TOKENS)
+                return found[architecture]
+            write_tiny_model(found[architecture], architecture, num_layers=2)
+            weights = load_file(found[architecture] / "model.safetensors")
+            weights["lm_head.weight"] *= 4.0
+            save_file(weights, found[architecture] / "model.safetensors", {"format": "pt"})
+        return found[architecture]
+
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda each: f"{each[0]}-{each[1]}")
+def sharp_engines(request: pytest.FixtureRequest, sharp_folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
+    architecture, quantization = request.param
+    return native(sharp_folders(architecture), quantization), native(sharp_folders(architecture), quantization)
+
+
+@pytest.fixture(scope="module")
+def sharp_llama(sharp_folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
+    return native(sharp_folders("llama")), native(sharp_folders("llama"))
+
+
+@pytest.fixture(scope="module")
 def llama(folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
     return native(folders("llama")), native(folders("llama"))
+
+
+# Every step has a match, with one continuation or two; in the third one the trust has been learned.
+REPEATING = (*range(30, 42), *range(32, 37), 99, 31, *range(32, 38))
+CONTINUED = ((4, (31, 32, 33, 34)), (99, (38, 39, 40)), (0, (34, 35, 36)), (1, (33, 34, 35)))
+
+
+def assert_same_mixed_steps(
+    engines: tuple[Engine, Engine], kind: str, shape: TreeShape, renamed: Callable[[int], int] = lambda token: token
+) -> list[TokenTree]:
+    """With a text that repeats itself, and with other trees than without a look at it. `renamed`: its tokens."""
+    prompt = tuple(map(renamed, REPEATING))
+    news = tuple((node, tuple(map(renamed, others))) for node, others in CONTINUED)
+    mixed, plain = (
+        assert_same_steps(engines, kind, shape, prompt=prompt, news_by_step=news, mixes_ngrams=mixes)
+        for mixes in (True, False)
+    )
+    assert [tree.token_ids for tree in mixed] != [tree.token_ids for tree in plain]
+    assert mixed[0].follow(tuple(map(renamed, (38, 39, 40)))) or kind != "greedy"
+    return mixed
 
 
 @pytest.mark.parametrize("shape", ["tree", "chain", "wide"])
@@ -233,14 +300,32 @@ def llama(folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
 def test_trees_mixed_with_the_texts_own_continuations_are_those_of_the_levels(
     llama: tuple[Engine, Engine], kind: str, shape: str
 ) -> None:
-    """Every step has a match, with one continuation or two; in the third one the trust has been learned."""
-    prompt = (*range(30, 42), *range(32, 37), 99, 31, *range(32, 38))
-    news = ((4, (31, 32, 33, 34)), (99, (38, 39, 40)), (0, (34, 35, 36)), (1, (33, 34, 35)))
-    options = {"prompt": prompt, "news_by_step": news, "mixes_ngrams": True}
-    mixed = assert_same_steps(llama, kind, SHAPES[shape], **options)
-    plain = assert_same_steps(llama, kind, SHAPES[shape], **{**options, "mixes_ngrams": False})
-    assert mixed[0].token_ids != plain[0].token_ids
-    assert mixed[0].follow((38, 39, 40)) or kind != "greedy"
+    assert_same_mixed_steps(llama, kind, SHAPES[shape])
+
+
+@pytest.mark.parametrize("shape", ["usual", "wide", "deep"])
+@pytest.mark.parametrize("kind", ["greedy", "sample_and_walk", "coupled top_p", "coupled hot"])
+def test_dynamic_trees_are_scored_by_the_mixture(sharp_llama: tuple[Engine, Engine], kind: str, shape: str) -> None:
+    assert_same_mixed_steps(sharp_llama, kind, DYNAMIC_SHAPES[shape])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *product(
+            ("greedy", "sample_and_walk", "coupled cold", "sequoia top_p, top_k"), (SHAPES["tree"], SHAPES["wide"])
+        ),
+        *product(("greedy", "sample_and_walk", "coupled cold"), (DYNAMIC_SHAPES["usual"], DYNAMIC_SHAPES["wide"])),
+    ],
+    ids=str,
+)
+def test_continuations_that_the_draft_does_not_know_are_left_out(
+    folders: Callable[[str], Path], kind: str, shape: TreeShape
+) -> None:
+    """It knows the odd tokens only: what follows the last step's root is one that it knows, or 100."""
+    pair = native(folders("narrow")), native(folders("narrow"))
+    trees = assert_same_mixed_steps(pair, kind, shape, lambda token: 100 if token == 99 else 2 * token - 29)
+    assert all(token in NARROW_TOKENS for tree in trees for token in tree.token_ids[1:])
 
 
 def test_paths_longer_than_a_sliding_window_are_those_of_the_levels(engines: tuple[Engine, Engine]) -> None:
@@ -268,6 +353,48 @@ def test_steps_are_those_of_the_levels_for_trees_of_any_shape(llama: tuple[Engin
         assert_same_steps(llama, kind, in_level_order((-1, *parents)))
 
 
+@pytest.mark.parametrize("shape", DYNAMIC_SHAPES)
+@pytest.mark.parametrize("kind", DYNAMIC_KINDS)
+def test_dynamic_steps_are_those_of_the_levels_for_every_rule(
+    sharp_llama: tuple[Engine, Engine], kind: str, shape: str
+) -> None:
+    assert_same_steps(sharp_llama, kind, DYNAMIC_SHAPES[shape])
+
+
+@pytest.mark.parametrize("kind", ["greedy", "coupled top_p", "sample_and_walk"])
+def test_dynamic_steps_are_those_of_the_levels_for_every_model(sharp_engines: tuple[Engine, Engine], kind: str) -> None:
+    assert_same_steps(sharp_engines, kind, DYNAMIC_SHAPES["usual"])
+
+
+def test_dynamic_paths_longer_than_a_sliding_window_are_those_of_the_levels(
+    sharp_engines: tuple[Engine, Engine],
+) -> None:
+    assert_same_steps(sharp_engines, "greedy", DynamicShape(22, 20, 2))
+
+
+@pytest.mark.parametrize("kind", ["greedy", "coupled at 1", "coupled hot", "sample_and_walk"])
+def test_dynamic_steps_are_those_of_the_levels_for_shapes_of_any_size(
+    sharp_llama: tuple[Engine, Engine], kind: str
+) -> None:
+    generator = np.random.default_rng(12)
+    for _ in range(12):
+        size = int(generator.integers(2, 40))
+        shape = DynamicShape(size, int(generator.integers(2, min(size, 9) + 1)), int(generator.integers(1, size)))
+        assert_same_steps(sharp_llama, kind, shape)
+
+
+@pytest.mark.parametrize("kind", ["greedy", "coupled hot"])
+def test_padding_of_the_vocabulary_is_never_in_a_dynamic_tree(sharp_llama: tuple[Engine, Engine], kind: str) -> None:
+    trees = assert_same_steps(sharp_llama, kind, DYNAMIC_SHAPES["wide"], vocab_size=101)
+    assert all(max(tree.token_ids[1:]) < 101 for tree in trees)
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_number_of_threads_changes_no_dynamic_tree(sharp_folders: Callable[[str], Path], num_threads: int) -> None:
+    pair = native(sharp_folders("llama"), num_threads=num_threads), native(sharp_folders("llama"))
+    assert_same_steps(pair, "coupled top_p", DYNAMIC_SHAPES["wide"])
+
+
 def in_level_order(parents: tuple[int, ...]) -> Topology:
     """The same tree with its nodes numbered level by level."""
     depths = [0] * len(parents)
@@ -285,10 +412,18 @@ def test_q_that_runs_out_leaves_nodes_out_and_their_rows_too(llama: tuple[Engine
     assert {tree.topology for tree in trees} == {Topology((-1, 0))}
 
 
+@pytest.mark.parametrize("model", ["llama", "narrow"])
 @pytest.mark.parametrize("kind", ["greedy", "coupled hot", "sequoia hot"])
-def test_padding_of_the_vocabulary_is_never_proposed(llama: tuple[Engine, Engine], kind: str) -> None:
-    trees = assert_same_steps(llama, kind, SHAPES["wide"], vocab_size=101)
+def test_padding_of_the_vocabulary_is_never_proposed(folders: Callable[[str], Path], kind: str, model: str) -> None:
+    pair = native(folders(model)), native(folders(model))
+    trees = assert_same_steps(pair, kind, SHAPES["wide"], vocab_size=101)
     assert all(max(tree.token_ids[1:]) < 101 for tree in trees)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_draft_of_few_tokens_grows_them_by_the_ids_of_all(folders: Callable[[str], Path], kind: str) -> None:
+    trees = assert_same_steps((native(folders("narrow")), native(folders("narrow"))), kind, SHAPES["wide"])
+    assert all(token % 2 or token == 0 for tree in trees for token in tree.token_ids[1:])
 
 
 @pytest.mark.parametrize("num_threads", [2, 3])
@@ -342,12 +477,41 @@ def test_tokens_whose_logits_are_no_numbers(
     assert_same_steps(edited(folders("llama"), tmp_path, break_tokens), kind, SHAPES["tree"])
 
 
+@pytest.mark.parametrize("kind", ["greedy", "coupled top_p", "sample_and_walk"])
+def test_dynamic_trees_end_at_nodes_whose_logits_are_no_numbers(
+    sharp_folders: Callable[[str], Path], tmp_path: Path, sharp_llama: tuple[Engine, Engine], kind: str
+) -> None:
+    whole = assert_same_steps(sharp_llama, kind, DYNAMIC_SHAPES["usual"])[0]
+    inner = whole.token_ids[whole.topology.internal_nodes[1]]
+
+    def break_a_token(weights: dict[str, Tensor]) -> None:
+        weights["model.embed_tokens.weight"][inner] = torch.nan
+
+    tree = assert_same_steps(edited(sharp_folders("llama"), tmp_path, break_a_token), kind, DYNAMIC_SHAPES["usual"])[0]
+    assert not tree.topology.children[tree.token_ids.index(inner)]
+
+
+@pytest.mark.parametrize("value", [torch.nan, 3e38])
+@pytest.mark.parametrize("kind", ["greedy", "coupled top_p", "sample_and_walk"])
+def test_dynamic_trees_with_tokens_whose_logits_are_no_numbers(
+    sharp_folders: Callable[[str], Path], tmp_path: Path, kind: str, value: float
+) -> None:
+    def break_tokens(weights: dict[str, Tensor]) -> None:
+        weights["lm_head.weight"][[7, 350]] = value
+
+    assert_same_steps(edited(sharp_folders("llama"), tmp_path, break_tokens), kind, DYNAMIC_SHAPES["usual"])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_logits_are_ranked_by_their_ids(folders: Callable[[str], Path], tmp_path: Path, kind: str) -> None:
-    def make_equal(weights: dict[str, Tensor]) -> None:
-        weights["lm_head.weight"][100:] = weights["lm_head.weight"][:100].repeat(3, 1)
+    engines = edited(folders("llama"), tmp_path, make_equal)
+    assert_same_steps(engines, kind, SHAPES["wide"])
+    if kind in DYNAMIC_KINDS:
+        assert_same_steps(engines, kind, DYNAMIC_SHAPES["wide"])
 
-    assert_same_steps(edited(folders("llama"), tmp_path, make_equal), kind, SHAPES["wide"])
+
+def make_equal(weights: dict[str, Tensor]) -> None:
+    weights["lm_head.weight"][100:] = weights["lm_head.weight"][:100].repeat(3, 1)
 
 
 def test_sessions_with_company_share_the_forwards_of_their_levels(llama: tuple[Engine, Engine]) -> None:
@@ -388,7 +552,7 @@ class WatchedEngine(Engine):
         self.diary.append(("forward", len(segments)))
         return super().forward(segments)
 
-    def grow(self, tree: WholeTree) -> GrownTree:
+    def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
         self.diary.append(("tree", 1))
         if self.fails:
             raise MemoryError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from sequoia.engine.distillation.student import make_student
+from sequoia.engine.draft_vocabulary import DraftVocabulary
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 # What the native and the lean decoder know.
@@ -71,6 +74,15 @@ def write_perturbed_model(source: Path, folder: Path, *, noise: float = 0.02, se
     for weight in _matrices(module.parameters()):
         weight.add_(torch.randn(weight.shape, generator=generator) * weight.std() * noise)
     module.save_pretrained(folder)
+
+
+def write_narrow_model(source: Path, folder: Path, token_ids: Sequence[int]) -> None:
+    """Write all layers of the model in `source` over some of its tokens."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    known = torch.tensor(token_ids)
+    make_student(module, range(module.config.num_hidden_layers), known).save_pretrained(folder)
+    DraftVocabulary(known, module.config.vocab_size).save(folder)
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -20,6 +20,7 @@ _COMMANDS = {
     "generate": "continue a prompt on a running system",
     "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
     "explain": "show why a pair is decoded the way it is, and what other trees would bring",
+    "train-draft": "make a small draft for a model, trained on what the model itself writes",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
     "bench": "measure how fast a pair is, beside plain decoding and other engines; or what a named benchmark tells",
 }
@@ -93,7 +94,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     for name, summary in _COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if arguments[:1] == [name]:
-            module = importlib.import_module(f"sequoia.cli.{name}")
+            module = importlib.import_module(f"sequoia.cli.{name.replace('-', '_')}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
     return parser

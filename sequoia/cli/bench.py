@@ -48,6 +48,10 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.steps",
         "what a step consists of: forwards of draft and target, work on logits and trees, everything else",
     ),
+    "dynamic": Benchmark(
+        "sequoia.cli.benchmarks.dynamic",
+        "trees whose shape follows from the draft's scores against the best planned ones of their size, in pairs",
+    ),
     "ahead": Benchmark(
         "sequoia.cli.benchmarks.ahead", "drafting ahead on against off: hits, steps, and seconds per token in pairs"
     ),

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.say(f"the planner says: {verdict(plan)}")
         with Client(system.address) as client:
             question = [Message("user", arguments.prompt)]
-            tree = plan.best_tree.topology if plan.best_tree else BUILT_IN_TREE
+            tree = plan.best_tree.shape if plan.best_tree else BUILT_IN_TREE
             console.rule("the answer, as its tokens are committed")
             drafted = print_as_it_comes(
                 client.stream(question, max_tokens=_NUM_TOKENS, temperature=0, speculation=tree)

@@ -15,7 +15,7 @@ from sequoia.cli.plan import add_pair_arguments, address_of
 from sequoia.cli.plan_files import FILE_FLAGS, add_file_arguments, plan_from_files, read_file, refuse
 from sequoia.planner import TreePlan
 from sequoia.rules import ParameterError
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 if TYPE_CHECKING:
     from sequoia.v1.coordinator_pb2 import ExplainResponse
@@ -101,10 +101,12 @@ def _plan_in_force(response: ExplainResponse) -> TreePlan | None:
         raise FailedPrecondition(f"the coordinator is of another version: {error}", "plan") from error
 
 
-def _realised(response: ExplainResponse) -> dict[Topology, Realised]:
+def _realised(response: ExplainResponse) -> dict[TreeShape, Realised]:
     """By tree, of those that committed a token."""
+    from sequoia.wire import known_shape
+
     return {
-        Topology(tuple(each.topology.parents)): Realised(each.num_steps, each.num_tokens, each.seconds)
+        known_shape(each): Realised(each.num_steps, each.num_tokens, each.seconds)
         for each in response.realised
         if each.num_tokens > 0.0 and each.seconds > 0.0
     }

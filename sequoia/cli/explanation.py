@@ -11,14 +11,15 @@ from rich.table import Table
 
 from sequoia.alternatives import alternatives
 from sequoia.cli.figures import new_table, promises
+from sequoia.cli.shape_names import in_short
 from sequoia.planner import TreePlan
 from sequoia.pricing import PlanInputs, PricedTree, price
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology, TreeShape
 
 _NOTE = (
     "SpecInfer (Miao et al. 2023): every node of a level has as many children as the next; own: 3 below the third "
     "node, else 1; KxD: K chains of D. full binary: 2 each. paper: the sizes and levels of Chen et al. 2024, as the "
-    "best trees for this acceptance. built-in: serves until there is a plan."
+    "best trees for this acceptance. NxLdW: dynamic, of width W. built-in: serves until there is a plan."
 )
 
 _LATELY = " lately: as realised on the running pair (over so many steps)."
@@ -38,7 +39,7 @@ class Row:
     """One tree. `priced` is None when it cannot be used here, and `remark` says why."""
 
     name: str
-    topology: Topology | None
+    shape: TreeShape | None
     priced: PricedTree | None
     realised: Realised | None
     realised_speedup: float | None
@@ -46,7 +47,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON: what was predicted, and under `realised` what came of it."""
-        size = {"size": self.topology.size, "levels": self.topology.levels} if self.topology else {}
+        size = {"size": self.shape.size, "levels": self.shape.levels} if self.shape else {}
         predicted = self.priced.to_dict() if self.priced else {}
         return {"name": self.name, **size, **predicted, "realised": self._realised(), "remark": self.remark}
 
@@ -67,7 +68,7 @@ class Explanation:
 
     plan: TreePlan | None
     built_in: Topology
-    realised: Mapping[Topology, Realised] = field(default_factory=dict)
+    realised: Mapping[TreeShape, Realised] = field(default_factory=dict)
     situation: str = ""
     planned_situation: str = ""
     state: str = ""
@@ -79,7 +80,7 @@ class Explanation:
         """The plan's tree and its alternatives, then what else was used lately."""
         named = {**(alternatives(self.plan) if self.plan else {}), "built-in": self.built_in}
         used = {f"other, {number}": tree for number, tree in enumerate(self._unnamed(named), start=1)}
-        return [self._row(name, topology) for name, topology in {**named, **used}.items()]
+        return [self._row(name, shape) for name, shape in {**named, **used}.items()]
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -93,22 +94,23 @@ class Explanation:
             "inputs": self.plan and self.plan.inputs.to_dict(),
         }
 
-    def _unnamed(self, named: Mapping[str, Topology | None]) -> Iterator[Topology]:
-        return (topology for topology in self.realised if topology not in named.values())
+    def _unnamed(self, named: Mapping[str, TreeShape | None]) -> Iterator[TreeShape]:
+        return (shape for shape in self.realised if shape not in named.values())
 
-    def _row(self, name: str, topology: Topology | None) -> Row:
-        if topology is None:
+    def _row(self, name: str, shape: TreeShape | None) -> Row:
+        if shape is None:
             return Row(name, None, None, None, None, "no such tree")
-        realised, speedup = self.realised.get(topology), self._realised_speedup(topology)
+        realised, speedup = self.realised.get(shape), self._realised_speedup(shape)
         if self.plan is None:
-            return Row(name, topology, None, realised, speedup, "no plan")
+            return Row(name, shape, None, realised, speedup, "no plan")
         try:
-            return Row(name, topology, price(topology, self.plan.inputs), realised, speedup)
+            return Row(name, shape, price(shape, self.plan.inputs), realised, speedup)
         except ValueError:
-            return Row(name, topology, None, realised, speedup, "beyond the curve")
+            is_unknown = isinstance(shape, DynamicShape) and self.plan.inputs.dynamic_factor is None
+            return Row(name, shape, None, realised, speedup, "not measured" if is_unknown else "beyond the curve")
 
-    def _realised_speedup(self, topology: Topology) -> float | None:
-        here, plain = self.realised.get(topology), self.realised.get(Topology.root_only())
+    def _realised_speedup(self, shape: TreeShape) -> float | None:
+        here, plain = self.realised.get(shape), self.realised.get(Topology.root_only())
         if here is None or plain is None:
             return None
         return (plain.seconds / plain.num_tokens) / (here.seconds / here.num_tokens)
@@ -140,15 +142,15 @@ def _both(row: Row) -> tuple[str, ...]:
 
 
 def _predicted(row: Row) -> tuple[str, ...]:
-    if row.priced is not None and row.topology is not None:
-        return (_short(row.priced.kind, row.topology), *promises(row.priced))
-    return (_short("", row.topology), row.remark, "-", "-")
+    if row.priced is not None and row.shape is not None:
+        return (_short(row.priced.kind, row.shape), *promises(row.priced))
+    return (_short("", row.shape), row.remark, "-", "-")
 
 
-def _short(kind: str, topology: Topology | None) -> str:
-    if topology is None or topology.size == 1:
+def _short(kind: str, shape: TreeShape | None) -> str:
+    if shape is None or shape.size == 1:
         return kind or "-"
-    return f"{kind} {topology.size}x{topology.levels}".lstrip()
+    return f"{kind} {in_short(shape)}".lstrip()
 
 
 def _realised(row: Row) -> tuple[str, ...]:
@@ -189,6 +191,7 @@ def _inputs_facts(inputs: PlanInputs) -> dict[str, str]:
         "draft": f"{draft.at(1) * 1e3:.4g} ms for 1 row, {draft.seconds[-1] * 1e3:.4g} for {draft.max_tokens}",
         "a step besides": ", ".join(f"{name} {each * 1e3:.3g} ms" for name, each in seconds.items()),
         "tokens factor": f"{inputs.tokens_factor:.3g}",
+        "dynamic factor": "" if inputs.dynamic_factor is None else f"{inputs.dynamic_factor:.3g}",
         "draft ahead": f"{ahead}{', device shared' if inputs.shares_device else ''}",
     }
 

@@ -11,8 +11,10 @@ from rich import box
 from rich.table import Table
 
 from coordinator.governor import LEAST_SPEEDUP
+from sequoia.cli.shape_names import in_words
 from sequoia.planner import PricedTree, TreePlan
 from sequoia.rules import ParameterError
+from sequoia.topology import DynamicShape
 
 if TYPE_CHECKING:
     from sequoia.generation import Generation
@@ -27,7 +29,7 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("tokens/s", f"{usage.tokens_per_second:.1f}")
     table.add_row("first token", f"{usage.time_to_first_token_seconds:.3f} s")
     table.add_row("tokens/step", f"{figures.mean_tokens_per_step:.2f} over {figures.num_steps} steps")
-    table.add_row("tree", f"{figures.tree.size} nodes x {figures.tree.levels} levels")
+    table.add_row("tree", in_words(figures.tree))
     table.add_row("rule", generation.rule if generation.seed is None else f"{generation.rule}, seed {generation.seed}")
     table.add_row("share of a step", shares(figures.stage_seconds))
     table.add_row("ms of a step", parts(figures.stage_seconds, figures.num_steps))
@@ -77,9 +79,12 @@ def plan_table(plan: TreePlan) -> Table:
     tree, off_seconds = plan.chosen, plan.inputs.verify_curve.at(1)
     table = new_table("", "")
     table.add_row("kind", tree.kind)
-    table.add_row("size", f"{tree.topology.size}")
-    table.add_row("levels", f"{tree.topology.levels}")
-    table.add_row("parents", ",".join(map(str, tree.parents)))
+    table.add_row("size", f"{tree.shape.size}")
+    table.add_row("levels", f"{tree.shape.levels}")
+    if isinstance(tree.shape, DynamicShape):
+        table.add_row("width", f"{tree.shape.width}")
+    else:
+        table.add_row("parents", ",".join(map(str, tree.shape.parents)))
     table.add_row("tokens_per_step", promises(tree)[0])
     table.add_row("seconds_per_token", f"{tree.seconds_per_token:.4g} (plain decoding: {off_seconds:.4g})")
     table.add_row("speedup", f"{tree.speedup:.2f}")
@@ -104,12 +109,12 @@ def promises(tree: PricedTree) -> tuple[str, str, str]:
 
 
 def shape(tree: PricedTree) -> str:
-    """Kind, size and levels."""
-    return tree.kind if tree.kind == "off" else f"{tree.kind} of {_sizes(tree)}"
+    """Kind, size and levels, and a dynamic tree's width."""
+    return {"off": "off", "dynamic": str(tree.shape)}.get(tree.kind, f"{tree.kind} of {_sizes(tree)}")
 
 
 def _sizes(tree: PricedTree) -> str:
-    return f"{tree.topology.size} x {tree.topology.levels}"
+    return str(tree.shape) if tree.kind == "dynamic" else f"{tree.shape.size} x {tree.shape.levels}"
 
 
 def check_plot(file: Path) -> None:

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Iterable
 
+from sequoia.cli.shape_names import read_shape
 from sequoia.client import DEFAULT_ADDRESS, Chunk, Client, Generation, Message, Prompt, Speculation
 from sequoia.errors import InvalidArgument
 from sequoia.rules import RULES
-from sequoia.topology import Topology
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rule", choices=tuple(RULES), help="how trees are grown and verified (default: the server's)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
     parser.add_argument("--speculation", choices=("auto", "off", "tree"), help="default: auto, or tree with --tree")
-    parser.add_argument("--tree", metavar="PARENTS", help="the tree to use: each node's parent, as in -1,0,0,1")
+    parser.add_argument(
+        "--tree",
+        metavar="TREE",
+        help="the tree to use: each node's parent, as in -1,0,0,1; or NODESxLEVELSdWIDTH, as in 16x5d4, a dynamic one",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object at the end, figures included")
     output.add_argument("--stats", action="store_true", help="print a table of figures on stderr at the end")
@@ -122,6 +126,7 @@ def _speculation(arguments: argparse.Namespace) -> Speculation:
     if arguments.speculation not in (None, "tree"):
         raise InvalidArgument(f"cannot be used with --speculation {arguments.speculation}", "tree")
     try:
-        return Topology(tuple(int(parent) for parent in arguments.tree.split(",")))
+        return read_shape(arguments.tree)
     except ValueError as error:
-        raise InvalidArgument(f"{arguments.tree!r} is not a tree such as -1,0,0,1: {error}", "tree") from error
+        reason = f"{arguments.tree!r} is not a tree such as -1,0,0,1 or 16x5d4: {error}"
+        raise InvalidArgument(reason, "tree") from error

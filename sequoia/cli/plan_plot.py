@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia.cli.shape_names import in_short
 from sequoia.cli.tree_plot import draw_tree
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import expected_tokens, frontiers
 from sequoia.planner import MAX_LEVELS, TreePlan, width_limits
-from sequoia.pricing import PlanInputs, PricedTree
-from sequoia.topology import Topology
+from sequoia.pricing import PlanInputs, PricedTree, planned_like
+from sequoia.topology import DynamicShape, TreeShape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +51,7 @@ def plot_plan(plan: TreePlan, file: Path) -> None:
         tree = _drawn(plan)
         axes = right.subplots()
         axes.set_title(_tree_title(plan, tree), loc="left", fontweight="bold")
-        draw_tree(axes, tree.topology, plan.inputs.acceptance, _total(plan.inputs, tree))
+        draw_tree(axes, planned_like(tree.shape, plan.inputs), plan.inputs.acceptance, _total(plan.inputs, tree))
         figure.suptitle(_title(plan.chosen), fontsize="xx-large", fontweight="bold")
         figure.savefig(file, dpi=150, facecolor="white")
         plt.close(figure)
@@ -82,26 +83,30 @@ def _title(chosen: PricedTree) -> str:
     if chosen.kind == "off":
         return "Do not speculate: no tree is predicted to be faster than plain decoding"
     promise = f"predicted {chosen.tokens_per_step:.2f} tokens per step, {chosen.speedup:.2f} times plain decoding"
-    return f"A {_named(chosen.topology)}: {promise}"
+    return f"A {_named(chosen.shape)}: {promise}"
 
 
 def _tree_title(plan: TreePlan, tree: PricedTree) -> str:
+    if tree.kind == "dynamic":
+        return "Dynamic: drawn is the best planned tree of that size"
     if plan.chosen.kind != "off":
-        return f"The {_named(tree.topology)}"
+        return f"The {_named(tree.shape)}"
     if tree.kind == "off":
         return "Plain decoding"
-    return f"The best that speculates, a {_named(tree.topology)}: {tree.speedup:.2f} times plain decoding"
+    return f"The best that speculates, a {_named(tree.shape)}: {tree.speedup:.2f} times plain decoding"
 
 
-def _named(topology: Topology) -> str:
-    if topology.levels == topology.size:
-        return f"chain of {topology.size} nodes"
-    return f"tree of {topology.size} nodes and {topology.levels} levels"
+def _named(shape: TreeShape) -> str:
+    if isinstance(shape, DynamicShape):
+        return f"dynamic tree, {in_short(shape)}"
+    if shape.levels == shape.size:
+        return f"chain of {shape.size} nodes"
+    return f"tree of {shape.size} nodes and {shape.levels} levels"
 
 
 def _total(inputs: PlanInputs, tree: PricedTree) -> str:
-    expected = expected_tokens(tree.topology, inputs.acceptance)
-    factor = "" if inputs.tokens_factor == 1.0 else f"; measured, {tree.tokens_per_step:.2f}"
+    expected = expected_tokens(planned_like(tree.shape, inputs), inputs.acceptance)
+    factor = "" if inputs.tokens_factor == 1.0 and tree.kind != "dynamic" else f"; measured, {tree.tokens_per_step:.2f}"
     return f"= {expected:.2f} tokens per step{factor}"
 
 
@@ -113,12 +118,12 @@ def _drawn(plan: TreePlan) -> PricedTree:
 def _draw_curves(axes: Axes, plan: TreePlan) -> None:
     from matplotlib.ticker import LogLocator
 
-    tree = _drawn(plan).topology
+    tree = _drawn(plan).shape
     verify, draft = plan.inputs.verify_curve, plan.inputs.draft_curve
     _draw_curve(axes, verify, _BLUE, "o", "target, by tokens of the tree")
     _draw_curve(axes, draft, _ORANGE, "s", "draft, by nodes of a level")
     if tree.size > 1:
-        widths = sorted(set(np.bincount([tree.depths[node] for node in tree.internal_nodes]).tolist()))
+        widths = _widths(tree)
         axes.plot([tree.size], [verify.at(tree.size) * 1e3], label="this tree's forwards", **_STAR)
         axes.plot(widths, [draft.at(width) * 1e3 for width in widths], **_STAR | {"markersize": 10})
     axes.set_xscale("log", base=2)
@@ -134,6 +139,13 @@ def _draw_curves(axes: Axes, plan: TreePlan) -> None:
     axes.legend(frameon=False, fontsize="small")
 
 
+def _widths(shape: TreeShape) -> list[int]:
+    """Of its draft forwards, each once."""
+    if isinstance(shape, DynamicShape):
+        return [1, shape.width] if shape.levels > 2 else [1]
+    return sorted(set(np.bincount([shape.depths[node] for node in shape.internal_nodes]).tolist()))
+
+
 def _draw_curve(axes: Axes, curve: LatencyCurve, colour: str, marker: str, label: str) -> None:
     """Measured points, and what is taken for right between them: straight lines, which bend on these scales."""
     widths = np.geomspace(1, curve.max_tokens, 200)
@@ -145,8 +157,8 @@ def _draw_curve(axes: Axes, curve: LatencyCurve, colour: str, marker: str, label
 def _draw_surface(axes: Axes, figure: Figure | SubFigure, plan: TreePlan) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    tree = _drawn(plan).topology
-    axes.set_title("Speedup of the best tree", loc="left", fontweight="bold")
+    tree = _drawn(plan).shape
+    axes.set_title("Speedup of the best planned tree", loc="left", fontweight="bold")
     max_size = min(plan.inputs.verify_curve.max_tokens, max(_MAX_SIZE, tree.size))
     if max_size < 2:
         axes.set_axis_off()

@@ -6,7 +6,8 @@ Row by row on the host; `rankings.py` has the same for whole rows of a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,14 +20,16 @@ from sequoia.engine.sampling import COUPLED_WIDTH
 from sequoia.sampling import Sampling
 from sequoia.topology import DraftDistributions, Int
 
+Float = NDArray[np.float64]
+
 # Candidates kept of a draft distribution: at 32 the loss of tokens per step is at most 1 %.
 DRAFT_WIDTH = 32
 # In q no candidate is less likely than 2**-10 of the one before it. However cold the draft, the second child then comes
 # before the third: without this the trees of low temperatures would have one child a node. It costs 0.1 % at rank 0.
 MOST_DROP = 10 * math.log(2.0)
-
-
-Float = NDArray[np.float64]
+# Chances by a coupled race: the softmax of (the draft's logits + T x noise) by this. Measured: below 1, as the draft's
+# logits lie nearer to the target's than its own noise would have them.
+COUPLED_SHARPNESS = 0.8
 
 
 def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
@@ -67,21 +70,66 @@ def coupled_children(
 
     The children of one depth share `position`, and with it the noise.
     """
-    assert sampling.seed is not None, "the coupled rule needs a seed"
-    candidates = [_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits]
-    every_id = np.concatenate([ids for ids, _ in candidates])
-    noise = gumbel_noise(sampling.seed, position, torch.from_numpy(every_id)).numpy()
-    ends = np.cumsum([len(ids) for ids, _ in candidates])
-    children = []
-    for (ids, logs), own, count in zip(candidates, np.split(noise, ends[:-1]), counts, strict=True):
-        order = np.argsort(-(logs + own), kind="stable")
-        children.append(tuple(ids[order[:count]].tolist()))
-    return tuple(children)
+    races = zip(_races(logits, sampling, position), counts, strict=True)
+    return tuple(_best(ids, race, count).token_ids for (ids, race), count in races)
 
 
 def top_children(logits: Tensor, count: int) -> tuple[int, ...]:
     """The `count` most likely tokens of one row (vocabulary,), by (logit descending, id ascending)."""
     return tuple(largest(on_host(logits), count).tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """Tokens that a node may have as children, and the logarithms of the chances that the draft gives them."""
+
+    token_ids: tuple[int, ...]
+    scores: tuple[float, ...]  # falling, at most 0
+
+
+def scored_top_children(logits: Tensor, sampling: Sampling, counts: Sequence[int]) -> tuple[ScoredTokens, ...]:
+    """`top_children` of rows (rows, vocabulary), with log q over the `COUPLED_WIDTH` likeliest.
+
+    None of a row whose largest is not finite.
+    """
+    candidates = (_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits)
+    return tuple(scored(ids, logs, 1.0, count) for (ids, logs), count in zip(candidates, counts, strict=True))
+
+
+def scored_coupled_children(
+    logits: Tensor, sampling: Sampling, position: int, counts: Sequence[int]
+) -> tuple[ScoredTokens, ...]:
+    """`coupled_children`, with the chance of each to be the target's choice too."""
+    scale = sampling.temperature / COUPLED_SHARPNESS
+    races = zip(_races(logits, sampling, position), counts, strict=True)
+    return tuple(scored(ids, race, scale, count) for (ids, race), count in races)
+
+
+def scored(ids: Int, logs: Float, scale: float, count: int) -> ScoredTokens:
+    """The `count` largest of `logs`, and the logarithm of the softmax of `scale` times all of them."""
+    if not len(ids):
+        return ScoredTokens((), ())
+    best = _best(ids, logs, count)
+    scaled = (logs - logs.max()) * scale
+    scores = (np.array(best.scores) - logs.max()) * scale - math.log(np.exp(scaled).sum())
+    return ScoredTokens(best.token_ids, tuple(scores.tolist()))
+
+
+def _best(ids: Int, logs: Float, count: int) -> ScoredTokens:
+    """Those of the `count` largest of `logs`, of equal ones the first."""
+    order = np.argsort(-logs, kind="stable")[:count]
+    return ScoredTokens(tuple(ids[order].tolist()), tuple(logs[order].tolist()))
+
+
+def _races(logits: Tensor, sampling: Sampling, position: int) -> Iterable[tuple[Int, Float]]:
+    """By row of logits (rows, vocabulary) its candidates, and log q + noise."""
+    assert sampling.seed is not None, "the coupled rule needs a seed"
+    candidates = [_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits]
+    every_id = np.concatenate([ids for ids, _ in candidates])
+    noise = gumbel_noise(sampling.seed, position, torch.from_numpy(every_id)).numpy()
+    ends = np.cumsum([len(ids) for ids, _ in candidates])
+    own = np.split(noise, ends[:-1])
+    return ((ids, logs + each) for (ids, logs), each in zip(candidates, own, strict=True))
 
 
 def _draft_candidates(logits: Tensor, sampling: Sampling, width: int) -> tuple[Int, Float]:

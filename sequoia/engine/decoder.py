@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.verification import MakeTarget
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree
 
 
 class Decoder(Protocol):
@@ -27,7 +27,7 @@ class Decoder(Protocol):
         """Write the batch's rows. Returns the logits asked for, (wanted tokens, padded vocabulary)."""
 
     @property
-    def grow(self) -> Callable[[WholeTree, KVCache], GrownTree] | None:
+    def grow(self) -> Callable[[AnyWholeTree, KVCache], AnyGrownTree] | None:
         """Grows a whole tree in one call; None where only forwards can be had."""
 
     @property

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -16,17 +17,18 @@ from torch import Tensor
 
 from sequoia.engine.attention import PackedBatch, Segment
 from sequoia.engine.decoder import Decoder
+from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.target_table import TargetTable
 from sequoia.engine.verification import MakeTarget, TargetRows
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree
 
 Result = TypeVar("Result")
 
 # A job is plain Python that yields the segment it wants forwarded next and receives that segment's logits,
 # (wanted tokens, vocabulary) in the model's dtype. Jobs of several sessions share forwards without knowing it.
-# For a whole tree, where the engine `can_grow`, it receives a GrownTree.
-Job = Generator[Segment | WholeTree, Any, Result]
+# For a whole tree, where the engine `can_grow`, it receives the grown tree.
+Job = Generator[Segment | AnyWholeTree, Any, Result]
 
 
 class Engine:
@@ -44,8 +46,9 @@ class Engine:
         dtype: torch.dtype,
         *,
         reads_once: bool | None = None,
+        vocabulary: DraftVocabulary | None = None,
     ) -> None:
-        self._decoder, self._device, self._dtype = decoder, device, dtype
+        self._decoder, self._device, self._dtype, self._vocabulary = decoder, device, dtype, vocabulary
         self.reads_once = device.type != "cpu" if reads_once is None else reads_once
         self.cache = cache
         decoder.attach(cache)
@@ -55,8 +58,12 @@ class Engine:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
         """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
-        batch = PackedBatch(segments, self._device, self._dtype)
+        vocabulary = self._vocabulary
+        known = segments if vocabulary is None else [vocabulary.narrowed(each) for each in segments]
+        batch = PackedBatch(known, self._device, self._dtype)
         logits = self._decoder.forward(batch, self.cache)
+        if vocabulary is not None:
+            logits = vocabulary.widened(logits)
         self.num_forwards += 1
         self.num_forward_tokens += batch.num_tokens
         return list(logits.split([len(s.logit_tokens) for s in segments]))
@@ -72,19 +79,19 @@ class Engine:
         return self._decoder.make_target or (TargetTable if self.reads_once else TargetRows)
 
     @torch.inference_mode()
-    def grow(self, tree: WholeTree) -> GrownTree:
+    def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
         """All forwards of a tree, and the rankings between them."""
         assert self._decoder.grow is not None, "this engine grows no whole trees"
-        grown = self._decoder.grow(tree, self.cache)
+        grown = self._decoder.grow(replace(tree, vocabulary=self._vocabulary), self.cache)
         self.num_forwards += grown.num_forwards
-        self.num_forward_tokens += grown.num_living - 1
+        self.num_forward_tokens += grown.num_forwarded
         return grown
 
 
 class _Task(Generic[Result]):
     """A job on its way: whose engine it needs, what it wants forwarded next, and who waits for its result."""
 
-    wanted: Segment | WholeTree
+    wanted: Segment | AnyWholeTree
 
     def __init__(self, executor: Executor, job: Job[Result], *, is_idle: bool) -> None:
         self.executor, self.job, self.is_idle = executor, job, is_idle
@@ -95,7 +102,7 @@ class _Task(Generic[Result]):
         """Whether nobody waits any more."""
         return self.future.cancelled()
 
-    def advance(self, answer: Tensor | GrownTree | None) -> bool:
+    def advance(self, answer: Tensor | AnyGrownTree | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
         try:
             self.wanted = self.job.send(answer) if answer is not None else next(self.job)
@@ -227,7 +234,7 @@ class Executor:
 
     def fitting(self, tasks: Sequence[_Task[Any]]) -> list[_Task[Any]]:
         """The first of the tasks, and as many behind it as share its forward; a whole tree shares none."""
-        if isinstance(tasks[0].wanted, WholeTree):
+        if isinstance(tasks[0].wanted, AnyWholeTree):
             return [tasks[0]]
         sharing = [(task, task.wanted.num_tokens) for task in tasks if isinstance(task.wanted, Segment)]
         totals = accumulate(num_tokens for _, num_tokens in sharing)
@@ -240,8 +247,8 @@ class Executor:
         return task.future
 
 
-def _answers(engine: Engine, wanted: Sequence[Segment | WholeTree]) -> Sequence[Tensor | GrownTree]:
+def _answers(engine: Engine, wanted: Sequence[Segment | AnyWholeTree]) -> Sequence[Tensor | AnyGrownTree]:
     """To several segments, or to one whole tree."""
-    if isinstance(wanted[0], WholeTree):
+    if isinstance(wanted[0], AnyWholeTree):
         return [engine.grow(wanted[0])]
     return engine.forward([each for each in wanted if isinstance(each, Segment)])

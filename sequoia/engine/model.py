@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
+from sequoia.engine.draft_vocabulary import DraftVocabulary, read_vocabulary
 from sequoia.engine.gguf import dense_files
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
@@ -36,6 +37,7 @@ class LoadedModel:
     revision: str
     reference: str
     quantization: str = "none"  # of the module, by quantization.py
+    vocabulary: DraftVocabulary | None = None  # None: the module knows all tokens
 
 
 def load_model(
@@ -62,19 +64,20 @@ def load_model(
     check_config(config, files.reference)
     module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)
     check_attention(module, files.reference)
-    padded_vocab_size = module.get_output_embeddings().out_features
+    num_rows = module.get_output_embeddings().out_features
+    tokenizer = describe_tokenizer(files, module.config, module.generation_config, trust_remote_code=trust_remote_code)
+    vocabulary = read_vocabulary(files.directory, tokenizer.vocab_size, num_rows, place)
     return LoadedModel(
         module=module,
-        tokenizer=describe_tokenizer(
-            files, module.config, module.generation_config, trust_remote_code=trust_remote_code
-        ),
+        tokenizer=tokenizer,
         dtype=element,
         dtype_name=str(element).removeprefix("torch."),
         device=place,
-        padded_vocab_size=padded_vocab_size,
+        padded_vocab_size=vocabulary.size if vocabulary else num_rows,
         context_length=config.get_text_config().max_position_embeddings,
         revision=files.revision,
         reference=files.reference,
+        vocabulary=vocabulary,
     )
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from sequoia.engine.executor import Job
-from sequoia.engine.whole_tree import GrownTree
+from sequoia.engine.whole_tree import AnyGrownTree
 
 Result = TypeVar("Result")
 
@@ -24,7 +24,7 @@ class Spent:
 
 def timed(job: Job[Result], spent: Spent) -> Job[Result]:
     """The same job, which adds its time to `spent`."""
-    answer: Tensor | GrownTree | None = None
+    answer: Tensor | AnyGrownTree | None = None
     while True:
         started = time.perf_counter()
         try:
@@ -38,6 +38,6 @@ def timed(job: Job[Result], spent: Spent) -> Job[Result]:
             answer = yield wanted
         finally:
             spent.forwards += time.perf_counter() - waiting
-        if isinstance(answer, GrownTree):
+        if isinstance(answer, AnyGrownTree):
             spent.forwards -= answer.ranking_seconds
             spent.work += answer.ranking_seconds

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.trie import Trie
 from sequoia.sampling import Sampling
-from sequoia.topology import Int, Topology
+from sequoia.topology import DynamicShape, Int, Topology
+
+# Children proposed under a node of a dynamic tree, at most: as many as q has candidates.
+_MOST_CHILDREN = 32
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,23 @@ class WholeTree:
     num_ranked: int  # tokens a node at most, children and spares
     # For draws: (nodes with children, DRAFT_WIDTH) float64, a row for each of them that has a token, in their order.
     exponentials: NDArray[np.float64] | None = None
-    trie: Trie | None = None  # mixed into q; the root's logits become those of the mixture
+    trie: Trie | None = None  # mixed into q; the root's logits may be written over
+    vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
         """The nodes with children, by depth."""
         return tuple(nodes_by_depth(self.topology))
+
+    @property
+    def num_levels(self) -> int:
+        """Levels with children."""
+        return len(self.levels)
+
+    @property
+    def most_nodes(self) -> int:
+        """In a forward."""
+        return max(map(len, self.levels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +66,69 @@ class GrownTree:
     q: tuple[NDArray[np.uint32], NDArray[np.float32]] | None  # for draws: ids and weights (nodes, DRAFT_WIDTH)
     num_forwards: int
     ranking_seconds: float  # that were not spent in forwards
+    trie_shares: NDArray[np.float64] | None = None  # (trie nodes,): what `trie.mix` tells of each; 0 where nothing
 
     @property
     def num_living(self) -> int:
         """Nodes with a token, the root included."""
         return int((self.num_tokens >= 0).sum())
+
+    @property
+    def num_forwarded(self) -> int:
+        """Nodes that were forwarded."""
+        return self.num_living - 1
+
+
+@dataclass(frozen=True)
+class WholeDynamicTree:
+    """As a `WholeTree`, one whose shape its scores decide, as `draft_worker.dynamic` has it."""
+
+    slot: KVSlot
+    shape: DynamicShape
+    root_logits: Tensor  # (1, padded vocabulary) float32, contiguous
+    children: str  # how the rule chooses them: top or coupled
+    sampling: Sampling  # what the scores are the chances by; its temperature is above 0
+    vocab_size: int  # tokens that may be chosen
+    num_ranked: int  # tokens a node at most, children and spares
+    trie: Trie | None = None  # mixed into q; the root's logits may be written over
+    vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
+
+    @property
+    def num_levels(self) -> int:
+        """Levels with children, at most."""
+        return self.shape.levels - 1
+
+    @property
+    def most_nodes(self) -> int:
+        """In a forward."""
+        return self.shape.width
+
+
+@dataclass(frozen=True, slots=True)
+class GrownDynamicTree:
+    """The tree, and what else its growth left behind."""
+
+    parents: list[int]
+    token_ids: list[int]  # by node but the root
+    forwarded: list[int]  # the node of each row, in their order; -1: it was dropped
+    ranked: dict[int, tuple[int, ...]]  # by node that was forwarded, and the root: its tokens by rank
+    num_forwards: int
+    ranking_seconds: float  # that were not spent in forwards
+    trie_shares: NDArray[np.float64] | None = None  # as of a `GrownTree`
+
+    @property
+    def num_forwarded(self) -> int:
+        """Nodes that were forwarded."""
+        return len(self.forwarded)
+
+
+AnyWholeTree: TypeAlias = WholeTree | WholeDynamicTree
+AnyGrownTree: TypeAlias = GrownTree | GrownDynamicTree
+
+
+def most_children(shape: DynamicShape) -> int:
+    """Children proposed under a node: no more than the tree could hold, or than are worth a look."""
+    return min(shape.size - 1, _MOST_CHILDREN)
 
 
 def nodes_by_depth(topology: Topology) -> Iterator[tuple[int, ...]]:

@@ -80,14 +80,16 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Speculation(_message.Message):
-    __slots__ = ("mode", "topology", "rule")
+    __slots__ = ("mode", "topology", "dynamic", "rule")
     MODE_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     mode: SpeculationMode
     topology: _tree_pb2.Topology
+    dynamic: _tree_pb2.DynamicShape
     rule: _sampling_pb2.Rule
-    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
+    def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish", "logprobs", "rule", "seed")
@@ -158,8 +160,9 @@ class SpeculationReport(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ..., num_ngram_tokens: _Optional[int] = ..., num_accepted_ngram_tokens: _Optional[int] = ...) -> None: ...
 
 class TreeUsage(_message.Message):
-    __slots__ = ("topology", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds")
+    __slots__ = ("topology", "dynamic", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds")
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -167,13 +170,14 @@ class TreeUsage(_message.Message):
     NUM_AHEAD_MISSES_FIELD_NUMBER: _ClassVar[int]
     HIT_DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     topology: _tree_pb2.Topology
+    dynamic: _tree_pb2.DynamicShape
     num_steps: int
     num_tokens: int
     stages: StageSeconds
     num_ahead_hits: int
     num_ahead_misses: int
     hit_draft_seconds: float
-    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ..., hit_draft_seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ..., hit_draft_seconds: _Optional[float] = ...) -> None: ...
 
 class RankCounts(_message.Message):
     __slots__ = ("num_offered", "num_accepted")
@@ -258,13 +262,15 @@ class ExplainResponse(_message.Message):
     def __init__(self, plan_json: _Optional[str] = ..., situation: _Optional[str] = ..., planned_situation: _Optional[str] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., realised: _Optional[_Iterable[_Union[RealisedPace, _Mapping]]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ...) -> None: ...
 
 class RealisedPace(_message.Message):
-    __slots__ = ("topology", "num_steps", "num_tokens", "seconds")
+    __slots__ = ("topology", "dynamic", "num_steps", "num_tokens", "seconds")
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     topology: _tree_pb2.Topology
+    dynamic: _tree_pb2.DynamicShape
     num_steps: float
     num_tokens: float
     seconds: float
-    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., num_steps: _Optional[float] = ..., num_tokens: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., num_steps: _Optional[float] = ..., num_tokens: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...

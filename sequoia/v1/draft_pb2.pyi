@@ -43,16 +43,18 @@ class DraftOpen(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., has_own_device: bool = ...) -> None: ...
 
 class DraftStep(_message.Message):
-    __slots__ = ("step", "base_len", "token_ids", "topology")
+    __slots__ = ("step", "base_len", "token_ids", "topology", "dynamic")
     STEP_FIELD_NUMBER: _ClassVar[int]
     BASE_LEN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
+    DYNAMIC_FIELD_NUMBER: _ClassVar[int]
     step: int
     base_len: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     topology: _tree_pb2.Topology
-    def __init__(self, step: _Optional[int] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ...) -> None: ...
+    dynamic: _tree_pb2.DynamicShape
+    def __init__(self, step: _Optional[int] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
     __slots__ = ("step", "num_committed", "tree", "worker_seconds", "ahead", "times", "ngram_nodes")

@@ -12,6 +12,16 @@ class Topology(_message.Message):
     parents: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, parents: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class DynamicShape(_message.Message):
+    __slots__ = ("size", "levels", "width")
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    LEVELS_FIELD_NUMBER: _ClassVar[int]
+    WIDTH_FIELD_NUMBER: _ClassVar[int]
+    size: int
+    levels: int
+    width: int
+    def __init__(self, size: _Optional[int] = ..., levels: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+
 class TokenTree(_message.Message):
     __slots__ = ("topology", "token_ids", "q")
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]

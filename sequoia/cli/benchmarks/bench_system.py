@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -50,19 +50,22 @@ def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchS
 
 
 @contextmanager
-def planned_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
-    """The same, planned for if it was started here."""
+def planned_system(
+    arguments: argparse.Namespace, steps: Steps, temperatures: Sequence[float] = (0.0,)
+) -> Iterator[BenchSystem]:
+    """The same, planned for at these temperatures if it was started here."""
     with bench_system(arguments, steps) as system:
         if system.redis_url and not arguments.no_draft:
-            _plan(system, steps, is_quick=arguments.quick)
+            _plan(system, steps, temperatures, is_quick=arguments.quick)
         yield system
 
 
-def _plan(system: BenchSystem, steps: Steps, *, is_quick: bool) -> None:
+def _plan(system: BenchSystem, steps: Steps, temperatures: Sequence[float], *, is_quick: bool) -> None:
     with steps.step("measuring the pair, planning its trees") as on_progress:
         planning = plan_pair(
             system.address,
             system.redis_url,
+            temperatures=temperatures,
             prompts=PROMPTS[:_QUICK_PLAN_PROMPTS] if is_quick else PROMPTS,
             max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,
             on_progress=on_progress,

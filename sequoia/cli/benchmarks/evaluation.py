@@ -16,6 +16,7 @@ from sequoia.errors import InvalidArgument
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import PlanInputs, choose, price
+from sequoia.pricing import planned_like
 from sequoia.topology import Topology
 
 CHOICE = "planner's choice"
@@ -175,7 +176,7 @@ def _fold(known: Sequence[Ranks], unseen: Ranks, curves: Curves | None) -> dict[
     inputs = PlanInputs(acceptance[PLANNER], curves.verify, curves.draft) if curves else None
     candidates = shapes(acceptance[PLANNER])
     if inputs:
-        candidates[CHOICE] = choose(inputs, max_levels=MAX_LEVELS).chosen.topology
+        candidates[CHOICE] = planned_like(choose(inputs, max_levels=MAX_LEVELS).chosen.shape, inputs)
     return {
         name: Fold(
             topology,

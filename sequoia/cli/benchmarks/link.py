@@ -162,5 +162,5 @@ async def _answers(
     for index, prompt in enumerate(PROMPTS):
         on_progress(index, len(PROMPTS))
         off.append(await seconds(prompt, "off"))
-        tree.append(await seconds(prompt, plan.best_tree.topology))
+        tree.append(await seconds(prompt, plan.best_tree.shape))
     return off, tree

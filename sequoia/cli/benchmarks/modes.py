@@ -15,7 +15,7 @@ from sequoia.client import Client, Generation, Prompt, SpeculationFigures
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, GREEDY, RULES
 from sequoia.speculation_figures import TreeUsage
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 # Fewer steps with the tree in an answer are those at its end.
 _LEAST_STEPS = 3
@@ -40,14 +40,14 @@ class Mode:
         """Whether two answers to one prompt have one text: greedy ones, and those with a seed."""
         return self.rule in (GREEDY.name, COUPLED.name)
 
-    def ask(self, client: Client, prompt: Prompt, tree: Topology, max_tokens: int) -> Generation:
-        """An answer of `max_tokens`; plain decoding with a root-only tree."""
+    def ask(self, client: Client, prompt: Prompt, tree: TreeShape, max_tokens: int, seed: int = _SEED) -> Generation:
+        """An answer of `max_tokens`; plain decoding with a root-only tree. `seed` is for the rule that takes one."""
         return client.generate(
             prompt,
             max_tokens=max_tokens,
             temperature=self.temperature,
             rule=self.rule,
-            seed=_SEED if self.rule == COUPLED.name else None,
+            seed=seed if self.rule == COUPLED.name else None,
             ignore_eos=True,
             speculation=tree if tree.size > 1 else "off",
         )
@@ -58,7 +58,7 @@ class TreeWorkload:
     """Fixed trees, a root-only one for plain decoding, under some modes, on the same prompts."""
 
     modes: tuple[Mode, ...]
-    trees: Mapping[str, Topology]
+    trees: Mapping[str, TreeShape]
     asking: Asking
 
     @property
@@ -94,18 +94,20 @@ def modes(arguments: argparse.Namespace, defaults: Sequence[str]) -> tuple[Mode,
 
 def add_shapes(parser: argparse.ArgumentParser, defaults: Sequence[str]) -> None:
     """--shape."""
-    shape = f"{OFF}, NODESxLEVELS, as in 6x3, or a name of `sequoia bench shapes`; repeatable"
+    shape = (
+        f"{OFF}, NODESxLEVELS, as in 6x3, a dynamic tree, as in 16x5d4, or a name of `sequoia bench shapes`; repeatable"
+    )
     parser.add_argument(
         "--shape", dest="shapes", action="append", metavar="SHAPE", help=f"{shape} (default {', '.join(defaults)})"
     )
 
 
-def trees(arguments: argparse.Namespace, defaults: Sequence[str]) -> dict[str, Topology]:
+def trees(arguments: argparse.Namespace, defaults: Sequence[str]) -> dict[str, TreeShape]:
     """What `add_shapes` collected, by name. Raises InvalidArgument naming `shape`."""
     names: Iterable[str] = dict.fromkeys(arguments.shapes or defaults)
     return {name: Topology.root_only() if name == OFF else named_shape(name, (PRIOR,)) for name in names}
 
 
-def usage_of(figures: SpeculationFigures, tree: Topology) -> TreeUsage | None:
+def usage_of(figures: SpeculationFigures, tree: TreeShape) -> TreeUsage | None:
     """An answer's steps with that very tree; None where they are too few to tell."""
-    return next((each for each in figures.trees if each.topology == tree and each.num_steps >= _LEAST_STEPS), None)
+    return next((each for each in figures.trees if each.shape == tree and each.num_steps >= _LEAST_STEPS), None)

@@ -11,11 +11,12 @@ from sequoia.alternatives import best_chain
 from sequoia.cli.benchmarks.arm_measuring import OFF, ArmAnswer
 from sequoia.cli.benchmarks.candidates import shapes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
+from sequoia.cli.shape_names import dynamic_shape, in_words
 from sequoia.client import Client, Generation, Prompt, Speculation
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.optimal_tree import Rows, optimal_tree
 from sequoia.planner import MAX_LEVELS, TreePlan
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 PLAN, CHAIN = "plan", "chain"
 _SIZES = re.compile(r"(\d+)x(\d+)")
@@ -34,7 +35,7 @@ class OwnArm:
     def settings(self) -> str:
         """In words."""
         tree = self.speculation
-        return f"{tree.size} nodes x {tree.levels} levels" if isinstance(tree, Topology) else f"speculation {tree}"
+        return f"speculation {tree}" if isinstance(tree, str) else in_words(tree)
 
     def answer(self, prompt: BenchPrompt, max_tokens: int) -> ArmAnswer:
         """Raises SequoiaError: without the system there is nothing to compare with."""
@@ -61,16 +62,25 @@ def ways(plan: TreePlan | None, names: Sequence[str], shape_names: Sequence[str]
     return {OFF: "off", **{name: known[name] for name in names}, **trees}
 
 
-def named_shape(name: str, acceptance: Rows = (PRIOR,)) -> Topology:
-    """As in 6x3: the best tree of 6 nodes and at most 3 levels for that acceptance; or a name of `bench shapes`.
+def named_shape(name: str, acceptance: Rows = (PRIOR,)) -> TreeShape:
+    """As in 6x3: the best tree of 6 nodes and at most 3 levels for that acceptance; as in 16x5d4: a dynamic one; or a
+    name of `bench shapes`.
 
     Raises InvalidArgument naming `shape`.
     """
     if sizes := _SIZES.fullmatch(name):
         return _best_of(acceptance, *map(int, sizes.groups()))
+    try:
+        if dynamic := dynamic_shape(name):
+            return dynamic
+    except ValueError as error:
+        raise InvalidArgument(f"{name}: {error}", "shape") from error
     known = {each: tree for each, tree in shapes(acceptance).items() if each != OFF}
     if name not in known:
-        raise InvalidArgument(f"{name!r} is neither NODESxLEVELS, as in 6x3, nor one of {', '.join(known)}", "shape")
+        raise InvalidArgument(
+            f"{name!r} is neither NODESxLEVELS, as in 6x3, nor NODESxLEVELSdWIDTH, nor one of {', '.join(known)}",
+            "shape",
+        )
     return known[name]
 
 

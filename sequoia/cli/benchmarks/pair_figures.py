@@ -11,7 +11,7 @@ from sequoia.cli.benchmarks.arm_figures import Spread, spread
 from sequoia.cli.benchmarks.modes import Mode, TreeWorkload, usage_of
 from sequoia.cli.benchmarks.two_systems import SideAnswer
 from sequoia.client import SpeculationFigures
-from sequoia.topology import Topology
+from sequoia.topology import TreeShape
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SideFigures:
     """One side's answers of a mode with a tree."""
 
     name: str
-    tree: Topology
+    tree: TreeShape
     answers: tuple[SideAnswer, ...]
 
     @cached_property
@@ -113,7 +113,7 @@ class PairFigures:
             "rule": self.mode.rule,
             "temperature": self.mode.temperature,
             "shape": self.shape,
-            "parents": list(self.first.tree.parents),
+            **self.first.tree.to_dict(),
             "num_pairs": self.num_pairs,
             "num_equal_texts": self.num_equal_texts,
             "ratio": _to_dict(self.ratio),
@@ -133,7 +133,7 @@ def figures_of(names: tuple[str, str], workload: TreeWorkload, answers: Sequence
     ]
 
 
-def _side(name: str, mode: Mode, shape: str, tree: Topology, answers: Sequence[SideAnswer]) -> SideFigures:
+def _side(name: str, mode: Mode, shape: str, tree: TreeShape, answers: Sequence[SideAnswer]) -> SideFigures:
     """Its answers ordered by round and prompt: they came in another order on the other side, perhaps."""
     own = [each for each in answers if (each.side, each.mode, each.shape) == (name, mode, shape)]
     return SideFigures(

@@ -17,12 +17,13 @@ from sequoia.alternatives import best_chain
 from sequoia.cli.benchmarks.arguments import add_json, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
+from sequoia.cli.shape_names import in_short
 from sequoia.cli.steps import Steps
 from sequoia.client import Client, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition
 from sequoia.optimal_tree import optimal_tree
 from sequoia.planner import MAX_LEVELS, PricedTree, TreePlan, price
-from sequoia.topology import Topology
+from sequoia.topology import Topology, TreeShape
 
 # Not those that the planner measures with: a plan shall hold for texts that it has not seen.
 PROMPTS = (
@@ -113,7 +114,7 @@ def measure(
     on_progress: Callable[[int, int], None],
 ) -> list[Kept]:
     """Every prompt answered with every tree in turn; each prompt begins with the next tree."""
-    trees = {**compared(plan), AUTO: plan.chosen.topology}
+    trees = {**compared(plan), AUTO: plan.chosen.shape}
     names = list(trees)
     answers: dict[str, list[SpeculationFigures]] = {name: [] for name in names}
     prompts = PROMPTS * num_rounds
@@ -134,16 +135,16 @@ def measure(
     )
 
 
-def compared(plan: TreePlan) -> dict[str, Topology]:
+def compared(plan: TreePlan) -> dict[str, TreeShape]:
     """Off, the plan's best tree, a chain, a smaller and a larger tree; each shape once."""
     inputs, best = plan.inputs, plan.best_tree
-    trees: dict[str, Topology | None] = {"off": Topology.root_only(), "best tree": best.topology if best else None}
+    trees: dict[str, TreeShape | None] = {"off": Topology.root_only(), "best tree": best.shape if best else None}
     trees["best chain"] = best_chain(inputs, MAX_LEVELS)
-    trees["reduced"] = plan.reduced.topology if plan.reduced else None
+    trees["reduced"] = plan.reduced.shape if plan.reduced else None
     if best is not None:
-        size = min(2 * best.topology.size, inputs.verify_curve.max_tokens)
-        trees["twice as large"] = optimal_tree(inputs.acceptance, size, min(best.topology.levels + 2, MAX_LEVELS))
-    seen: dict[Topology, str] = {}
+        size = min(2 * best.shape.size, inputs.verify_curve.max_tokens)
+        trees["twice as large"] = optimal_tree(inputs.acceptance, size, min(best.shape.levels + 2, MAX_LEVELS))
+    seen: dict[TreeShape, str] = {}
     for name, tree in trees.items():
         if tree is not None:
             seen.setdefault(tree, name)
@@ -159,7 +160,7 @@ def kept_table(found: Sequence[Kept]) -> Table:
         tree = each.predicted
         table.add_row(
             f"{each.temperature:g}",
-            f"{each.name}: {tree.topology.size} x {tree.topology.levels}",
+            f"{each.name}: {in_short(tree.shape)}",
             f"{tree.tokens_per_step:.2f}",
             _shown(each.tokens_per_step),
             _error(tree.tokens_per_step, each.tokens_per_step),
@@ -180,7 +181,7 @@ def _plan(client: Client, temperature: float) -> TreePlan:
     return TreePlan.from_json(document)
 
 
-def _totals(tree: Topology | None, answers: Sequence[SpeculationFigures]) -> Float:
+def _totals(tree: TreeShape | None, answers: Sequence[SpeculationFigures]) -> Float:
     """(answers, 3): steps with that very tree, their tokens, their seconds; None stands for all steps."""
     rows = np.zeros((len(answers), 3))
     for row, figures in zip(rows, answers, strict=True):
@@ -188,12 +189,12 @@ def _totals(tree: Topology | None, answers: Sequence[SpeculationFigures]) -> Flo
             num_tokens = figures.num_steps + figures.num_accepted_tokens
             row[:] = figures.num_steps, num_tokens, figures.stage_seconds.total
         for usage in figures.trees:
-            if usage.topology == tree and usage.num_steps >= _LEAST_STEPS:
+            if usage.shape == tree and usage.num_steps >= _LEAST_STEPS:
                 row[:] = usage.num_steps, usage.num_tokens, usage.stage_seconds.total
     return rows
 
 
-def _kept(plan: TreePlan, temperature: float, trees: dict[str, Topology], totals: dict[str, Float]) -> list[Kept]:
+def _kept(plan: TreePlan, temperature: float, trees: dict[str, TreeShape], totals: dict[str, Float]) -> list[Kept]:
     """Tokens per step of all steps; of a step's seconds, and of their ratio to a plain step's, the median answer's."""
     generator = np.random.default_rng(0)
     num_answers = len(totals["off"])

@@ -12,7 +12,7 @@ from sequoia.cli.benchmarks.arm_figures import Spread, spread
 from sequoia.cli.benchmarks.modes import Mode, TreeWorkload, usage_of
 from sequoia.client import Client, StageSeconds
 from sequoia.speculation_figures import TreeUsage
-from sequoia.topology import Topology
+from sequoia.topology import TreeShape
 
 # The parts of a step, in JSON and for people; together they are the whole of it.
 PARTS: dict[str, str] = {
@@ -30,7 +30,7 @@ class StepFigures:
 
     mode: Mode
     shape: str
-    tree: Topology
+    tree: TreeShape
     usages: tuple[TreeUsage, ...]
 
     @cached_property
@@ -60,7 +60,7 @@ class StepFigures:
             "rule": self.mode.rule,
             "temperature": self.mode.temperature,
             "shape": self.shape,
-            "parents": list(self.tree.parents),
+            **self.tree.to_dict(),
             "num_answers": len(self.usages),
             "num_steps": self.num_steps,
             "seconds": {name: _to_dict(each) for name, each in {**self.parts, "total": self.total}.items()},

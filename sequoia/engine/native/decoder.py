@@ -12,12 +12,13 @@ from torch import Tensor
 
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.native.dynamic import DynamicGrower
 from sequoia.engine.native.growth import Grower
 from sequoia.engine.native.panels import Linear, fits, in_huge_pages, pack
 from sequoia.engine.native.scratch import Scratch, ScratchAddresses, packed_words
 from sequoia.engine.native.targets import native_rows
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, WholeTree
 
 _LANES = 16
 _HEADS_AT_ONCE = 4  # of the attention, as in decoder.c
@@ -119,6 +120,7 @@ class NativeDecoder:
         self._widest = max(linear.outputs for linear in linears)
         self._longest = max(linear.inputs for linear in linears)
         self._scratch, self._grower = Scratch(), Grower(library, self._vocab_size)
+        self._dynamic_grower = DynamicGrower(library, self._vocab_size)
         self.make_target = native_rows(library)
 
     def attach(self, cache: KVCache) -> None:
@@ -152,11 +154,12 @@ class NativeDecoder:
         )
         return logits
 
-    def grow(self, wanted: WholeTree, cache: KVCache) -> GrownTree:
+    def grow(self, wanted: AnyWholeTree, cache: KVCache) -> AnyGrownTree:
         """One C call for all levels; rows and rankings are those of as many forwards."""
-        most_rows = wanted.slot.length + len(wanted.levels)
-        scratch = self._room(max(map(len, wanted.levels)), most_rows)
-        return self._grower(self._model, scratch, wanted)
+        scratch = self._room(wanted.most_nodes, wanted.slot.length + wanted.num_levels)
+        if isinstance(wanted, WholeTree):
+            return self._grower(self._model, scratch, wanted)
+        return self._dynamic_grower(self._model, scratch, wanted)
 
     def _room(self, num_tokens: int, most_rows: int) -> ScratchAddresses:
         return self._scratch.room(

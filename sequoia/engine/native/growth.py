@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from sequoia.engine.children import DRAFT_WIDTH
+from sequoia.engine.native.trie import NativeTrie
 from sequoia.engine.sampling import COUPLED_WIDTH
-from sequoia.engine.whole_tree import GrownTree, WholeTree
+from sequoia.engine.whole_tree import AnyWholeTree, GrownTree, WholeTree
 from sequoia.topology import Int
 
 _KINDS = {"top": 0, "coupled": 1, "drawn": 2}  # as in ranking.h
-_WIDTHS = {"top": 0, "coupled": COUPLED_WIDTH, "drawn": DRAFT_WIDTH}
-_BATCH_ARRAYS = 7  # of a level's forward, as in growth.c
+_WIDTHS = {"top": COUPLED_WIDTH, "coupled": COUPLED_WIDTH, "drawn": DRAFT_WIDTH}
+BATCH_ARRAYS = 7  # of a level's forward, as in growth.c
 
 
 class _Ranker(ctypes.Structure):
@@ -25,6 +26,7 @@ class _Ranker(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("temperature", "top_p", "least_log")),
         ("seed", ctypes.c_uint64),
+        ("token_ids", ctypes.c_void_p),
     )
 
 
@@ -33,15 +35,7 @@ class _Tree(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_nodes", "num_levels")),
         *((name, ctypes.c_void_p) for name in ("parents", "ranks", "level_starts")),
         *((name, ctypes.c_int64) for name in ("first_row", "num_valid_rows", "root_position")),
-    )
-
-
-class _Trie(ctypes.Structure):
-    _fields_ = (
-        ("num_nodes", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("parents", "token_ids", "log_odds")),
-        ("temperature", ctypes.c_double),
-        ("standing", ctypes.c_void_p),
+        ("embedding_rows", ctypes.c_void_p),
     )
 
 
@@ -54,7 +48,7 @@ class _Grown(ctypes.Structure):
 
 
 class _Memory(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "batch", "own_rows", "rows", "living"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "batch", "own_rows", "rows", "living", "standing"))
 
 
 class Grower:
@@ -72,21 +66,23 @@ class Grower:
         is_drawn = wanted.children == "drawn"
         q_shape = (num_nodes if is_drawn else 0, DRAFT_WIDTH)
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
-        grown = _Grown(*map(_address, (token_ids, num_tokens)), *map(_address, q))
+        grown = _Grown(*map(address, (token_ids, num_tokens)), *map(address, q))
         logits, numbers = self._room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
-        trie = _trie_arrays(wanted, num_nodes)
+        root_logits, rows, trie = root_logits_of(wanted), embedding_rows_of(wanted), NativeTrie.of(wanted)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(num_nodes, num_levels, *map(_address, plan), *_place(wanted))),
+            ctypes.byref(_Tree(num_nodes, num_levels, *map(address, plan), *place(wanted), rows)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
-            None if trie is None else ctypes.byref(_trie(wanted, trie)),
-            ctypes.c_void_p(None if wanted.exponentials is None else _address(wanted.exponentials)),
-            ctypes.c_void_p(wanted.root_logits.data_ptr()),
-            ctypes.byref(_Memory(logits.data_ptr(), *map(_address, numbers))),
+            None if trie is None else ctypes.byref(trie.structure),
+            ctypes.c_void_p(None if wanted.exponentials is None else address(wanted.exponentials)),
+            ctypes.c_void_p(root_logits.data_ptr()),
+            ctypes.byref(_Memory(logits.data_ptr(), *map(address, numbers))),
             ctypes.byref(grown),
         )
-        return GrownTree(token_ids, num_tokens, q if is_drawn else None, grown.num_forwards, grown.ranking_seconds)
+        shares = None if trie is None else trie.shares
+        drawn_from = q if is_drawn else None
+        return GrownTree(token_ids, num_tokens, drawn_from, grown.num_forwards, grown.ranking_seconds, shares)
 
     def _room(self, num_rows: int) -> Tensor:
         if self._logits.numel() < num_rows * self._padded_vocab_size:
@@ -96,7 +92,7 @@ class Grower:
 
 def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
     """The integers of `Memory` of growth.c."""
-    sizes = (_BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
+    sizes = (BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes, num_nodes)
     return tuple(np.empty(size, np.int64) for size in sizes)
 
 
@@ -110,39 +106,48 @@ def _plan(wanted: WholeTree) -> tuple[Int, Int, Int]:
     return np.array(parents, np.int64), np.array(ranks, np.int64), starts.astype(np.int64)
 
 
-def _trie_arrays(wanted: WholeTree, num_nodes: int) -> tuple[np.ndarray, ...] | None:
-    """The arrays of `Trie` of ranking.h: parents, tokens, odds, and room for the tree's nodes."""
-    trie = wanted.trie
-    if trie is None:
-        return None
-    of_trie = np.array(trie.parents, np.int64), np.array(trie.token_ids, np.int64), np.array(trie.log_odds)
-    return (*of_trie, np.empty(num_nodes, np.int64))
-
-
-def _trie(wanted: WholeTree, arrays: tuple[np.ndarray, ...]) -> ctypes.Structure:
-    parents, token_ids, log_odds, standing = map(_address, arrays)
-    return _Trie(len(arrays[0]), parents, token_ids, log_odds, wanted.sampling.temperature or 1.0, standing)
-
-
-def _place(wanted: WholeTree) -> tuple[int, int, int]:
+def place(wanted: AnyWholeTree) -> tuple[int, int, int]:
+    """The slot's first row, its number of valid ones, and the root's position."""
     return wanted.slot.first_row, wanted.slot.length, wanted.slot.length - 1
 
 
-def ranker_for(wanted: WholeTree, padded_vocab_size: int) -> ctypes.Structure:
+def embedding_rows_of(wanted: AnyWholeTree) -> int | None:
+    """Where the model's row of every token is, if not at its id."""
+    return None if wanted.vocabulary is None else wanted.vocabulary.rows.data_ptr()
+
+
+def root_logits_of(wanted: AnyWholeTree) -> Tensor:
+    """As the model's own rows have them, contiguous."""
+    vocabulary = wanted.vocabulary
+    return wanted.root_logits if vocabulary is None else wanted.root_logits[:, vocabulary.token_ids]
+
+
+def _choosable(wanted: AnyWholeTree, padded_vocab_size: int) -> tuple[int, int | None]:
+    """How many of the model's first rows are tokens that may be chosen, and where their ids are."""
+    vocabulary = wanted.vocabulary
+    if vocabulary is None:
+        return min(wanted.vocab_size, padded_vocab_size), None
+    return vocabulary.num_known_below(wanted.vocab_size), vocabulary.token_ids.data_ptr()
+
+
+def ranker_for(wanted: AnyWholeTree, padded_vocab_size: int) -> ctypes.Structure:
     """`Ranker` of ranking.h."""
     sampling, width = wanted.sampling, _WIDTHS[wanted.children]
+    num_choosable, token_ids = _choosable(wanted, padded_vocab_size)
     return _Ranker(
         _KINDS[wanted.children],
         wanted.num_ranked,
         min(width, sampling.top_k or width),
         bool(sampling.top_k or sampling.min_p),
-        min(wanted.vocab_size, padded_vocab_size),
+        num_choosable,
         sampling.temperature,
         sampling.top_p,
         math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf,
         sampling.seed or 0,
+        token_ids,
     )
 
 
-def _address(array: np.ndarray) -> int:
+def address(array: np.ndarray) -> int:
+    """Of its first entry."""
     return array.ctypes.data

@@ -16,7 +16,7 @@ from sequoia.config import cpu_flags
 from sequoia.errors import SequoiaError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "growth", "linear", "ranking", "target"))
+_SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "dynamic", "growth", "linear", "ranking", "target"))
 _HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "decoder", "linear", "ranking"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))

@@ -128,6 +128,10 @@ static int nucleus(const Ranker *ranker, const float *values, float peak, const 
     return count;
 }
 
+static inline uint32_t token_of(const Ranker *ranker, uint64_t key) {
+    return ranker->token_ids ? (uint32_t)ranker->token_ids[id_of(key)] : id_of(key);
+}
+
 /* The likeliest tokens that no parameter cuts, and log q up to a constant; falling. Returns how many there are. */
 static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, double *logs) {
     uint64_t keys[COUPLED_WIDTH + RANKING_ROOM];
@@ -136,7 +140,7 @@ static int candidates(const Ranker *ranker, const float *values, uint32_t *ids, 
     float peak = value_of(keys[0]);
     int kept = 0;
     for (; kept < count; kept++) {
-        ids[kept] = id_of(keys[kept]);
+        ids[kept] = token_of(ranker, keys[kept]);
         logs[kept] = ((double)value_of(keys[kept]) - peak) / ranker->temperature;
         if (!(logs[kept] >= ranker->least_log)) break;
     }
@@ -161,7 +165,7 @@ static void rank_by(const Ranker *ranker, double *times, const uint32_t *ids, in
 static void rank_top(const Ranker *ranker, const float *logits, const Ranked *ranked) {
     uint64_t keys[ranker->width + RANKING_ROOM];
     int is_broken, count = sequoia_largest(logits, ranker->vocab_size, ranker->width, keys, &is_broken);
-    for (int rank = 0; rank < count; rank++) ranked->token_ids[rank] = id_of(keys[rank]);
+    for (int rank = 0; rank < count; rank++) ranked->token_ids[rank] = token_of(ranker, keys[rank]);
     *ranked->num_tokens = count;
 }
 
@@ -223,6 +227,40 @@ void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, c
     else rank_drawn(ranker, logits, exponentials, ranked);
 }
 
+/* The largest of `logs`, of equal ones the first. */
+static void rank_scored(const Ranker *ranker, const uint32_t *ids, const double *logs, int count, const Ranked *ranked,
+                        double *scores) {
+    int num_ranked = 0;
+    for (int i = 0; i < count; i++) {
+        int place = num_ranked;
+        while (place && scores[place - 1] < logs[i]) place--;
+        if (place == ranker->width) continue;
+        if (num_ranked < ranker->width) num_ranked++;
+        for (int behind = num_ranked - 1; behind > place; behind--) {
+            scores[behind] = scores[behind - 1];
+            ranked->token_ids[behind] = ranked->token_ids[behind - 1];
+        }
+        scores[place] = logs[i];
+        ranked->token_ids[place] = ids[i];
+    }
+    *ranked->num_tokens = num_ranked;
+}
+
+void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores) {
+    uint32_t ids[COUPLED_WIDTH];
+    double logs[COUPLED_WIDTH], scale = 1.0, total = 0.0;
+    int count = candidates(ranker, logits, ids, logs);
+    if (ranker->kind == COUPLED) {
+        uint64_t stream = noise_stream(ranker->seed, position);
+        for (int i = 0; i < count; i++) logs[i] += gumbel_of(uniform(stream, ids[i]));
+        scale = ranker->temperature / COUPLED_SHARPNESS;
+    }
+    rank_scored(ranker, ids, logs, count, ranked, scores);
+    double peak = count ? scores[0] : 0.0;
+    for (int i = 0; i < count; i++) total += exp((logs[i] - peak) * scale);
+    for (int rank = 0; rank < *ranked->num_tokens; rank++) scores[rank] = (scores[rank] - peak) * scale - log(total);
+}
+
 /* ---- mixtures ---- */
 
 int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token) {
@@ -249,12 +287,14 @@ static double log_mass_of(const float *logits, int64_t size, double temperature)
 void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits) {
     double mass = INFINITY; /* not known yet */
     for (int64_t child = 1; node >= 0 && child < trie->num_nodes; child++) {
-        int64_t token = trie->token_ids[child];
-        if (trie->parents[child] != node || token >= vocab_size) continue;
+        int64_t row = trie->logit_rows[child];
+        if (trie->parents[child] != node || row >= vocab_size) continue;
         if (isinf(mass)) mass = log_mass_of(logits, vocab_size, trie->temperature);
         if (isnan(mass)) return;
-        double own = logits[token] / trie->temperature, added = mass + trie->log_odds[child];
+        double own = logits[row] / trie->temperature, added = mass + trie->log_odds[child];
         if (own == -INFINITY) continue;
-        logits[token] = (float)((fmax(own, added) + log1p(exp(-fabs(own - added)))) * trie->temperature);
+        double raised = fmax(own, added) + log1p(exp(-fabs(own - added)));
+        logits[row] = (float)(raised * trie->temperature);
+        trie->shares[child] = exp(added - raised);
     }
 }

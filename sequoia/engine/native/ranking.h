@@ -8,6 +8,7 @@
 
 enum { DRAFT_WIDTH = 32 };    /* candidates of q, as in children.py */
 enum { COUPLED_WIDTH = 256 }; /* tokens with noise of their own, as in sampling.py */
+#define COUPLED_SHARPNESS 0.8  /* as in children.py */
 enum { RANKING_ROOM = 1024 }; /* keys that `sequoia_largest` needs room for, beside those wanted */
 /* ---- noise: noise.py ---- */
 
@@ -67,6 +68,7 @@ typedef struct {
     double temperature, top_p;
     double least_log; /* candidates below it, counted from the likeliest, are cut; -inf: none */
     uint64_t seed;
+    const int64_t *token_ids; /* (vocab_size,) ascending: what the logits are of; NULL: the tokens from 0 on */
 } Ranker;
 
 /* One row's ranking. */
@@ -81,21 +83,26 @@ typedef struct {
 void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
                   const Ranked *ranked);
 
+/* Rank one row, TOP or COUPLED, and score what is ranked: the logarithm of each one's chance among all candidates, by q
+ * or by its race. `scores`: (width,). */
+void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores);
+
 /* ---- mixtures ---- */
 
 /* Continuations that are mixed into the distributions of a tree's nodes: trie.py. */
 typedef struct {
     int64_t num_nodes;
     const int64_t *parents, *token_ids; /* (nodes,) in level order, root first */
+    const int64_t *logit_rows;          /* (nodes,): where the logits have each token; behind them: they do not */
     const double *log_odds;             /* (nodes,) */
     double temperature;
-    int64_t *standing; /* (the tree's nodes,): which of these each stands on; below 0: none */
+    double *shares; /* (nodes,): of the probability of each token that was raised the part that is the trie's */
 } Trie;
 
 /* The child of a node that has this token; -1: none, as of no node at all. */
 int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token);
 
-/* Make a row of logits those of the mixture at a node, in place. */
+/* Make a row of logits those of the mixture at a node, in place. No two rows may be mixed at one node. */
 void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits);
 
 #endif

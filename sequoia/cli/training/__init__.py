@@ -1,0 +1,1 @@
+"""`sequoia train-draft`: from a target to a small draft of its own."""

@@ -1,0 +1,199 @@
+"""The making of drafts: text, student, training, what it is worth; each part goes on where an earlier run ended."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from sequoia.cli.steps import Steps
+from sequoia.cli.training.card import Made
+from sequoia.cli.training.recipe import CorpusRecipe, Size, TrainingRecipe
+from sequoia.cli.training.text import Author, corpus, documents_of, most_used
+from sequoia.cli.training.worth import Worth, measured_curve, worth_of
+from sequoia.config import num_cores
+from sequoia.engine.distillation.corpus import Document, Shard
+from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
+from sequoia.engine.distillation.student import make_student
+from sequoia.engine.distillation.training import Schedule, Training
+from sequoia.engine.draft_vocabulary import DraftVocabulary
+from sequoia.engine.model import LoadedModel, load_model
+from sequoia.engine.sources import ModelFiles, resolve
+from sequoia.errors import InvalidArgument
+from sequoia.hardware import LatencyCurve
+
+CARD, FIGURES = "README.md", "training.json"
+# How often a training tells how far it is, and how often it is saved, in seconds.
+_TELL_SECONDS, _SAVE_SECONDS = 60.0, 300.0
+# Documents that acceptance is told of meanwhile.
+_NUM_GLANCED = 64
+# How much of the loss so far counts for the loss lately.
+_MEMORY = 0.98
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where drafts of one target are made of one text, by one kind of training."""
+
+    corpus: CorpusRecipe
+    training: TrainingRecipe
+    out: Path
+    corpus_dir: Path
+    dtype: str
+    device: str
+    step_seconds: float
+    command: str
+    steps: Steps
+
+    def make(self, sizes: Sequence[Size]) -> list[Made]:
+        """A draft of each size; the best, first in the list, is in `out`, the others are gone but for their figures."""
+        made = sorted(map(self._make, sizes), key=lambda each: -each.worth.tokens_per_second)
+        self._keep(made[0])
+        return made
+
+    @cached_property
+    def _shards(self) -> list[Path]:
+        with self.steps.step(f"text of {self.corpus.num_documents} documents, written by the target") as on_progress:
+            author = partial(Author, self.corpus, self.dtype, self.device)
+            return corpus(self.corpus, self.corpus_dir, author, on_progress)
+
+    @cached_property
+    def _target_files(self) -> ModelFiles:
+        return resolve(self.corpus.target)
+
+    @cached_property
+    def _target_curve(self) -> LatencyCurve:
+        with self.steps.step("timing the target's forwards"):
+            return measured_curve(self.corpus.target, device=self.device, is_draft=False)
+
+    def _make(self, size: Size) -> Made:
+        held_out, *shards = self._shards
+        torch.set_num_threads(num_cores())
+        target = load_model(self._target_files, dtype="float32", device=self.device)
+        student, vocabulary, coverage = self._student(target, size, shards)
+        training = Training(student, vocabulary, shards, Schedule(**self.training.to_dict()))
+        checkpoint = self.out / "unfinished" / f"{size}.safetensors"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        if checkpoint.exists():
+            training.resume(checkpoint)
+        documents = greedy_documents(documents_of(held_out))
+        loss = self._train(size, training, vocabulary, checkpoint, documents[:_NUM_GLANCED])
+        folder = checkpoint.with_suffix("")
+        _write(student, vocabulary, target, folder)
+        return Made(
+            size=size,
+            corpus=self.corpus,
+            training=self.training,
+            command=self.command,
+            target_revision=target.revision,
+            tokenizer_hash=target.tokenizer.tokenizer_hash,
+            num_parameters=sum(each.numel() for each in student.parameters()),
+            num_tokens_known=vocabulary.num_known if vocabulary else target.padded_vocab_size,
+            coverage=coverage,
+            num_text_tokens=sum(Shard.load(path).num_tokens for path in shards),
+            num_steps_done=training.num_steps_done,
+            loss=loss,
+            worth=self._worth(student, vocabulary, documents, folder),
+        )
+
+    def _student(
+        self, target: LoadedModel, size: Size, shards: Sequence[Path]
+    ) -> tuple[PreTrainedModel, DraftVocabulary | None, float]:
+        """With its vocabulary, and the share of what the target expects that it knows."""
+        num_layers, vocab_size = target.module.config.get_text_config().num_hidden_layers, target.padded_vocab_size
+        if size.num_layers > num_layers or not 2 <= (size.num_tokens or vocab_size) <= vocab_size:
+            raise InvalidArgument(f"{size} is not within the target's {num_layers} x {vocab_size}", "size")
+        layers = range(size.num_layers)
+        if size.num_tokens in (0, vocab_size):
+            return make_student(target.module, layers, None), None, 1.0
+        # One row stands for all tokens that it does not know.
+        token_ids, coverage = most_used(shards, vocab_size, size.num_tokens - 1)
+        token_ids = token_ids.to(target.device)
+        vocabulary = DraftVocabulary(token_ids, vocab_size)
+        return make_student(target.module, layers, token_ids), vocabulary, coverage
+
+    def _train(
+        self,
+        size: Size,
+        training: Training,
+        vocabulary: DraftVocabulary | None,
+        checkpoint: Path,
+        glanced: Sequence[Document],
+    ) -> float:
+        """To the end of the schedule. Returns the loss lately."""
+        lately = math.nan
+        told = saved = time.monotonic()
+        done_before = training.num_steps_done
+        with self.steps.step(f"training {size}") as on_progress:
+            for loss in training.steps():
+                lately = loss if math.isnan(lately) else _MEMORY * lately + (1.0 - _MEMORY) * loss
+                on_progress(training.num_steps_done, self.training.num_steps)
+                now = time.monotonic()
+                if now - told > _TELL_SECONDS:
+                    pace = (training.num_steps_done - done_before) / (now - told)
+                    self._tell(size, training, vocabulary, glanced, lately, pace)
+                    told, done_before = time.monotonic(), training.num_steps_done
+                if now - saved > _SAVE_SECONDS:
+                    training.save(checkpoint)
+                    saved = time.monotonic()
+        training.save(checkpoint)
+        return lately
+
+    def _tell(
+        self,
+        size: Size,
+        training: Training,
+        vocabulary: DraftVocabulary | None,
+        documents: Sequence[Document],
+        loss: float,
+        steps_per_second: float,
+    ) -> None:
+        acceptance = acceptance_of(ranks_of(training.student, vocabulary, documents))
+        ranks = " ".join(f"{each:.3f}" for each in acceptance[:4])
+        num_left = self.training.num_steps - training.num_steps_done
+        self.steps.say(
+            f"{size}, step {training.num_steps_done} of {self.training.num_steps}: loss {loss:.3f}, acceptance by rank "
+            f"{ranks}, {num_left / steps_per_second / 60:.0f} min left"
+        )
+
+    def _worth(
+        self, student: PreTrainedModel, vocabulary: DraftVocabulary | None, documents: Sequence[Document], folder: Path
+    ) -> Worth:
+        ranks = ranks_of(student, vocabulary, documents)
+        with self.steps.step("timing the draft's forwards"):
+            curve = measured_curve(str(folder), device=self.device, is_draft=True)
+        return worth_of(ranks, curve, self._target_curve, self.step_seconds)
+
+    def _keep(self, made: Made) -> None:
+        """Move the draft to where it was asked for, and remove the others; checkpoints stay, to train on."""
+        unfinished = self.out / "unfinished"
+        for file in (unfinished / str(made.size)).iterdir():
+            os.replace(file, self.out / file.name)
+        for folder in filter(Path.is_dir, list(unfinished.iterdir())):
+            shutil.rmtree(folder)
+        (self.out / CARD).write_text(made.to_markdown())
+        (self.out / FIGURES).write_text(json.dumps(made.to_dict(), indent=1))
+
+
+def _write(student: PreTrainedModel, vocabulary: DraftVocabulary | None, target: LoadedModel, folder: Path) -> None:
+    """A folder as any model's: configuration, weights in bfloat16, the target's tokenizer; and the vocabulary."""
+    copy.deepcopy(student).bfloat16().save_pretrained(folder)
+    described = target.tokenizer
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_buffer(described.tokenizer_json),
+        chat_template=described.chat_template or None,
+        **described.special_tokens,
+    ).save_pretrained(folder)
+    if vocabulary is not None:
+        vocabulary.save(folder)
