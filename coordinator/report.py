@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import MutableSequence
+from collections.abc import Iterable, Iterator, MutableSequence
 
 from sequoia.topology import Topology, TreeShape
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
@@ -72,8 +72,9 @@ class Report:
         if draft is not None:
             topology = Topology.of(tuple(draft.tree.topology.parents))
             self._count(topology, response.verdict)
+            self._count_ngrams(draft.ngram_nodes, response.verdict)
             if isinstance(asked, Topology):
-                self._count_ranks(topology, response.verdict)
+                self._count_ranks(topology, asked, response.verdict)
         return sum(getattr(self._step, name) for name in _STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
@@ -94,15 +95,20 @@ class Report:
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message
-        message.num_drafted_steps += 1
+        message.num_drafted_steps += topology.size > 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
 
-    def _count_ranks(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
+    def _count_ngrams(self, ngram_nodes: Iterable[int], verdict: verify_pb2.Verdict) -> None:
+        nodes = set(ngram_nodes)
+        self.message.num_ngram_tokens += len(nodes)
+        self.message.num_accepted_ngram_tokens += len(nodes.intersection(verdict.accepted_nodes))
+
+    def _count_ranks(self, topology: Topology, asked: Topology, verdict: verify_pb2.Verdict) -> None:
         """What a dynamic tree offers was chosen by its chances: counted by rank, it would pass for any child."""
-        for node in (0, *verdict.accepted_nodes):
-            for rank in range(len(topology.children[node])):
-                _increment(self._counts(topology.depths[node]).num_offered, rank)
+        for depth, num_children in enumerate(_num_asked(topology, asked, verdict.accepted_nodes)):
+            for rank in range(num_children):
+                _increment(self._counts(depth).num_offered, rank)
         for node in verdict.accepted_nodes:
             _increment(self._counts(topology.depths[node] - 1).num_accepted, topology.ranks[node])
 
@@ -116,6 +122,21 @@ class Report:
         now = time.monotonic()
         seconds, self._mark = now - self._mark, now
         return seconds
+
+
+def _num_asked(topology: Topology, asked: Topology, accepted_nodes: Iterable[int]) -> Iterator[int]:
+    """Children that the root and the accepted nodes were asked to have: one that did not come was not accepted either.
+
+    The tree has the first children of a node that it was asked for; one that has others is not followed.
+    """
+    behind = 0
+    yield len(asked.children[0])
+    for node in accepted_nodes:
+        children = asked.children[behind]
+        if topology.ranks[node] >= len(children):
+            return
+        behind = children[topology.ranks[node]]
+        yield len(asked.children[behind])
 
 
 def _add(total: coordinator_pb2.StageSeconds, step: coordinator_pb2.StageSeconds) -> None:

@@ -81,7 +81,9 @@ class Session:
             return None, await self._verify.step(prefix_len, None, num_plain_steps)
         self.report.drafted(draft)
         self._speculation.drafted(draft.ahead)
-        return draft, await self._verify.step(prefix_len, draft.tree, 0)
+        # A draft that has nothing to propose answers with the root alone, which is plain decoding.
+        tree = draft.tree if len(draft.tree.token_ids) > 1 else None
+        return draft, await self._verify.step(prefix_len, tree, 0)
 
     def _choose(self, max_levels: int) -> None:
         choice = self._speculation.choose(len(self._transcript.token_ids))

@@ -143,8 +143,11 @@ class Workers:
 
 
 def check_pair(verify: worker_pb2.WorkerDescription, draft: worker_pb2.WorkerDescription) -> None:
-    """Raises FailedPrecondition, naming both models, when the two do not speak of the same tokens."""
-    if verify.tokenizer_hash != draft.tokenizer_hash:
+    """Raises FailedPrecondition, naming both models, when the two do not speak of the same tokens.
+
+    A draft without a tokenizer speaks of any.
+    """
+    if draft.tokenizer_hash not in ("", verify.tokenizer_hash):
         raise FailedPrecondition(
             f"draft {draft.model} ({draft.vocab_size} tokens) and target {verify.model} ({verify.vocab_size} tokens) "
             "have different tokenizers; choose a draft from the target's own model family",

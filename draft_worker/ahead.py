@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from draft_worker.choosing import NUM_SPARES, Chooser, Tokens
 from draft_worker.growing import AnyGrowth, begun
 from draft_worker.growth import Stem, grow_levels
+from draft_worker.mixture import NgramSource
 from sequoia.acceptance import PRIOR
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
@@ -55,8 +56,16 @@ class Ahead:
     tree after tree. Nothing that may become committed is overwritten, and the slot's length does not change.
     """
 
-    def __init__(self, slot: KVSlot, last: AnyGrowth, chooser: Chooser, num_guesses: int, context_length: int) -> None:
-        self._slot, self._last, self._chooser = slot, last, chooser
+    def __init__(
+        self,
+        slot: KVSlot,
+        last: AnyGrowth,
+        chooser: Chooser,
+        num_guesses: int,
+        context_length: int,
+        ngrams: NgramSource | None = None,
+    ) -> None:
+        self._slot, self._last, self._chooser, self._ngrams = slot, last, chooser, ngrams
         self._num_guesses, self._context_length = num_guesses, context_length
         self._has_forwarded_leaves = False
         self._trees: list[AnyGrowth] = []
@@ -108,7 +117,9 @@ class Ahead:
         if len(committed) + self._last.shape.levels - 1 > self._context_length:
             return None
         path_rows = tuple(rows[each] for each in tree.follow(tokens))
-        return begun(self._last.shape, committed, Stem(path_rows, num_rows))
+        shape = self._last.shape
+        mixture = self._ngrams.mixture(committed, shape.levels - 1) if self._ngrams else None
+        return begun(shape, committed, Stem(path_rows, num_rows), mixture)
 
 
 def _acceptance(rank: int) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor, stack
 
+from draft_worker.mixture import Mixture
 from sequoia.engine.children import (
     coupled_children,
     draft_distributions,
@@ -37,13 +38,18 @@ class Level:
 
 
 def choose_level(
-    logits: Tensor, decoding: Decoding, paths: Sequence[Path], counts: Sequence[int], generator: np.random.Generator
+    logits: Tensor,
+    decoding: Decoding,
+    paths: Sequence[Path],
+    counts: Sequence[int],
+    generator: np.random.Generator,
+    mixture: Mixture | None = None,
 ) -> Level:
     """The children of nodes of one depth by the rule: `counts[i]` of them, or fewer where q has fewer.
 
-    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens.
+    `logits` are the draft's (nodes, vocabulary); `paths` end with the nodes' own tokens; q is that of the mixture.
     """
-    sampling, logits = decoding.sampling, _adjusted(logits, decoding.sampling, paths)
+    sampling, logits = decoding.sampling, _adjusted(logits, decoding.sampling, paths, mixture)
     if decoding.rule.children == "drawn":
         q = draft_distributions(logits, sampling)
         drawn = tuple(draw_children(q, row, count, generator) for row, count in enumerate(counts))
@@ -63,10 +69,16 @@ def undrawn(q: DraftDistributions, row: int, drawn: Tokens) -> Tokens:
     return tuple(token for token in support if token not in drawn)[:NUM_SPARES]
 
 
-def score_level(logits: Tensor, decoding: Decoding, paths: Sequence[Path], counts: Sequence[int]) -> Level:
+def score_level(
+    logits: Tensor,
+    decoding: Decoding,
+    paths: Sequence[Path],
+    counts: Sequence[int],
+    mixture: Mixture | None = None,
+) -> Level:
     """As `choose_level`, with scores; for rules that take any shape."""
     assert decoding.rule.takes_any_shape, "draws must not be chosen among"
-    sampling, logits = scoring(decoding), _adjusted(logits, decoding.sampling, paths)
+    sampling, logits = scoring(decoding), _adjusted(logits, decoding.sampling, paths, mixture)
     wanted = [count + NUM_SPARES for count in counts]
     if decoding.rule.children == "coupled":
         ranked = scored_coupled_children(logits, sampling, paths[0].position, wanted)
@@ -86,10 +98,12 @@ def scoring(decoding: Decoding) -> Sampling:
     return sampling if decoding.rule.children == "coupled" else Sampling(sampling.temperature or 1.0)
 
 
-def _adjusted(logits: Tensor, sampling: Sampling, paths: Sequence[Path]) -> Tensor:
-    if not sampling.adjusts(paths[0].num_generated):
+def _adjusted(logits: Tensor, sampling: Sampling, paths: Sequence[Path], mixture: Mixture | None) -> Tensor:
+    if sampling.adjusts(paths[0].num_generated):
+        logits = stack([adjusted_logits(row, sampling, path) for row, path in zip(logits, paths, strict=True)])
+    if mixture is None:
         return logits
-    return stack([adjusted_logits(row, sampling, path) for row, path in zip(logits, paths, strict=True)])
+    return mixture.mixed(logits, [path.drafted for path in paths], sampling.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +114,17 @@ class Chooser:
     vocab_size: int
     generator: np.random.Generator
 
-    def level(self, logits: Tensor, paths: Sequence[Path], counts: Sequence[int]) -> Level:
+    def level(
+        self, logits: Tensor, paths: Sequence[Path], counts: Sequence[int], mixture: Mixture | None = None
+    ) -> Level:
         """`choose_level` of the draft's logits (nodes, padded vocabulary)."""
-        return choose_level(logits[:, : self.vocab_size], self.decoding, paths, counts, self.generator)
+        return choose_level(logits[:, : self.vocab_size], self.decoding, paths, counts, self.generator, mixture)
 
-    def scored_level(self, logits: Tensor, paths: Sequence[Path], counts: Sequence[int]) -> Level:
+    def scored_level(
+        self, logits: Tensor, paths: Sequence[Path], counts: Sequence[int], mixture: Mixture | None = None
+    ) -> Level:
         """`score_level` of the draft's logits (nodes, padded vocabulary)."""
-        return score_level(logits[:, : self.vocab_size], self.decoding, paths, counts)
+        return score_level(logits[:, : self.vocab_size], self.decoding, paths, counts, mixture)
 
     def can_grow_unseen(self, committed: Tokens) -> bool:
         """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""

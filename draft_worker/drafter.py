@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from draft_worker.ahead import Ahead
 from draft_worker.choosing import Chooser, Tokens
 from draft_worker.growing import AnyGrowth, begun
 from draft_worker.growth import grow_levels
+from draft_worker.mixture import NgramSource
 from draft_worker.planned import PlannedGrowth
 from draft_worker.unseen import grow_unseen
 from draft_worker.whole import grow_whole
@@ -24,6 +26,8 @@ from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree, TreeShape
 from sequoia.worker import feed
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class DraftLimits:
@@ -34,6 +38,7 @@ class DraftLimits:
     context_length: int  # longest session, in tokens
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
     grows_whole: bool = False  # the engine grows a tree in one turn
+    mixes_ngrams: bool = False  # what the session's tokens repeat is mixed into q
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Drafted:
     num_begun: int = 0
     hit: int | None = None
     num_levels_saved: int = 0
+    ngram_nodes: tuple[int, ...] = ()  # whose tokens go on as the text did before; ascending, without the root
 
 
 class DraftSession:
@@ -63,6 +69,7 @@ class DraftSession:
         self._chooser = Chooser(decoding, limits.vocab_size, generator)
         # Of its own, so that trees that are dropped change nothing in those that follow.
         self._ahead_chooser = Chooser(decoding, limits.vocab_size, generator.spawn(1)[0])
+        self._ngrams = NgramSource() if limits.mixes_ngrams else None
         self._committed: Tokens = ()
         self._last: AnyGrowth | None = None
         self._ahead: Ahead | None = None
@@ -79,17 +86,16 @@ class DraftSession:
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
-        known = self._committed[base_len:]
-        if base_len > self.num_committed or token_ids[: len(known)] != known:
-            raise InvalidArgument(f"does not continue the {self.num_committed} committed tokens", "base_len")
-        self._committed = self._committed[:base_len] + token_ids
+        self._committed = continued(self._committed, base_len, token_ids)
 
     def prefill(self) -> Job[None]:
         """Make rows for all committed tokens but the root."""
+        self._learn()
         yield from feed(self._slot, self._committed[self._slot.length : -1], self._limits.prefill_chunk)
 
     def grow(self, shape: TreeShape) -> Job[Drafted]:
         """The tree of that shape, smaller where a q had fewer tokens than a node has children."""
+        self._learn()
         ahead, self._ahead = self._ahead, None
         hit = ahead.find(self._committed, shape) if ahead else None
         if ahead is not None and hit is not None:
@@ -100,13 +106,15 @@ class DraftSession:
             num_levels_saved = 0
         yield from grow_levels(self._slot, growth, self._chooser)
         self._last = growth
-        return Drafted(growth.tree(), ahead.num_begun if ahead else 0, hit, num_levels_saved)
+        tree = growth.tree()
+        ngram_nodes = growth.mixture.trie.nodes_on(tree) if growth.mixture else ()
+        return Drafted(tree, ahead.num_begun if ahead else 0, hit, num_levels_saved, ngram_nodes)
 
     def draft_ahead(self, num_guesses: int) -> Job[None]:
         """Grow trees for the likeliest verdicts on the last tree. To be dropped before anything else is asked for."""
         assert self._last is not None, "there is no tree yet"
         context_length = self._limits.context_length
-        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length)
+        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length, self._ngrams)
         return self._ahead.job()
 
     def _begin(self, shape: TreeShape) -> Job[AnyGrowth]:
@@ -119,7 +127,8 @@ class DraftSession:
         root = pending[num_fed:]  # and what rides along
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
-        growth = begun(shape, self._committed)
+        mixture = self._ngrams.mixture(self._committed, shape.levels - 1) if self._ngrams else None
+        growth = begun(shape, self._committed, mixture=mixture)
         is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(self._committed)
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
@@ -130,6 +139,15 @@ class DraftSession:
             growth.add(growth.level(self._chooser, growth.frontier, logits))
         return growth
 
+    def _learn(self) -> None:
+        """What the committed tokens say of the last tree's mixture, and what they repeat from now on."""
+        last = self._last
+        if self._ngrams is None:
+            return
+        if last is not None and last.mixture is not None and self.num_committed > len(last.committed):
+            self._ngrams.learn(last.mixture, self._committed[len(last.committed)])
+        self._ngrams.extend(self._committed)
+
     def _keep_accepted(self) -> None:
         """Keep the last tree's rows that have become committed tokens; the root is always forwarded anew."""
         if self._last is not None:
@@ -138,15 +156,26 @@ class DraftSession:
         self._slot.truncate(min(self._slot.length, self.num_committed - 1))
 
 
+def continued(committed: Tokens, base_len: int, token_ids: Tokens) -> Tokens:
+    """The committed tokens with `token_ids` from `base_len` on. Raises InvalidArgument when they contradict."""
+    known = committed[base_len:]
+    if base_len > len(committed) or token_ids[: len(known)] != known:
+        raise InvalidArgument(f"does not continue the {len(committed)} committed tokens", "base_len")
+    return committed[:base_len] + token_ids
+
+
 class Drafter:
     """Opens sessions on one draft model."""
 
     def __init__(self, executor: Executor, limits: DraftLimits) -> None:
-        self.executor = executor
-        self._limits = limits
+        self._executor, self._limits = executor, limits
+
+    async def run(self, job: Job[Result]) -> Result:
+        """The job's result, among those of all sessions."""
+        return await self._executor.run(job)
 
     @contextmanager
     def session(self, decoding: Decoding) -> Iterator[DraftSession]:
         """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
-        with self.executor.engine.cache.slot() as slot:
+        with self._executor.engine.cache.slot() as slot:
             yield DraftSession(slot, decoding, np.random.default_rng(), self._limits)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from draft_worker.choosing import NUM_SPARES, Chooser, Level, Tokens
 from draft_worker.growth import DEAD, Growth, Stem
+from draft_worker.mixture import Mixture
 from sequoia.engine.whole_tree import GrownDynamicTree, most_children
 from sequoia.topology import DynamicShape
 
@@ -21,8 +22,10 @@ class DynamicGrowth(Growth[DynamicShape]):
     of nodes that were forwarded and dropped stay behind, unseen.
     """
 
-    def __init__(self, shape: DynamicShape, committed: Tokens, stem: Stem | None = None) -> None:
-        super().__init__(shape, committed, stem)
+    def __init__(
+        self, shape: DynamicShape, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
+    ) -> None:
+        super().__init__(shape, committed, stem, mixture)
         self._scores = [0.0]
         self._ranked: dict[int, Tokens] = {}  # the children and what comes behind them, of nodes that were forwarded
 
@@ -40,7 +43,7 @@ class DynamicGrowth(Growth[DynamicShape]):
     def level(self, chooser: Chooser, nodes: Sequence[int], logits: Tensor) -> Level:
         """By the rule, with scores."""
         paths = self.paths(nodes, chooser.decoding.num_prompt_tokens)
-        return chooser.scored_level(logits, paths, self.child_counts(nodes))
+        return chooser.scored_level(logits, paths, self.child_counts(nodes), self.mixture)
 
     def add(self, level: Level) -> None:
         """Propose children of the frontier's nodes, now forwarded, keep the best, and find the next frontier."""

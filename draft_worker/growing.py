@@ -7,14 +7,15 @@ from typing import TypeAlias
 from draft_worker.choosing import Tokens
 from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growth import Stem
+from draft_worker.mixture import Mixture
 from draft_worker.planned import PlannedGrowth
 from sequoia.topology import DynamicShape, TreeShape
 
 AnyGrowth: TypeAlias = PlannedGrowth | DynamicGrowth
 
 
-def begun(shape: TreeShape, committed: Tokens, stem: Stem | None = None) -> AnyGrowth:
+def begun(shape: TreeShape, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None) -> AnyGrowth:
     """A tree that has nothing but its root yet."""
     if isinstance(shape, DynamicShape):
-        return DynamicGrowth(shape, committed, stem)
-    return PlannedGrowth(shape, committed, stem)
+        return DynamicGrowth(shape, committed, stem, mixture)
+    return PlannedGrowth(shape, committed, stem, mixture)

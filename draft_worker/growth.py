@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from draft_worker.choosing import Chooser, Level, Tokens
+from draft_worker.mixture import Mixture
 from sequoia.engine.attention import Segment
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
@@ -61,9 +62,11 @@ class Growth(ABC, Generic[Shape]):
     a guess, and the root is a node like the others.
     """
 
-    def __init__(self, shape: Shape, committed: Tokens, stem: Stem | None = None) -> None:
+    def __init__(
+        self, shape: Shape, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
+    ) -> None:
         self.shape: Shape = shape
-        self.committed = committed
+        self.committed, self.mixture = committed, mixture
         self._stem = stem
         self._parents, self._tokens = [-1], [committed[-1]]
         self.forwarded: list[int] = []  # in the order of their rows; DEAD where there is no such node

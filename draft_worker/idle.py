@@ -6,14 +6,15 @@ from concurrent.futures import Future
 from types import TracebackType
 
 from draft_worker.account import Account
-from draft_worker.drafter import Drafted, DraftSession
+from draft_worker.drafter import Drafted
+from draft_worker.lookup import AnySession
 from sequoia.engine.executor import Executor
 
 
 class IdleTime:
     """Drafts ahead from `begin` to `end`. A context manager: leaving ends it."""
 
-    def __init__(self, executor: Executor, account: Account, session: DraftSession, *, has_own_device: bool) -> None:
+    def __init__(self, executor: Executor, account: Account, session: AnySession, *, has_own_device: bool) -> None:
         self._executor, self._account, self._session = executor, account, session
         self._has_own_device = has_own_device
         self._future: Future[None] | None = None

@@ -9,14 +9,17 @@ from torch import Tensor
 
 from draft_worker.choosing import Chooser, Level, Tokens
 from draft_worker.growth import Growth, Stem
+from draft_worker.mixture import Mixture
 from sequoia.topology import DraftDistributions, TokenTree, Topology
 
 
 class PlannedGrowth(Growth[Topology]):
     """Nodes are numbered as they get their tokens: fewer than planned where q had fewer tokens than children."""
 
-    def __init__(self, shape: Topology, committed: Tokens, stem: Stem | None = None) -> None:
-        super().__init__(shape, committed, stem)
+    def __init__(
+        self, shape: Topology, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None
+    ) -> None:
+        super().__init__(shape, committed, stem, mixture)
         self._planned_nodes = [0]  # the planned node behind each grown one
         self._q_rows: list[tuple[np.ndarray, np.ndarray]] = []
         self._spares: dict[int, Tokens] = {}
@@ -41,7 +44,7 @@ class PlannedGrowth(Growth[Topology]):
     def level(self, chooser: Chooser, nodes: Sequence[int], logits: Tensor) -> Level:
         """By the rule."""
         paths = self.paths(nodes, chooser.decoding.num_prompt_tokens)
-        return chooser.level(logits, paths, self.child_counts(nodes))
+        return chooser.level(logits, paths, self.child_counts(nodes), self.mixture)
 
     def add(self, level: Level, forwarded: Sequence[int] | None = None) -> None:
         """Give the frontier's nodes, now forwarded, their children; the next frontier is those that shall have some.

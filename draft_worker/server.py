@@ -1,4 +1,4 @@
-"""The draft worker's process: `python -m draft_worker.server --model REF`."""
+"""The draft worker's process: `python -m draft_worker.server --model REF`; `--model ngram` needs no model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import grpc
 
+from draft_worker.model_free import start
 from draft_worker.servicer import DraftServicer
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
@@ -29,7 +30,7 @@ def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
     draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker), server)
 
 
-DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer)
+DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer, start)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from draft_worker.account import Account
-from draft_worker.drafter import Drafted, Drafter, DraftLimits, DraftSession
+from draft_worker.drafter import Drafted, Drafter, DraftLimits
 from draft_worker.idle import IdleTime
+from draft_worker.lookup import AnySession, Lookup
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
@@ -21,16 +22,8 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     """One handler a session; it awaits the engine and never computes."""
 
     def __init__(self, worker: Worker) -> None:
-        self._limits = worker.description
-        described, engine = worker.description, worker.executor.engine
-        limits = DraftLimits(
-            worker.prefill_chunk,
-            described.vocab_size,
-            described.context_length,
-            reads_once=engine.reads_once,
-            grows_whole=engine.can_grow,
-        )
-        self._drafter = Drafter(worker.executor, limits)
+        self._limits, self._executor = worker.description, worker.executor
+        self._drafter = Lookup(worker.executor) if worker.tokenizer is None else _drafter(worker)
         self._account = Account(worker.draft_ahead)
 
     async def Draft(self, request_iterator: AsyncIterator[draft_pb2.DraftRequest], context: Any) -> None:
@@ -49,23 +42,23 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
                     await context.write(await self._step(session, request.step, idle_time))
                     idle_time.begin()
 
-    def _idle_time(self, session: DraftSession, request: draft_pb2.DraftOpen) -> IdleTime:
-        return IdleTime(self._drafter.executor, self._account, session, has_own_device=request.has_own_device)
+    def _idle_time(self, session: AnySession, request: draft_pb2.DraftOpen) -> IdleTime:
+        return IdleTime(self._executor, self._account, session, has_own_device=request.has_own_device)
 
-    async def _open(self, session: DraftSession, request: draft_pb2.DraftOpen) -> draft_pb2.DraftResponse:
+    async def _open(self, session: AnySession, request: draft_pb2.DraftOpen) -> draft_pb2.DraftResponse:
         started = time.monotonic()
         self._commit(session, 0, request.token_ids)
-        await self._drafter.executor.run(session.prefill())
+        await self._drafter.run(session.prefill())
         return draft_pb2.DraftResponse(num_committed=session.num_committed, worker_seconds=time.monotonic() - started)
 
     async def _step(
-        self, session: DraftSession, request: draft_pb2.DraftStep, idle_time: IdleTime
+        self, session: AnySession, request: draft_pb2.DraftStep, idle_time: IdleTime
     ) -> draft_pb2.DraftResponse:
         started = time.monotonic()
         shape = shape_from_wire(request, session.rule, self._limits.max_tree_size)
         self._commit(session, request.base_len, request.token_ids)
         spent = Spent()
-        drafted = await self._drafter.executor.run(timed(session.grow(shape), spent))
+        drafted = await self._drafter.run(timed(session.grow(shape), spent))
         idle_time.settle(drafted)
         return draft_pb2.DraftResponse(
             step=request.step,
@@ -73,14 +66,28 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             tree=tree_to_wire(drafted.tree),
             worker_seconds=time.monotonic() - started,
             ahead=_ahead_to_wire(drafted),
+            ngram_nodes=drafted.ngram_nodes,
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
 
-    def _commit(self, session: DraftSession, base_len: int, token_ids: Sequence[int]) -> None:
+    def _commit(self, session: AnySession, base_len: int, token_ids: Sequence[int]) -> None:
         limit = self._limits.context_length
         if base_len + len(token_ids) > limit:
             raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
         session.commit(base_len, tokens_from_wire(token_ids, self._limits.vocab_size, "token_ids"))
+
+
+def _drafter(worker: Worker) -> Drafter:
+    described, engine = worker.description, worker.executor.engine
+    limits = DraftLimits(
+        worker.prefill_chunk,
+        described.vocab_size,
+        described.context_length,
+        reads_once=engine.reads_once,
+        grows_whole=engine.can_grow,
+        mixes_ngrams=worker.mixes_ngrams,
+    )
+    return Drafter(worker.executor, limits)
 
 
 def _ahead_to_wire(drafted: Drafted) -> draft_pb2.DraftAhead:

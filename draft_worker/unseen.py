@@ -11,6 +11,7 @@ from torch import Tensor
 
 from draft_worker.choosing import NUM_SPARES, Chooser, Level, undrawn
 from draft_worker.growth import DEAD, nodes_segment
+from draft_worker.mixture import DeviceMixture
 from draft_worker.planned import PlannedGrowth
 from sequoia.engine.children import DRAFT_WIDTH
 from sequoia.engine.executor import Job
@@ -46,6 +47,8 @@ def grow_unseen(slot: KVSlot, growth: PlannedGrowth, chooser: Chooser, logits: T
     """
     shape = growth.shape
     plan = _plan(shape, chooser, logits)
+    temperature = chooser.decoding.sampling.temperature
+    mixture = DeviceMixture(growth.mixture, temperature, logits.device) if growth.mixture else None
     rankings: list[Ranking] = []
     forwarded: list[int] = []
     for depth, nodes in enumerate(plan.nodes):
@@ -54,8 +57,11 @@ def grow_unseen(slot: KVSlot, growth: PlannedGrowth, chooser: Chooser, logits: T
             tokens = above[plan.parent_rows[depth - 1], plan.ranks[depth - 1].clamp(max=above.shape[1] - 1)]
             logits = yield nodes_segment(slot, shape, len(growth.committed) - 1, tokens, nodes, forwarded)
             forwarded += nodes
-        rankings.append(_rank(logits[:, : chooser.vocab_size], growth, chooser, depth, plan))
-    for nodes, ranking in zip(plan.nodes, _read(rankings), strict=True):
+            if mixture:
+                mixture.descend(plan.parent_rows[depth - 1], tokens)
+        own = logits[:, : chooser.vocab_size]
+        rankings.append(_rank(mixture.mixed(own) if mixture else own, growth, chooser, depth, plan))
+    for nodes, ranking in zip(plan.nodes, _read(rankings, mixture), strict=True):
         live = dict(zip(growth.planned_frontier, growth.frontier, strict=True))
         rows = [row for row, node in enumerate(nodes) if node in live]
         level = read_level(ranking, rows, growth.child_counts(growth.frontier))
@@ -95,9 +101,14 @@ class ReadRanking(NamedTuple):
     q: tuple[Array, ...]
 
 
-def _read(rankings: Sequence[Ranking]) -> list[ReadRanking]:
-    """All of them in one copy."""
-    arrays = iter(download([tensor for each in rankings for tensor in (each.token_ids, each.num_tokens, *each.q)]))
+def _read(rankings: Sequence[Ranking], mixture: DeviceMixture | None) -> list[ReadRanking]:
+    """All of them in one copy, and what the mixture learns."""
+    tensors = [tensor for each in rankings for tensor in (each.token_ids, each.num_tokens, *each.q)]
+    arrays = iter(download([*tensors, mixture.root_shares] if mixture else tensors))
+    if mixture:
+        *others, root_shares = arrays
+        mixture.read(root_shares)
+        arrays = iter(others)
     return [ReadRanking(next(arrays), next(arrays), tuple(next(arrays) for _ in each.q)) for each in rankings]
 
 

@@ -10,9 +10,10 @@ from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growing import AnyGrowth
 from draft_worker.planned import PlannedGrowth
 from draft_worker.unseen import ReadRanking, read_level
-from sequoia.engine.children import DRAFT_WIDTH
+from sequoia.engine.children import DRAFT_WIDTH, Float
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.trie import Trie
 from sequoia.engine.whole_tree import GrownDynamicTree, GrownTree, WholeDynamicTree, WholeTree, most_children
 
 
@@ -27,8 +28,9 @@ def _grow_dynamic(slot: KVSlot, growth: DynamicGrowth, chooser: Chooser, logits:
     kind, num_ranked = chooser.decoding.rule.children, most_children(growth.shape) + NUM_SPARES
     sampling = scoring(chooser.decoding)
     grown: GrownDynamicTree = yield WholeDynamicTree(
-        slot, growth.shape, logits, kind, sampling, chooser.vocab_size, num_ranked
+        slot, growth.shape, logits, kind, sampling, chooser.vocab_size, num_ranked, _trie_of(growth)
     )
+    _read_shares(growth, grown.trie_shares)
     growth.adopt(grown)
 
 
@@ -36,10 +38,10 @@ def _grow_planned(slot: KVSlot, growth: PlannedGrowth, chooser: Chooser, logits:
     shape, kind = growth.shape, chooser.decoding.rule.children
     draws = _Draws(chooser.generator, len(shape.internal_nodes) if kind == "drawn" else 0)
     num_ranked = NUM_SPARES + max(map(len, shape.children))
-    wanted = WholeTree(
-        slot, shape, logits, kind, chooser.decoding.sampling, chooser.vocab_size, num_ranked, draws.exponentials
-    )
+    sampling, vocab_size, trie = chooser.decoding.sampling, chooser.vocab_size, _trie_of(growth)
+    wanted = WholeTree(slot, shape, logits, kind, sampling, vocab_size, num_ranked, draws.exponentials, trie)
     grown: GrownTree = yield wanted
+    _read_shares(growth, grown.trie_shares)
     draws.give_back(grown.num_living)
     ranking = ReadRanking(grown.token_ids, grown.num_tokens, grown.q or ())
     first = 0
@@ -48,6 +50,15 @@ def _grow_planned(slot: KVSlot, growth: PlannedGrowth, chooser: Chooser, logits:
         if rows:
             growth.add(read_level(ranking, rows, growth.child_counts(growth.frontier)))
         first += len(nodes)
+
+
+def _trie_of(growth: AnyGrowth) -> Trie | None:
+    return growth.mixture.trie if growth.mixture else None
+
+
+def _read_shares(growth: AnyGrowth, trie_shares: Float | None) -> None:
+    if growth.mixture and trie_shares is not None:
+        growth.mixture.read(trie_shares[1:])
 
 
 class _Draws:

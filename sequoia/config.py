@@ -16,6 +16,8 @@ Settings = TypeVar("Settings")
 # How a worker can compute, in the order of preference; see sequoia/engine/decoders.py.
 ENGINES = ("auto", "native", "graphs", "lean", "transformers")
 QUANTIZATIONS = ("none", "int8", "int4")
+# What a draft worker serves that has no model: what a session's own tokens repeat.
+MODEL_FREE = "ngram"
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,8 @@ class SpeculationFigures:
     num_verify_bytes: int
     state: Literal["on", "reduced", "off", ""]
     state_reason: str
+    num_ngram_tokens: int = 0  # drafted ones that go on as the text did before
+    num_accepted_ngram_tokens: int = 0
 
     @property
     def tree(self) -> TreeShape:
@@ -168,6 +170,8 @@ def figures_from_wire(report: pb.SpeculationReport) -> SpeculationFigures:
         num_verify_bytes=report.num_verify_bytes,
         state=state_name(report.state),
         state_reason=report.state_reason,
+        num_ngram_tokens=report.num_ngram_tokens,
+        num_accepted_ngram_tokens=report.num_accepted_ngram_tokens,
     )
 
 

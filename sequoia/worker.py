@@ -25,6 +25,7 @@ from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve
+from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import Server, error_border, running, stop_signal
@@ -62,6 +63,11 @@ class WorkerConfig:
         "draft worker: grow the next tree while the last is verified; auto: while it pays, on a device of its own",
         choices=("auto", "on", "off"),
     )
+    ngram: str = setting(
+        "on",
+        "draft worker: mix what the session's own tokens repeat into the draft's distributions",
+        choices=("on", "off"),
+    )
     deterministic: bool = setting(
         False, "rows that do not depend on what shares their forward, also where that is slower; native ones never do"
     )
@@ -79,23 +85,15 @@ class WorkerConfig:
 
 @dataclass(frozen=True)
 class Worker:
-    """A loaded model behind its executor, and what it says of itself."""
+    """A loaded model behind its executor, and what it says of itself. Without a model there is no tokenizer."""
 
-    model: LoadedModel
+    tokenizer: TokenizerDescription | None
     executor: Executor
     description: worker_pb2.WorkerDescription
     prefill_chunk: int
     cache_dir: Path
     draft_ahead: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerKind:
-    """What tells a draft worker from a verify worker."""
-
-    role: worker_pb2.WorkerRole
-    service: str
-    add_servicer: Callable[[Worker, grpc.aio.Server], None]
+    mixes_ngrams: bool
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
@@ -142,9 +140,27 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         rules=[rule_to_wire(rule) for rule in RULES.values()],
         hardware_key=_hardware_key(model, quantization, num_threads, decoder),
         num_slots=config.num_slots,
-        device_id=_device_id(model),
+        device_id=device_id(model.device),
     )
-    return Worker(model, executor, description, config.prefill_chunk, files.cache_dir, config.draft_ahead)
+    return Worker(
+        model.tokenizer,
+        executor,
+        description,
+        config.prefill_chunk,
+        files.cache_dir,
+        config.draft_ahead,
+        mixes_ngrams=config.ngram == "on",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKind:
+    """What tells a draft worker from a verify worker."""
+
+    role: worker_pb2.WorkerRole
+    service: str
+    add_servicer: Callable[[Worker, grpc.aio.Server], None]
+    start: Callable[[WorkerConfig, worker_pb2.WorkerRole, Executor], Worker] = start_worker
 
 
 def measure(worker: Worker) -> None:
@@ -179,7 +195,7 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
 
 def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worker:
     executor = Executor(thread, config.prefill_chunk + config.max_tree_size)
-    return executor.call(lambda: start_worker(config, kind.role, executor))
+    return executor.call(lambda: kind.start(config, kind.role, executor))
 
 
 async def _serve(hosted: Sequence[tuple[WorkerKind, WorkerConfig]], workers: Sequence[Worker]) -> None:
@@ -203,8 +219,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         """The description; the tokenizer's files when asked for."""
         async with error_border(context):
             response = worker_pb2.DescribeResponse(worker=self._worker.description)
-            if request.include_tokenizer:
-                tokenizer = self._worker.model.tokenizer
+            tokenizer = self._worker.tokenizer
+            if request.include_tokenizer and tokenizer is not None:
                 response.tokenizer.tokenizer_json = tokenizer.tokenizer_json
                 response.tokenizer.chat_template = tokenizer.chat_template
                 response.tokenizer.eos_token_ids.extend(tokenizer.eos_token_ids)
@@ -241,15 +257,15 @@ def _context_length(config: WorkerConfig, model: LoadedModel) -> int:
     return config.context_length or min(model.context_length, _DEFAULT_CONTEXT_LENGTH)
 
 
-def _device_id(model: LoadedModel) -> str:
+def device_id(device: torch.device) -> str:
     """Of this host and the device on it: two workers with the same one take turns."""
-    if model.device.type == "cuda":
-        device = str(torch.cuda.get_device_properties(model.device).uuid)
+    if device.type == "cuda":
+        name = str(torch.cuda.get_device_properties(device).uuid)
     else:
         boot_id = Path("/proc/sys/kernel/random/boot_id")
         host = boot_id.read_text() if boot_id.exists() else platform.node()
-        device = f"{host} {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ''}"
-    return hashlib.sha256(device.encode()).hexdigest()[:16]
+        name = f"{host} {sorted(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else ''}"
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def _hardware_key(model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder) -> str:

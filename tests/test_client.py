@@ -206,6 +206,8 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             ],
             "num_fallback_steps": 1,
             "fallback_reason": "draft was late",
+            "num_ngram_tokens": 0,
+            "num_accepted_ngram_tokens": 0,
         },
     }
 

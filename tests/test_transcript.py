@@ -94,7 +94,10 @@ def test_all_committed_tokens_are_kept_for_a_rebuild(codec: TextCodec) -> None:
 
 
 def test_counts_by_depth_and_rank_are_of_reached_nodes_only() -> None:
-    """Root with three children, its second (node 2) accepted, of whose two children the first (node 5)."""
+    """Root with three children, its second (node 2) accepted, of whose two children the first (node 5).
+
+    A third child of node 2 was asked for: as it did not come, it was not accepted either. Node 5 was to have none.
+    """
     tree = TokenTree(topology=Topology(parents=[-1, 0, 0, 0, 1, 2, 2]), token_ids=[0] * 7)
     report = Report()
     verdict = Verdict(accepted_nodes=[2, 5], bonus_token_id=9)
@@ -102,11 +105,32 @@ def test_counts_by_depth_and_rank_are_of_reached_nodes_only() -> None:
     report.verified(response, DraftResponse(tree=tree), topology.Topology((-1, 0, 0, 0, 1, 2, 2, 2)))
     root, second = report.message.counts_by_depth
     assert (list(root.num_offered), list(root.num_accepted)) == ([1, 1, 1], [0, 1])
-    assert (list(second.num_offered), list(second.num_accepted)) == ([1, 1], [1])
+    assert (list(second.num_offered), list(second.num_accepted)) == ([1, 1, 1], [1])
     [usage] = report.message.trees
     assert (list(usage.topology.parents), usage.num_steps) == ([-1, 0, 0, 0, 1, 2, 2, 2], 1)
     assert usage.num_tokens == 3
     assert (report.message.num_drafted_tokens, report.message.num_accepted_tokens) == (6, 2)
+
+
+def test_a_root_alone_was_asked_for_more_and_is_no_drafted_step() -> None:
+    report = Report()
+    tree = TokenTree(topology=Topology(parents=[-1]), token_ids=[0])
+    verdict = Verdict(bonus_token_id=9)
+    report.verified(VerifyResponse(verdict=verdict), DraftResponse(tree=tree), topology.Topology((-1, 0, 0, 1)))
+    [root] = report.message.counts_by_depth
+    assert (list(root.num_offered), list(root.num_accepted)) == ([1, 1], [])
+    assert (report.message.num_steps, report.message.num_drafted_steps) == (1, 0)
+    [usage] = report.message.trees
+    assert (list(usage.topology.parents), usage.num_steps, usage.num_tokens) == ([-1, 0, 0, 1], 1, 1)
+
+
+def test_accepted_nodes_that_continue_the_text_are_counted_apart() -> None:
+    report = Report()
+    tree = TokenTree(topology=Topology(parents=[-1, 0, 0, 1, 1]), token_ids=[0] * 5)
+    response = VerifyResponse(verdict=Verdict(accepted_nodes=[1, 4], bonus_token_id=9))
+    shape = topology.Topology((-1, 0, 0, 1, 1))
+    report.verified(response, DraftResponse(tree=tree, ngram_nodes=[1, 2, 3]), shape)
+    assert (report.message.num_ngram_tokens, report.message.num_accepted_ngram_tokens) == (3, 1)
 
 
 def test_dynamic_trees_are_told_by_what_was_asked_for_and_say_nothing_about_ranks() -> None:

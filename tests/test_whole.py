@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,11 @@ pytestmark = needs_native
 class Grown:
     """A session of an engine of its own, which is drafted for alone: with whole trees, or level by level."""
 
-    def __init__(self, engine: Engine, kind: str, *, whole: bool, vocab_size: int = 400) -> None:
+    def __init__(
+        self, engine: Engine, kind: str, *, whole: bool, vocab_size: int = 400, mixes_ngrams: bool = False
+    ) -> None:
         self._engine, self._slots, self.generator = engine, ExitStack(), np.random.default_rng(5)
-        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size, context_length=200, grows_whole=whole)
+        limits = DraftLimits(8, vocab_size, 200, grows_whole=whole, mixes_ngrams=mixes_ngrams)
         rule, sampling = KINDS[kind]
         self.slot = self._slots.enter_context(engine.cache.slot())
         self.session = DraftSession(self.slot, Decoding(rule, sampling, 1), self.generator, limits)
@@ -110,6 +113,12 @@ class Grown:
                     return end.value
                 self.num_whole += not isinstance(wanted, Segment)
                 answer = answered(self._engine, wanted)
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """What the last step told of how the trie is to be trusted."""
+        last = self.session._last
+        return last.mixture.shares if last and last.mixture else {}
 
     def state(self) -> dict[str, Any]:
         """All that a step leaves behind."""
@@ -144,20 +153,31 @@ def used_q(tree: TokenTree) -> list[list[tuple[int, float]]] | None:
     return [list(zip(ids[weights > 0].tolist(), weights[weights > 0].tolist(), strict=True)) for ids, weights in rows]
 
 
+# Nodes that are accepted, and what rides along behind them: an inner node, the last one, the root, a child of it.
+NEWS = ((4, (77,)), (99, (78, 79)), (0, (5,)), (1, (91,)))
+
+
 def assert_same_steps(
-    engines: tuple[Engine, Engine], kind: str, shape: TreeShape, vocab_size: int = 400
+    engines: tuple[Engine, Engine],
+    kind: str,
+    shape: TreeShape,
+    vocab_size: int = 400,
+    *,
+    prompt: tuple[int, ...] = PROMPT,
+    news_by_step: tuple[tuple[int, tuple[int, ...]], ...] = NEWS,
+    mixes_ngrams: bool = False,
 ) -> list[TokenTree]:
-    """With an inner node accepted, then the last one, then none, and what rides along."""
+    """Step by step, with some nodes accepted."""
     with (
-        Grown(engines[0], kind, whole=True, vocab_size=vocab_size) as ours,
-        Grown(engines[1], kind, whole=False, vocab_size=vocab_size) as theirs,
+        Grown(engines[0], kind, whole=True, vocab_size=vocab_size, mixes_ngrams=mixes_ngrams) as ours,
+        Grown(engines[1], kind, whole=False, vocab_size=vocab_size, mixes_ngrams=mixes_ngrams) as theirs,
     ):
         for engine in engines:
             engine.num_forwards = engine.num_forward_tokens = 0
-        committed, trees = PROMPT, []
+        committed, trees = prompt, []
         for each in (ours, theirs):
             each.session.commit(0, committed)
-        for step, (node, others) in enumerate(((4, (77,)), (99, (78, 79)), (0, (5,)), (1, (91,)))):
+        for step, (node, others) in enumerate(news_by_step):
             tree, expected = ours.grow(shape), theirs.grow(shape)
             assert (tree.topology, tree.token_ids, used_q(tree)) == (
                 expected.topology,
@@ -165,6 +185,8 @@ def assert_same_steps(
                 used_q(expected),
             )
             assert ours.state() == theirs.state()
+            assert ours.shares == pytest.approx(theirs.shares, rel=1e-4, abs=1e-6)
+            assert bool(ours.shares) == mixes_ngrams
             assert (ours.num_whole, theirs.num_whole) == (step + 1, 0)
             news = (*tree.path_tokens(min(node, tree.topology.size - 1)), *others)
             for each in (ours, theirs):
@@ -251,6 +273,59 @@ def sharp_llama(sharp_folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
 @pytest.fixture(scope="module")
 def llama(folders: Callable[[str], Path]) -> tuple[Engine, Engine]:
     return native(folders("llama")), native(folders("llama"))
+
+
+# Every step has a match, with one continuation or two; in the third one the trust has been learned.
+REPEATING = (*range(30, 42), *range(32, 37), 99, 31, *range(32, 38))
+CONTINUED = ((4, (31, 32, 33, 34)), (99, (38, 39, 40)), (0, (34, 35, 36)), (1, (33, 34, 35)))
+
+
+def assert_same_mixed_steps(
+    engines: tuple[Engine, Engine], kind: str, shape: TreeShape, renamed: Callable[[int], int] = lambda token: token
+) -> list[TokenTree]:
+    """With a text that repeats itself, and with other trees than without a look at it. `renamed`: its tokens."""
+    prompt = tuple(map(renamed, REPEATING))
+    news = tuple((node, tuple(map(renamed, others))) for node, others in CONTINUED)
+    mixed, plain = (
+        assert_same_steps(engines, kind, shape, prompt=prompt, news_by_step=news, mixes_ngrams=mixes)
+        for mixes in (True, False)
+    )
+    assert [tree.token_ids for tree in mixed] != [tree.token_ids for tree in plain]
+    assert mixed[0].follow(tuple(map(renamed, (38, 39, 40)))) or kind != "greedy"
+    return mixed
+
+
+@pytest.mark.parametrize("shape", ["tree", "chain", "wide"])
+@pytest.mark.parametrize("kind", ["greedy", "sample_and_walk", "coupled top_p", "coupled hot", "sequoia top_p, top_k"])
+def test_trees_mixed_with_the_texts_own_continuations_are_those_of_the_levels(
+    llama: tuple[Engine, Engine], kind: str, shape: str
+) -> None:
+    assert_same_mixed_steps(llama, kind, SHAPES[shape])
+
+
+@pytest.mark.parametrize("shape", ["usual", "wide", "deep"])
+@pytest.mark.parametrize("kind", ["greedy", "sample_and_walk", "coupled top_p", "coupled hot"])
+def test_dynamic_trees_are_scored_by_the_mixture(sharp_llama: tuple[Engine, Engine], kind: str, shape: str) -> None:
+    assert_same_mixed_steps(sharp_llama, kind, DYNAMIC_SHAPES[shape])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        *product(
+            ("greedy", "sample_and_walk", "coupled cold", "sequoia top_p, top_k"), (SHAPES["tree"], SHAPES["wide"])
+        ),
+        *product(("greedy", "sample_and_walk", "coupled cold"), (DYNAMIC_SHAPES["usual"], DYNAMIC_SHAPES["wide"])),
+    ],
+    ids=str,
+)
+def test_continuations_that_the_draft_does_not_know_are_left_out(
+    folders: Callable[[str], Path], kind: str, shape: TreeShape
+) -> None:
+    """It knows the odd tokens only: what follows the last step's root is one that it knows, or 100."""
+    pair = native(folders("narrow")), native(folders("narrow"))
+    trees = assert_same_mixed_steps(pair, kind, shape, lambda token: 100 if token == 99 else 2 * token - 29)
+    assert all(token in NARROW_TOKENS for tree in trees for token in tree.token_ids[1:])
 
 
 def test_paths_longer_than_a_sliding_window_are_those_of_the_levels(engines: tuple[Engine, Engine]) -> None:

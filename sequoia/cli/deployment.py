@@ -15,7 +15,7 @@ from types import TracebackType
 from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe, divide_cores
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
-from sequoia.config import num_cores
+from sequoia.config import MODEL_FREE, num_cores
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
@@ -160,6 +160,8 @@ class Deployment:
         """Here and not only in the workers, whose progress nobody sees."""
         revision, cache_dir = (os.environ.get(name) or None for name in ("SEQUOIA_REVISION", "SEQUOIA_CACHE_DIR"))
         for model in dict.fromkeys(self._settings.models.values()):
+            if model == MODEL_FREE and model != self._settings.target:
+                continue
             files = resolve(model, revision=revision, cache_dir=Path(cache_dir) if cache_dir else None)
             self._steps.say(f"weights of {model}: {files.directory}")
 

@@ -35,6 +35,9 @@ def figures_table(generation: Generation) -> Table:
     table.add_row("ms of a step", parts(figures.stage_seconds, figures.num_steps))
     if figures.num_ahead_attempts:
         table.add_row("drafted ahead", f"{figures.num_ahead_hits} hits in {figures.num_ahead_attempts} attempts")
+    if figures.num_ngram_tokens:
+        accepted = f"{figures.num_accepted_ngram_tokens} of {figures.num_accepted_tokens} accepted tokens"
+        table.add_row("n-grams", f"{accepted}, {figures.num_ngram_tokens} of {figures.num_drafted_tokens} drafted")
     if figures.fallback_reason:
         table.add_row("plain steps", f"{figures.num_fallback_steps}: {figures.fallback_reason}")
     return table

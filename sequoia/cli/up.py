@@ -13,7 +13,7 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.placement import PLACEMENTS
 from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
-from sequoia.config import ENGINES, QUANTIZATIONS
+from sequoia.config import ENGINES, MODEL_FREE, QUANTIZATIONS
 from sequoia.errors import Unavailable
 
 
@@ -42,7 +42,11 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         help="packaged name, hub id, folder or GGUF file (default %(default)s)",
     )
     draft = parser.add_mutually_exclusive_group()
-    draft.add_argument("--draft", metavar="MODEL", help="default: the target's own weights, quantised to int8")
+    draft.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help=f"default: the target's own weights, quantised to int8; {MODEL_FREE}: no model, what the text repeats",
+    )
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(
         "--target-quantization",

@@ -37,7 +37,11 @@ def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_W
 
     q is ours to choose, so its rounding costs acceptance and never exactness.
     """
-    candidates = [_draft_candidates(row, sampling, width) for row in logits]
+    return distributions_of([_draft_candidates(row, sampling, width) for row in logits])
+
+
+def distributions_of(candidates: Sequence[tuple[Int, Float]]) -> DraftDistributions:
+    """q of some rows of token ids and their log q, up to a constant and at most 0; descending."""
     shape = len(candidates), max(1, *(len(ids) for ids, _ in candidates))
     token_ids, weights = np.zeros(shape, np.uint32), np.zeros(shape, np.float32)
     for row, (ids, logs) in enumerate(candidates):
@@ -89,7 +93,7 @@ def scored_top_children(logits: Tensor, sampling: Sampling, counts: Sequence[int
     None of a row whose largest is not finite.
     """
     candidates = (_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits)
-    return tuple(_scored(ids, logs, 1.0, count) for (ids, logs), count in zip(candidates, counts, strict=True))
+    return tuple(scored(ids, logs, 1.0, count) for (ids, logs), count in zip(candidates, counts, strict=True))
 
 
 def scored_coupled_children(
@@ -98,10 +102,10 @@ def scored_coupled_children(
     """`coupled_children`, with the chance of each to be the target's choice too."""
     scale = sampling.temperature / COUPLED_SHARPNESS
     races = zip(_races(logits, sampling, position), counts, strict=True)
-    return tuple(_scored(ids, race, scale, count) for (ids, race), count in races)
+    return tuple(scored(ids, race, scale, count) for (ids, race), count in races)
 
 
-def _scored(ids: Int, logs: Float, scale: float, count: int) -> ScoredTokens:
+def scored(ids: Int, logs: Float, scale: float, count: int) -> ScoredTokens:
     """The `count` largest of `logs`, and the logarithm of the softmax of `scale` times all of them."""
     if not len(ids):
         return ScoredTokens((), ())

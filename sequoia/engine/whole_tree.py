@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.trie import Trie
 from sequoia.sampling import Sampling
 from sequoia.topology import DynamicShape, Int, Topology
 
@@ -37,6 +38,7 @@ class WholeTree:
     num_ranked: int  # tokens a node at most, children and spares
     # For draws: (nodes with children, DRAFT_WIDTH) float64, a row for each of them that has a token, in their order.
     exponentials: NDArray[np.float64] | None = None
+    trie: Trie | None = None  # mixed into q; the root's logits may be written over
     vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
 
     @cached_property
@@ -64,6 +66,7 @@ class GrownTree:
     q: tuple[NDArray[np.uint32], NDArray[np.float32]] | None  # for draws: ids and weights (nodes, DRAFT_WIDTH)
     num_forwards: int
     ranking_seconds: float  # that were not spent in forwards
+    trie_shares: NDArray[np.float64] | None = None  # (trie nodes,): what `trie.mix` tells of each; 0 where nothing
 
     @property
     def num_living(self) -> int:
@@ -87,6 +90,7 @@ class WholeDynamicTree:
     sampling: Sampling  # what the scores are the chances by; its temperature is above 0
     vocab_size: int  # tokens that may be chosen
     num_ranked: int  # tokens a node at most, children and spares
+    trie: Trie | None = None  # mixed into q; the root's logits may be written over
     vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
 
     @property
@@ -110,6 +114,7 @@ class GrownDynamicTree:
     ranked: dict[int, tuple[int, ...]]  # by node that was forwarded, and the root: its tokens by rank
     num_forwards: int
     ranking_seconds: float  # that were not spent in forwards
+    trie_shares: NDArray[np.float64] | None = None  # as of a `GrownTree`
 
     @property
     def num_forwarded(self) -> int:

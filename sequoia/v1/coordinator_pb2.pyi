@@ -126,7 +126,7 @@ class Finish(_message.Message):
     def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_completion_tokens: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., time_to_first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
 
 class SpeculationReport(_message.Message):
-    __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "stages", "num_fallback_steps", "fallback_reason", "counts_by_depth", "num_draft_bytes", "num_verify_bytes", "state", "state_reason", "trees")
+    __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "stages", "num_fallback_steps", "fallback_reason", "counts_by_depth", "num_draft_bytes", "num_verify_bytes", "state", "state_reason", "trees", "num_ngram_tokens", "num_accepted_ngram_tokens")
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_STEPS_FIELD_NUMBER: _ClassVar[int]
     NUM_DRAFTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +140,8 @@ class SpeculationReport(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     STATE_REASON_FIELD_NUMBER: _ClassVar[int]
     TREES_FIELD_NUMBER: _ClassVar[int]
+    NUM_NGRAM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_ACCEPTED_NGRAM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_steps: int
     num_drafted_steps: int
     num_drafted_tokens: int
@@ -153,7 +155,9 @@ class SpeculationReport(_message.Message):
     state: SpeculationState
     state_reason: str
     trees: _containers.RepeatedCompositeFieldContainer[TreeUsage]
-    def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ...) -> None: ...
+    num_ngram_tokens: int
+    num_accepted_ngram_tokens: int
+    def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ..., num_ngram_tokens: _Optional[int] = ..., num_accepted_ngram_tokens: _Optional[int] = ...) -> None: ...
 
 class TreeUsage(_message.Message):
     __slots__ = ("topology", "dynamic", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds")

@@ -57,17 +57,19 @@ class DraftStep(_message.Message):
     def __init__(self, step: _Optional[int] = ..., base_len: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ...) -> None: ...
 
 class DraftResponse(_message.Message):
-    __slots__ = ("step", "num_committed", "tree", "worker_seconds", "ahead", "times")
+    __slots__ = ("step", "num_committed", "tree", "worker_seconds", "ahead", "times", "ngram_nodes")
     STEP_FIELD_NUMBER: _ClassVar[int]
     NUM_COMMITTED_FIELD_NUMBER: _ClassVar[int]
     TREE_FIELD_NUMBER: _ClassVar[int]
     WORKER_SECONDS_FIELD_NUMBER: _ClassVar[int]
     AHEAD_FIELD_NUMBER: _ClassVar[int]
     TIMES_FIELD_NUMBER: _ClassVar[int]
+    NGRAM_NODES_FIELD_NUMBER: _ClassVar[int]
     step: int
     num_committed: int
     tree: _tree_pb2.TokenTree
     worker_seconds: float
     ahead: DraftAhead
     times: _tree_pb2.WorkerTimes
-    def __init__(self, step: _Optional[int] = ..., num_committed: _Optional[int] = ..., tree: _Optional[_Union[_tree_pb2.TokenTree, _Mapping]] = ..., worker_seconds: _Optional[float] = ..., ahead: _Optional[_Union[DraftAhead, str]] = ..., times: _Optional[_Union[_tree_pb2.WorkerTimes, _Mapping]] = ...) -> None: ...
+    ngram_nodes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., num_committed: _Optional[int] = ..., tree: _Optional[_Union[_tree_pb2.TokenTree, _Mapping]] = ..., worker_seconds: _Optional[float] = ..., ahead: _Optional[_Union[DraftAhead, str]] = ..., times: _Optional[_Union[_tree_pb2.WorkerTimes, _Mapping]] = ..., ngram_nodes: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -19,7 +19,8 @@ typedef struct {
 typedef struct {
     double score; /* the logarithm of the chance that the draft gives its path */
     int64_t parent, token;
-    int64_t index; /* among those that were forwarded, the root the first; -1: it was not */
+    int64_t index;    /* among those that were forwarded, the root the first; -1: it was not */
+    int64_t standing; /* which of the trie's nodes it stands on, of those that were forwarded; below 0: none */
 } Node;
 
 /* What comes of it: by node, and by node that was forwarded. */
@@ -117,14 +118,22 @@ static Batch make_batch(const DynamicTree *tree, const DynamicMemory *memory, in
                    wanted, tree->num_valid_rows + level};
 }
 
+/* Mix into the logits of a node of the frontier what its place on the trie says; its parent was forwarded before. */
+static void mix_node(const Ranker *ranker, const Trie *trie, Node *nodes, int64_t node, float *logits) {
+    if (node) nodes[node].standing = sequoia_find_child(trie, nodes[nodes[node].parent].standing, nodes[node].token);
+    sequoia_mix(trie, nodes[node].standing, ranker->vocab_size, logits);
+}
+
 /* Rank the children of the frontier's nodes; row i of the logits is the i-th one's. */
-static void rank_frontier(const Model *model, const DynamicTree *tree, const Ranker *ranker, const DynamicMemory *memory,
-                          const float *logits, int64_t level, int count, GrownDynamic *grown) {
+static void rank_frontier(const Model *model, const DynamicTree *tree, const Ranker *ranker, const Trie *trie,
+                          const DynamicMemory *memory, float *logits, int64_t level, int count, GrownDynamic *grown) {
 #pragma omp parallel for schedule(dynamic) num_threads(model->num_threads) if (count > 1)
     for (int i = 0; i < count; i++) {
         int64_t index = grown->num_ranked + i;
         Ranked ranked = {grown->token_ids + index * ranker->width, grown->num_tokens + index, NULL, NULL};
-        sequoia_score(ranker, logits + (int64_t)i * model->head.outputs, tree->root_position + 1 + level, &ranked,
+        float *row = logits + (int64_t)i * model->head.outputs;
+        if (trie) mix_node(ranker, trie, grown->nodes, memory->frontier[i], row);
+        sequoia_score(ranker, row, tree->root_position + 1 + level, &ranked,
                       memory->scores + (int64_t)i * ranker->width);
     }
 }
@@ -137,16 +146,16 @@ static void propose(const DynamicTree *tree, const Ranker *ranker, const Dynamic
         for (int64_t rank = 0; rank < num_tokens && rank < tree->most_children; rank++)
             grown->nodes[grown->num_nodes++] =
                 (Node){grown->nodes[parent].score + memory->scores[i * ranker->width + rank], parent,
-                       grown->token_ids[index * ranker->width + rank], -1};
+                       grown->token_ids[index * ranker->width + rank], -1, -1};
     }
 }
 
-/* `root_logits`: (vocabulary,). */
+/* `trie`: NULL where there is none. `root_logits`: (vocabulary,), which become the mixture's where there is one. */
 void sequoia_grow_dynamic(const Model *model, const Scratch *scratch, const DynamicTree *tree, const Ranker *ranker,
-                          const float *root_logits, const DynamicMemory *memory, GrownDynamic *grown) {
+                          const Trie *trie, float *root_logits, const DynamicMemory *memory, GrownDynamic *grown) {
     int64_t num_counters = (4 * (int64_t)model->num_layers + 1) * model->num_threads * CACHE_LINE;
     int count = 1;
-    grown->nodes[0] = (Node){0.0, -1, -1, 0};
+    grown->nodes[0] = (Node){0.0, -1, -1, 0, 0};
     memory->frontier[0] = 0;
     grown->num_nodes = 1;
     grown->num_ranked = grown->num_forwards = 0;
@@ -159,7 +168,7 @@ void sequoia_grow_dynamic(const Model *model, const Scratch *scratch, const Dyna
             grown->num_forwards++;
         }
         double started = omp_get_wtime();
-        rank_frontier(model, tree, ranker, memory, level ? memory->logits : root_logits, level, count, grown);
+        rank_frontier(model, tree, ranker, trie, memory, level ? memory->logits : root_logits, level, count, grown);
         int64_t first_new = grown->num_nodes;
         propose(tree, ranker, memory, count, grown);
         grown->num_ranked += count;

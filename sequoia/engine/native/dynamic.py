@@ -6,6 +6,7 @@ import ctypes
 
 import numpy as np
 
+from sequoia.engine.children import Float
 from sequoia.engine.native.growth import (
     BATCH_ARRAYS,
     LevelLogits,
@@ -15,9 +16,12 @@ from sequoia.engine.native.growth import (
     ranker_for,
     root_logits_of,
 )
+from sequoia.engine.native.trie import NativeTrie
 from sequoia.engine.whole_tree import GrownDynamicTree, WholeDynamicTree, most_children
 
-_NODE = np.dtype([("score", np.float64), ("parent", np.int64), ("token", np.int64), ("index", np.int64)])
+_NODE = np.dtype(
+    [("score", np.float64), ("parent", np.int64), ("token", np.int64), ("index", np.int64), ("standing", np.int64)]
+)
 
 
 class _Tree(ctypes.Structure):
@@ -64,21 +68,24 @@ class DynamicGrower:
         num_tokens, scores = np.empty(shape.num_rows, np.int64), np.empty((shape.width, wanted.num_ranked))
         sizes = BATCH_ARRAYS * shape.width + 1, shape.width * shape.levels, shape.size, num_nodes, shape.width
         numbers = [np.empty(size, np.int64) for size in sizes]
-        root_logits, rows = root_logits_of(wanted), embedding_rows_of(wanted)
+        root_logits, rows, trie = root_logits_of(wanted), embedding_rows_of(wanted), NativeTrie.of(wanted)
         grown = _Grown(address(nodes), 0, address(token_ids), address(num_tokens))
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
             ctypes.byref(_Tree(shape.size, shape.levels, shape.width, most, *place(wanted), rows)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
+            None if trie is None else ctypes.byref(trie.structure),
             ctypes.c_void_p(root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), address(scores), *map(address, numbers))),
             ctypes.byref(grown),
         )
-        return _read(grown, nodes, token_ids, num_tokens)
+        return _read(grown, nodes, token_ids, num_tokens, None if trie is None else trie.shares)
 
 
-def _read(grown: _Grown, nodes: np.ndarray, token_ids: np.ndarray, num_tokens: np.ndarray) -> GrownDynamicTree:
+def _read(
+    grown: _Grown, nodes: np.ndarray, token_ids: np.ndarray, num_tokens: np.ndarray, trie_shares: Float | None
+) -> GrownDynamicTree:
     kept = nodes[: grown.num_nodes]
     by_index = {index: node for node, index in enumerate(kept["index"].tolist()) if index >= 0}
     counts = num_tokens[: grown.num_ranked].tolist()
@@ -89,4 +96,5 @@ def _read(grown: _Grown, nodes: np.ndarray, token_ids: np.ndarray, num_tokens: n
         ranked={node: tuple(token_ids[index, : counts[index]].tolist()) for index, node in by_index.items()},
         num_forwards=grown.num_forwards,
         ranking_seconds=grown.ranking_seconds,
+        trie_shares=trie_shares,
     )

@@ -37,6 +37,7 @@ typedef struct {
     int64_t *own_rows; /* (nodes * levels,) */
     int64_t *rows;     /* (nodes,): where each node's keys and values are */
     int64_t *living;   /* (nodes,): the nodes of a level that have a token */
+    int64_t *standing; /* (nodes,): which of the trie's nodes each stands on; below 0: none */
 } Memory;
 
 /* The nodes of a level that have a token, and those tokens' embedding rows. Returns how many they are. */
@@ -75,30 +76,44 @@ static Batch make_batch(const Tree *tree, const Memory *memory, int64_t level, i
                    wanted, tree->num_valid_rows + level};
 }
 
+/* Mix into a node's logits what its place on the trie says; its parent has been ranked before. */
+static void mix_node(const Tree *tree, const Ranker *ranker, const Trie *trie, int64_t node, float *logits,
+                     int64_t *standing, const Grown *grown) {
+    standing[node] = 0;
+    if (node) {
+        int64_t parent = tree->parents[node];
+        int64_t token = grown->token_ids[parent * ranker->width + tree->ranks[node]];
+        standing[node] = sequoia_find_child(trie, standing[parent], token);
+    }
+    sequoia_mix(trie, standing[node], ranker->vocab_size, logits);
+}
+
 /* Rank the children of a level's living nodes; row i of the logits and of the exponentials is the i-th one's. */
-static void rank_level(const Model *model, const Tree *tree, const Ranker *ranker, const double *exponentials,
-                       const float *logits, const int64_t *living, int count, int64_t level, Grown *grown) {
+static void rank_level(const Model *model, const Tree *tree, const Ranker *ranker, const Trie *trie,
+                       const double *exponentials, float *logits, const Memory *memory, int count, int64_t level,
+                       Grown *grown) {
     double started = omp_get_wtime();
 #pragma omp parallel for schedule(dynamic) num_threads(model->num_threads) if (count > 1)
     for (int i = 0; i < count; i++) {
-        int64_t node = living[i];
+        int64_t node = memory->living[i];
         Ranked ranked = {grown->token_ids + node * ranker->width, grown->num_tokens + node,
                          grown->q_ids + node * DRAFT_WIDTH, grown->q_weights + node * DRAFT_WIDTH};
-        sequoia_rank(ranker, logits + (int64_t)i * model->head.outputs, tree->root_position + 1 + level,
-                     exponentials + (int64_t)i * DRAFT_WIDTH, &ranked);
+        float *row = logits + (int64_t)i * model->head.outputs;
+        if (trie) mix_node(tree, ranker, trie, node, row, memory->standing, grown);
+        sequoia_rank(ranker, row, tree->root_position + 1 + level, exponentials + (int64_t)i * DRAFT_WIDTH, &ranked);
     }
     grown->ranking_seconds += omp_get_wtime() - started;
 }
 
-/* `root_logits`: (vocabulary,). `exponentials`: (nodes, DRAFT_WIDTH), a row for each node with a token, in their order;
- * DRAWN only. */
-void sequoia_grow(const Model *model, const Scratch *scratch, const Tree *tree, const Ranker *ranker,
-                  const double *exponentials, const float *root_logits, const Memory *memory, Grown *grown) {
+/* `trie`: NULL where there is none. `root_logits`: (vocabulary,), which become the mixture's where there is one.
+ * `exponentials`: (nodes, DRAFT_WIDTH), a row for each node with a token, in their order; DRAWN only. */
+void sequoia_grow(const Model *model, const Scratch *scratch, const Tree *tree, const Ranker *ranker, const Trie *trie,
+                  const double *exponentials, float *root_logits, const Memory *memory, Grown *grown) {
     int64_t num_counters = (4 * (int64_t)model->num_layers + 1) * model->num_threads * CACHE_LINE, num_ranked = 1;
     memory->living[0] = 0;
     grown->num_forwards = 0;
     grown->ranking_seconds = 0.0;
-    rank_level(model, tree, ranker, exponentials, root_logits, memory->living, 1, 0, grown);
+    rank_level(model, tree, ranker, trie, exponentials, root_logits, memory, 1, 0, grown);
     for (int64_t level = 1; level < tree->num_levels; level++) {
         int count = find_living(tree, ranker, grown, level, memory->living, memory->batch);
         if (!count) continue; /* the nodes below have no tokens either, and are told so */
@@ -106,7 +121,7 @@ void sequoia_grow(const Model *model, const Scratch *scratch, const Tree *tree, 
         memset(scratch->taken, 0, (size_t)num_counters * sizeof *scratch->taken);
         sequoia_forward(model, &batch, scratch, memory->logits);
         grown->num_forwards++;
-        rank_level(model, tree, ranker, exponentials + num_ranked * DRAFT_WIDTH, memory->logits, memory->living, count,
+        rank_level(model, tree, ranker, trie, exponentials + num_ranked * DRAFT_WIDTH, memory->logits, memory, count,
                    level, grown);
         num_ranked += count;
     }

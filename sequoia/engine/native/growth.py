@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sequoia.engine.children import DRAFT_WIDTH
+from sequoia.engine.native.trie import NativeTrie
 from sequoia.engine.sampling import COUPLED_WIDTH
 from sequoia.engine.whole_tree import AnyWholeTree, GrownTree, WholeTree
 from sequoia.topology import Int
@@ -47,7 +48,7 @@ class _Grown(ctypes.Structure):
 
 
 class _Memory(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "batch", "own_rows", "rows", "living"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("logits", "batch", "own_rows", "rows", "living", "standing"))
 
 
 class LevelLogits:
@@ -80,23 +81,26 @@ class Grower:
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(address, (token_ids, num_tokens)), *map(address, q))
         logits, numbers = self._logits.room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
-        root_logits, rows = root_logits_of(wanted), embedding_rows_of(wanted)
+        root_logits, rows, trie = root_logits_of(wanted), embedding_rows_of(wanted), NativeTrie.of(wanted)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
             ctypes.byref(_Tree(num_nodes, num_levels, *map(address, plan), *place(wanted), rows)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
+            None if trie is None else ctypes.byref(trie.structure),
             ctypes.c_void_p(None if wanted.exponentials is None else address(wanted.exponentials)),
             ctypes.c_void_p(root_logits.data_ptr()),
             ctypes.byref(_Memory(logits.data_ptr(), *map(address, numbers))),
             ctypes.byref(grown),
         )
-        return GrownTree(token_ids, num_tokens, q if is_drawn else None, grown.num_forwards, grown.ranking_seconds)
+        shares = None if trie is None else trie.shares
+        drawn_from = q if is_drawn else None
+        return GrownTree(token_ids, num_tokens, drawn_from, grown.num_forwards, grown.ranking_seconds, shares)
 
 
 def _numbers(num_nodes: int, num_levels: int) -> tuple[Int, ...]:
     """The integers of `Memory` of growth.c."""
-    sizes = (BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes)
+    sizes = (BATCH_ARRAYS * num_nodes + 1, num_nodes * num_levels, num_nodes, num_nodes, num_nodes)
     return tuple(np.empty(size, np.int64) for size in sizes)
 
 

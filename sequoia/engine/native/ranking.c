@@ -260,3 +260,41 @@ void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, 
     for (int i = 0; i < count; i++) total += exp((logs[i] - peak) * scale);
     for (int rank = 0; rank < *ranked->num_tokens; rank++) scores[rank] = (scores[rank] - peak) * scale - log(total);
 }
+
+/* ---- mixtures ---- */
+
+int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token) {
+    for (int64_t child = 1; node >= 0 && child < trie->num_nodes; child++)
+        if (trie->parents[child] == node && trie->token_ids[child] == token) return child;
+    return -1;
+}
+
+/* The logarithm of a row's mass; not finite where the row is broken. */
+static double log_mass_of(const float *logits, int64_t size, double temperature) {
+    const __m512 none = _mm512_set1_ps(-INFINITY);
+    __m512 peaks = none;
+    __mmask16 broken = 0;
+    for (int64_t i = 0; i < size; i += LANES) {
+        __m512 values = _mm512_mask_loadu_ps(none, first_lanes(size - i), logits + i);
+        broken |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+        peaks = _mm512_max_ps(peaks, values);
+    }
+    float peak = _mm512_reduce_max_ps(peaks);
+    if (broken || isinf(peak)) return NAN;
+    return peak / temperature + log(mass_of(logits, size, peak, (float)temperature));
+}
+
+void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits) {
+    double mass = INFINITY; /* not known yet */
+    for (int64_t child = 1; node >= 0 && child < trie->num_nodes; child++) {
+        int64_t row = trie->logit_rows[child];
+        if (trie->parents[child] != node || row >= vocab_size) continue;
+        if (isinf(mass)) mass = log_mass_of(logits, vocab_size, trie->temperature);
+        if (isnan(mass)) return;
+        double own = logits[row] / trie->temperature, added = mass + trie->log_odds[child];
+        if (own == -INFINITY) continue;
+        double raised = fmax(own, added) + log1p(exp(-fabs(own - added)));
+        logits[row] = (float)(raised * trie->temperature);
+        trie->shares[child] = exp(added - raised);
+    }
+}

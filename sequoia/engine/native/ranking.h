@@ -87,4 +87,22 @@ void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, c
  * or by its race. `scores`: (width,). */
 void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores);
 
+/* ---- mixtures ---- */
+
+/* Continuations that are mixed into the distributions of a tree's nodes: trie.py. */
+typedef struct {
+    int64_t num_nodes;
+    const int64_t *parents, *token_ids; /* (nodes,) in level order, root first */
+    const int64_t *logit_rows;          /* (nodes,): where the logits have each token; behind them: they do not */
+    const double *log_odds;             /* (nodes,) */
+    double temperature;
+    double *shares; /* (nodes,): of the probability of each token that was raised the part that is the trie's */
+} Trie;
+
+/* The child of a node that has this token; -1: none, as of no node at all. */
+int64_t sequoia_find_child(const Trie *trie, int64_t node, int64_t token);
+
+/* Make a row of logits those of the mixture at a node, in place. No two rows may be mixed at one node. */
+void sequoia_mix(const Trie *trie, int64_t node, int64_t vocab_size, float *logits);
+
 #endif
