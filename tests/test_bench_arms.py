@@ -56,6 +56,8 @@ def test_the_roofline_flag_runs_the_benchmark_of_that_name(monkeypatch: pytest.M
         (["--shape", "999x2"], "shape: no tree of 999 nodes"),
         (["--shape", "bush"], "shape: 'bush' is neither"),
         (["--plot", "a.pdf"], "--plot: a.pdf ends neither"),
+        (["--temperature", "-0.5"], "temperature: is -0.5"),
+        (["--temperature", "0.6", "--peers", "transformers"], "temperature: above 0 leaves nothing"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_starts(
@@ -117,6 +119,21 @@ def test_arms_and_peers_on_a_running_system(
     assert arms["transformers"]["peak_memory_bytes"] > 2**20
     assert len(printed["answers"]) == len(arms) * 5
     assert all(len(each["by_category"]) == 5 for each in arms.values())
+
+
+def test_arms_above_temperature_0_share_a_seed_and_so_a_text(
+    tiny_system: System, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployment = tiny_system.deployment
+    where = ["--address", deployment.address]
+    assert main(["plan", *where, "--redis", deployment.redis_url, "--temperature", "0.6"]) == 0
+    capsys.readouterr()
+    arguments = ["--prompts", "1", "--max-tokens", "12", "--shape", "6x3", "--temperature", "0.6", "--json"]
+    assert main(["bench", *where, *arguments]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [each["differences"] for each in printed["arms"]] == [[]] * 4, "the default rule keeps a seed's text"
+    assert printed["workload"]["temperature"] == 0.6
+    assert 0.0 < printed["planned_acceptance"][0][0] < 1.0
 
 
 @pytest.mark.slow

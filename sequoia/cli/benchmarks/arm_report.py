@@ -11,10 +11,12 @@ from rich.table import Table
 from sequoia.cli.benchmarks.arm_figures import ArmFigures, GroupFigures, Spread
 from sequoia.cli.benchmarks.arm_measuring import Sample
 from sequoia.cli.figures import new_table
+from sequoia.optimal_tree import Rows
 
 SCHEMA = "sequoia.bench.v1"
 _GIB = 2**30
 _UNKNOWN = "-"
+_NUM_RANKS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class Report:
 
     pair: dict[str, Any]
     workload: dict[str, Any]
+    planned_acceptance: Rows | None  # by depth and rank, of the plan in force; None: there was none
     figures: tuple[ArmFigures, ...]
     descriptions: dict[str, ArmDescription]
     unavailable: dict[str, str]
@@ -44,6 +47,7 @@ class Report:
             "schema": SCHEMA,
             **self.pair,
             "workload": self.workload,
+            "planned_acceptance": self.planned_acceptance,
             "arms": [{**each.to_dict(), **_described(self.descriptions[each.name])} for each in self.figures],
             "unavailable": self.unavailable,
             "answers": [each.to_dict() for each in self.samples],
@@ -52,7 +56,7 @@ class Report:
 
 def tables(report: Report) -> list[Table]:
     """Speed, speed by category, steps, what ran, and what did not."""
-    found = [_speed_table(report.figures), _category_table(report.figures), _step_table(report.figures)]
+    found = [_speed_table(report.figures), _category_table(report.figures), _step_table(report)]
     found.append(_arm_table(report))
     return found + ([_unavailable_table(report.unavailable)] if report.unavailable else [])
 
@@ -94,9 +98,9 @@ def _category_table(figures: Sequence[ArmFigures]) -> Table:
     return table
 
 
-def _step_table(figures: Sequence[ArmFigures]) -> Table:
+def _step_table(report: Report) -> Table:
     table = new_table("arm", "tokens/step", "first token, ms", "share of a step")
-    for each in figures:
+    for each in report.figures:
         group = each.overall
         shares = group.stage_shares or {}
         table.add_row(
@@ -105,6 +109,9 @@ def _step_table(figures: Sequence[ArmFigures]) -> Table:
             _shown(group.first_token_seconds, 1e3, 0),
             ", ".join(f"{name} {share:.0%}" for name, share in shares.items()) or _UNKNOWN,
         )
+    if report.planned_acceptance:
+        ranks = " ".join(f"{each:.3f}" for each in report.planned_acceptance[0][:_NUM_RANKS])
+        table.caption = f"acceptance by rank at the first level, as planned with: {ranks}"
     return table
 
 

@@ -20,10 +20,11 @@ from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.rule_timing import worker_to_dict
 from sequoia.client import Client, Prompt
+from sequoia.planner import TreePlan
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.v1.worker_pb2 import WorkerDescription
 
-_NO_PLAN = "there is no plan for temperature 0; run `sequoia plan` first"
+_NO_PLAN = "there is no plan for temperature {:g}; run `sequoia plan` first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +34,22 @@ class ArmWorkload:
     arms: tuple[str, ...]  # ours, beside plain decoding
     shapes: tuple[str, ...]
     peers: tuple[str, ...]
+    temperature: float
     asking: Asking
 
     def to_dict(self) -> dict[str, object]:
         """Ready for JSON."""
-        return {"arms": self.arms, "shapes": self.shapes, "peers": self.peers, **asdict(self.asking)}
+        ours = {"arms": self.arms, "shapes": self.shapes, "peers": self.peers, "temperature": self.temperature}
+        return {**ours, **asdict(self.asking)}
 
 
 def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -> Report:
-    """All arms in turn, greedily. Raises SequoiaError when the system fails; a peer that fails is reported as such."""
+    """All arms in turn. Raises SequoiaError when the system fails; a peer that fails is reported as such."""
     with Client(system.address) as client:
         pair = client.describe_pair()
         with _peers(pair, workload, workplace) as (peers, work):
-            own, missing = _own_arms(client, workload, work)
+            plan = plan_in_force(client, workload.temperature)
+            own, missing = _own_arms(client, plan, workload, work)
             arms: list[Arm] = [*own, *peers.arms]
             doing = f"{len(arms)} arms, {workload.asking.num_answers} prompts"
             with workplace.steps.step(doing) as on_progress:
@@ -53,7 +57,7 @@ def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -
             descriptions = {each.name: _own_description(each, pair, system) for each in own}
             descriptions |= {each.name: _peer_description(each, work) for each in peers.arms if work}
     unavailable = {**missing, **peers.unavailable, **measured.unavailable}
-    return _report(pair, workload, work, measured, descriptions, unavailable)
+    return _report(pair, plan, workload, work, measured, descriptions, unavailable)
 
 
 @contextmanager
@@ -75,13 +79,16 @@ def _peers(
         yield peers, work
 
 
-def _own_arms(client: Client, workload: ArmWorkload, work: PeerWork | None) -> tuple[list[OwnArm], dict[str, str]]:
+def _own_arms(
+    client: Client, plan: TreePlan | None, workload: ArmWorkload, work: PeerWork | None
+) -> tuple[list[OwnArm], dict[str, str]]:
     """Ours, and why others are none. Beside peers, everybody gets the same token ids."""
     asking = workload.asking
     prompts: Mapping[BenchPrompt, Prompt] = work.prompts if work else {p: asking.form(p) for p in asking.prompts}
-    found = ways(plan_in_force(client), workload.arms, workload.shapes)
-    arms = [OwnArm(name, how, client, prompts) for name, how in found.items() if how is not None]
-    return arms, {name: _NO_PLAN for name, how in found.items() if how is None}
+    found = ways(plan, workload.arms, workload.shapes)
+    temperature = workload.temperature
+    arms = [OwnArm(name, temperature, how, client, prompts) for name, how in found.items() if how is not None]
+    return arms, {name: _NO_PLAN.format(temperature) for name, how in found.items() if how is None}
 
 
 def _own_description(arm: OwnArm, pair: DescribePairResponse, system: BenchSystem) -> ArmDescription:
@@ -103,6 +110,7 @@ def _peer_description(arm: PeerArm, work: PeerWork) -> ArmDescription:
 
 def _report(
     pair: DescribePairResponse,
+    plan: TreePlan | None,
     workload: ArmWorkload,
     work: PeerWork | None,
     measured: Measured,
@@ -116,6 +124,7 @@ def _report(
             "draft": worker_to_dict(pair.draft) if pair.HasField("draft") else None,
         },
         workload=workload.to_dict(),
+        planned_acceptance=plan.inputs.acceptance if plan else None,
         figures=tuple(figures_of(measured.samples, eos_token_ids)),
         descriptions=descriptions,
         unavailable=unavailable,

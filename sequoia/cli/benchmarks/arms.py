@@ -26,6 +26,7 @@ from sequoia.cli.steps import Steps
 from sequoia.cli.up import stop_on_sigterm
 from sequoia.config import num_cores
 from sequoia.engine.sources import default_cache_dir
+from sequoia.errors import InvalidArgument
 
 _ARMS = (PLAN, CHAIN)
 _MEMORY_SHARE = 0.8
@@ -47,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         check_plot(arguments.plot)
     stop_on_sigterm()
-    steps = Steps(Console(stderr=True))
-    with _workplace(arguments, steps) as workplace, planned_system(arguments, steps) as system:
+    steps, temperatures = Steps(Console(stderr=True)), (workload.temperature,)
+    with _workplace(arguments, steps) as workplace, planned_system(arguments, steps, temperatures) as system:
         report = run_arms(system, workload, workplace)
     if arguments.plot is not None:
         _draw(report, arguments.plot)
@@ -67,6 +68,8 @@ def _add_arm_arguments(group: argparse._ArgumentGroup) -> None:
     peers = f"other engines, with commas, from {', '.join(PEERS)}; or {ALL}. Each holds its own copy of the models"
     group.add_argument("--peers", type=_names(tuple(PEERS)), default=(), metavar="LIST", help=peers)
     memory = "most that peers may hold together; those beyond are left out (default: 80%% of what is free)"
+    temperature = "of all arms, with one seed; other engines answer greedily only (default %(default)s)"
+    group.add_argument("--temperature", type=float, default=0.0, metavar="T", help=temperature)
     group.add_argument("--memory-gib", type=float, metavar="GIB", help=memory)
 
 
@@ -87,7 +90,11 @@ def _workload(arguments: argparse.Namespace) -> ArmWorkload:
     asked = asking(arguments)
     for shape in arguments.shapes:
         named_shape(shape)
-    return ArmWorkload(arguments.arms, tuple(arguments.shapes), arguments.peers, asked)
+    if arguments.temperature < 0.0:
+        raise InvalidArgument(f"is {arguments.temperature}; it must be 0 or more", "temperature")
+    if arguments.temperature and arguments.peers:
+        raise InvalidArgument("above 0 leaves nothing to compare other engines by; name none", "temperature")
+    return ArmWorkload(arguments.arms, tuple(arguments.shapes), arguments.peers, arguments.temperature, asked)
 
 
 @contextmanager

@@ -19,14 +19,16 @@ from sequoia.planner import MAX_LEVELS, TreePlan
 from sequoia.topology import Topology, TreeShape
 
 PLAN, CHAIN = "plan", "chain"
+_SEED = 0
 _SIZES = re.compile(r"(\d+)x(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class OwnArm:
-    """One way to speculate, greedily."""
+    """One way to speculate, with the same seed for all arms."""
 
     name: str
+    temperature: float
     speculation: Speculation
     client: Client
     prompts: Mapping[BenchPrompt, Prompt]
@@ -40,14 +42,18 @@ class OwnArm:
     def answer(self, prompt: BenchPrompt, max_tokens: int) -> ArmAnswer:
         """Raises SequoiaError: without the system there is nothing to compare with."""
         generation = self.client.generate(
-            self.prompts[prompt], max_tokens=max_tokens, temperature=0, speculation=self.speculation
+            self.prompts[prompt],
+            max_tokens=max_tokens,
+            temperature=self.temperature,
+            seed=_SEED if self.temperature else None,
+            speculation=self.speculation,
         )
         return _answer(generation)
 
 
-def plan_in_force(client: Client) -> TreePlan | None:
-    """At temperature 0. Raises FailedPrecondition for one of another version."""
-    document = client.explain(temperature=0.0).plan_json
+def plan_in_force(client: Client, temperature: float) -> TreePlan | None:
+    """At that temperature. Raises FailedPrecondition for one of another version."""
+    document = client.explain(temperature=temperature).plan_json
     try:
         return TreePlan.from_json(document) if document else None
     except ValueError as error:
