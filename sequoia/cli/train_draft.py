@@ -55,6 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--openings", type=Path, metavar="FILE", help="JSON object of lists: how questions begin")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="to learn from besides")
+    packed = "write matrices in 8 bits and leave the tokenizer out, to be found by the target's name"
+    parser.add_argument("--packed", action="store_true", help=packed)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument(
@@ -105,6 +107,7 @@ def _made(arguments: argparse.Namespace, corpus: CorpusRecipe, training: Schedul
         corpus_dir=arguments.corpus or arguments.out / "corpus",
         dtype=arguments.dtype,
         device=arguments.device,
+        is_packed=arguments.packed,
         step_seconds=arguments.step_overhead,
         command=shlex.join(["sequoia", *sys.argv[1:]]),
         steps=Steps(Console(stderr=True)),

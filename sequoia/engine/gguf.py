@@ -1,44 +1,24 @@
-"""GGUF files, converted once to dense safetensors: parsing and dequantising takes far longer than loading."""
+"""GGUF files as dense safetensors."""
 
 from __future__ import annotations
 
 import io
-import logging
-import os
 import sys
-import tempfile
 from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from sequoia.engine.sources import ModelFiles
 from sequoia.errors import InvalidArgument
 
-_LOG = logging.getLogger(__name__)
 
-
-def dense_files(files: ModelFiles, dtype: torch.dtype) -> ModelFiles:
-    """The GGUF model as a folder of safetensors in `dtype`, made by the first process that asks and kept in the cache.
-
-    Raises InvalidArgument naming `model` for a file that `transformers` cannot read.
-    """
-    folder = files.cache_dir / "dense" / f"{files.revision}-{str(dtype).removeprefix('torch.')}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            _LOG.info("converting %s to %s", files.gguf_file, folder)
-            with (
-                tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch,
-                _quiet_unless_terminal(),
-            ):
-                _convert(files, dtype, Path(scratch) / "model")
-                os.replace(Path(scratch) / "model", folder)
-    return replace(files, directory=folder, gguf_file=None)
+def convert(files: ModelFiles, dtype: torch.dtype, folder: Path) -> None:
+    """Write the model into a new folder, in `dtype`. Raises InvalidArgument naming `model`."""
+    with _quiet_unless_terminal():
+        _convert(files, dtype, folder)
 
 
 def _convert(files: ModelFiles, dtype: torch.dtype, folder: Path) -> None:

@@ -13,8 +13,8 @@ from transformers.utils import logging as transformers_logging
 
 from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
+from sequoia.engine.dense import dense_files
 from sequoia.engine.draft_vocabulary import DraftVocabulary, read_vocabulary
-from sequoia.engine.gguf import dense_files
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
@@ -58,8 +58,7 @@ def load_model(
         transformers_logging.disable_progress_bar()
     place = _device(device)
     element = _auto_dtype(place) if dtype == "auto" else _DTYPES[dtype]
-    if files.gguf_file:
-        files = dense_files(files, element)
+    files = dense_files(files, element)
     config = _load_config(files, trust_remote_code)
     check_config(config, files.reference)
     module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)

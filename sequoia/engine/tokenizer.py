@@ -32,7 +32,7 @@ def describe_tokenizer(
     *,
     trust_remote_code: bool = False,
 ) -> TokenizerDescription:
-    """Read the tokenizer of a folder of files (not of a GGUF file; see gguf.dense_files).
+    """Read the tokenizer of a folder of files (not of a GGUF file; see dense.py).
 
     The tokens that end a sequence are those of the generation config; where it names none, the model config's; where
     that names none, the tokenizer's. Raises InvalidArgument naming `model` when there is no fast tokenizer.

@@ -90,7 +90,7 @@ def _find(pair: DescribePairResponse) -> PeerModels:
 def _model(worker: WorkerDescription) -> PeerModel:
     import torch
 
-    from sequoia.engine.gguf import dense_files
+    from sequoia.engine.dense import dense_files
     from sequoia.engine.sources import resolve
 
     revision, cache_dir = (os.environ.get(name) or None for name in ("SEQUOIA_REVISION", "SEQUOIA_CACHE_DIR"))
@@ -98,7 +98,7 @@ def _model(worker: WorkerDescription) -> PeerModel:
     if files.revision != worker.model_revision:
         raise PeerFailed(f"{worker.model} is revision {files.revision} here, {worker.model_revision} is served")
     gguf = str(files.directory / files.gguf_file) if files.gguf_file else None
-    dense = dense_files(files, getattr(torch, worker.dtype)) if gguf else files
+    dense = dense_files(files, getattr(torch, worker.dtype))
     return PeerModel(str(dense.directory), gguf, str(files.cache_dir / "peers" / "models" / files.revision))
 
 

@@ -22,6 +22,7 @@ from sequoia.cli.training.recipe import CorpusRecipe, Size
 from sequoia.cli.training.text import Author, corpus, documents_of, known_tokens, most_used
 from sequoia.cli.training.worth import Worth, measured_curve, worth_of
 from sequoia.config import num_cores
+from sequoia.engine import packed
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
 from sequoia.engine.distillation.schedule import Schedule
@@ -51,6 +52,7 @@ class Workshop:
     corpus_dir: Path
     dtype: str
     device: str
+    is_packed: bool  # what is written, see packed.py
     step_seconds: float
     command: str
     steps: Steps
@@ -105,6 +107,8 @@ class Workshop:
         self._train(size, training, checkpoint, documents[:_NUM_GLANCED])
         folder = checkpoint.with_suffix("")
         _write(student, vocabulary, target, folder)
+        if self.is_packed:
+            packed.pack(folder, self.corpus.target)
         return Made(
             size=size,
             corpus=self.corpus,

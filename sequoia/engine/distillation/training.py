@@ -14,21 +14,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
 
 from sequoia.engine.distillation.batches import Batch, collate, grouped
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.loss import HeadLoss
+from sequoia.engine.distillation.optimizer import Optimizer
 from sequoia.engine.distillation.schedule import Schedule
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.errors import FailedPrecondition
 
-_BETAS = (0.9, 0.95)
-_WEIGHT_DECAY = 0.01
-_LONGEST_GRADIENT = 1.0
 # How much of the loss so far counts for the loss lately.
 _MEMORY = 0.98
+_STUDENT = "student."
 
 
 class Training:
@@ -44,9 +42,7 @@ class Training:
         self.student, self._vocabulary, self._shards, self.schedule = student, vocabulary, shards, schedule
         student.train().requires_grad_(True)
         self._parameters = dict(student.named_parameters())
-        self._optimizer = torch.optim.AdamW(
-            self._parameters.values(), lr=0.0, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True
-        )
+        self._optimizer = Optimizer(student)
         self.num_steps_done, self.loss = 0, math.nan  # the loss lately, in nats a token
 
     @property
@@ -64,10 +60,8 @@ class Training:
 
     def save(self, path: Path) -> None:
         """A checkpoint, whole or not at all."""
-        tensors = {f"student.{name}": each.detach() for name, each in self._parameters.items()}
-        for name, parameter in self._parameters.items():
-            state = self._optimizer.state[parameter]
-            tensors |= {f"{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        tensors = {f"{_STUDENT}{name}": each.detach() for name, each in self._parameters.items()}
+        tensors |= self._optimizer.state()
         partial = path.with_suffix(".partial")
         state = {"step": self.num_steps_done, "loss": self.loss}
         save_file(tensors, partial, {"follows_from": self._follows_from, "state": json.dumps(state)})
@@ -81,11 +75,11 @@ class Training:
                 raise FailedPrecondition(f"{path} is of another training; name another --out, or remove it", "out")
             state = json.loads(metadata["state"])
             self.num_steps_done, self.loss = state["step"], state["loss"]
-            for name, parameter in self._parameters.items():
-                parameter.data.copy_(file.get_tensor(f"student.{name}"))
-                moments = {key: file.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                moments["step"] = torch.tensor(float(self.num_steps_done))
-                self._optimizer.state[parameter] = {key: each.to(parameter.device) for key, each in moments.items()}
+            for name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name.startswith(_STUDENT):
+                    self._parameters[name.removeprefix(_STUDENT)].data.copy_(file.get_tensor(name))
+                else:
+                    self._optimizer.restore(name, file.get_tensor(name))
 
     @property
     def _follows_from(self) -> str:
@@ -103,14 +97,9 @@ class Training:
                 yield from grouped(documents, self.schedule.batch_tokens, generator)
 
     def _step(self, batch: Batch) -> float:
-        rate = self.schedule.rate(self.num_steps_done)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate
         loss = self._loss(batch)
         torch.autograd.backward(loss)
-        clip_grad_norm_(self._parameters.values(), _LONGEST_GRADIENT)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(self.schedule.rate(self.num_steps_done))
         self.num_steps_done += 1
         found = loss.item()
         self.loss = found if math.isnan(self.loss) else _MEMORY * self.loss + (1.0 - _MEMORY) * found
