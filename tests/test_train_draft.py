@@ -18,6 +18,7 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.cli.training.recipe import Size, read_openings
 from sequoia.client import Client
+from sequoia.engine import packed
 from sequoia.engine.distillation.corpus import Shard
 from sequoia.engine.draft_vocabulary import FILE
 from sequoia.errors import InvalidArgument
@@ -82,11 +83,12 @@ def test_a_second_run_goes_on_where_the_first_one_ended(trained, target, tmp_pat
     assert done.returncode == 0, done.stderr
     [again] = json.loads(done.stdout)
     assert again["acceptance"] == made[0]["acceptance"]
-    unfinished = train(target, out, "--size=1x256", "--json")
+    unfinished = train(target, out, "--size=1x256", "--packed", "--json")
     assert unfinished.returncode == 0, unfinished.stderr
     [told] = json.loads(unfinished.stdout)
     first = next(each for each in made if each["size"] == "1x256")
     assert (told["num_steps"], told["loss"]) == (25, first["loss"])
+    assert {each.name for each in out.glob("*.safetensors")} == {FILE, packed.FILE}, "one draft, in one form"
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.hardware import LatencyCurve
 
 CARD, FIGURES = "README.md", "training.json"
+_OURS = frozenset((".safetensors", ".json", ".jinja", ".md"))  # what a draft consists of
 _USUAL = Size(2, 12288)
 # How often a training tells how far it is, and how often it is saved, in seconds.
 _TELL_SECONDS, _SAVE_SECONDS = 60.0, 300.0
@@ -173,8 +174,11 @@ class Workshop:
         return worth_of(ranks, curve, self._target_curve, self.step_seconds)
 
     def _keep(self, made: Made) -> None:
-        """Move the draft to where it was asked for, and remove the others; checkpoints stay, to train on."""
+        """Move the draft to where it was asked for, and remove other ones; checkpoints stay, to train on."""
         unfinished = self.out / "unfinished"
+        for file in list(self.out.iterdir()):
+            if file.suffix in _OURS:
+                file.unlink()
         for file in (unfinished / str(made.size)).iterdir():
             os.replace(file, self.out / file.name)
         for folder in filter(Path.is_dir, list(unfinished.iterdir())):
