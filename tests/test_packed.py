@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
+from sequoia.engine.distillation.student import make_student
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import load_model
 from sequoia.engine.packed import FILE, pack
@@ -24,53 +26,70 @@ def target(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def packed(target: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "packed"
-    shutil.copytree(target, folder)
-    pack(folder, str(target))
-    return folder
+def draft(target: Path, tmp_path: Path) -> Path:
+    """Of the target's shape, with no weight of the target's."""
+    shutil.copytree(target, tmp_path / "draft")
+    path, generator = tmp_path / "draft" / "model.safetensors", torch.Generator().manual_seed(1)
+    factors = {name: 0.9 + 0.2 * torch.rand(each.shape, generator=generator) for name, each in load_file(path).items()}
+    save_file({name: each * factors[name] for name, each in load_file(path).items()}, path, {"format": "pt"})
+    return tmp_path / "draft"
+
+
+@pytest.fixture
+def packed(target: Path, draft: Path, tmp_path: Path) -> Path:
+    return packed_copy(draft, target, tmp_path / "packed")
+
+
+def packed_copy(draft: Path, target: Path, into: Path) -> Path:
+    shutil.copytree(draft, into)
+    pack(into, str(target), target)
+    return into
 
 
 def load(folder: Path, cache: Path, dtype: str = "float32"):
     return load_model(resolve(str(folder), cache_dir=cache), dtype=dtype, device="cpu")
 
 
-def test_a_packed_model_is_a_quarter_and_holds_no_tokenizer(target: Path, packed: Path) -> None:
-    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (target, packed)]
-    assert sizes[1] < 0.3 * sizes[0]
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_a_packed_model_is_a_quarter_of_float32_and_holds_no_tokenizer(draft: Path, packed: Path) -> None:
+    assert num_bytes(packed) < 0.3 * num_bytes(draft)
     assert not list(packed.glob("tokenizer*"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_is_the_model_but_for_half_a_step_of_each_group(target, packed, tmp_path, dtype: str) -> None:
-    ours, theirs = (load(folder, tmp_path / "cache", dtype) for folder in (packed, target))
-    assert ours.tokenizer.tokenizer_hash == theirs.tokenizer.tokenizer_hash
-    original = theirs.module.state_dict()
-    for name, weight in ours.module.state_dict().items():
+def test_it_is_the_model_but_for_half_a_step_of_each_group(target, draft, packed, tmp_path, dtype: str) -> None:
+    ours = load(packed, tmp_path / "cache", dtype)
+    assert ours.tokenizer.tokenizer_hash == load(target, tmp_path / "cache").tokenizer.tokenizer_hash
+    original = load(draft, tmp_path / "cache").module.state_dict()
+    found = {name: weight.float() for name, weight in ours.module.state_dict().items()}
+    for name, weight in found.items():
         largest = original[name].abs().amax(-1, keepdim=True)
         assert bool(((weight - original[name]).abs() <= largest * (0.51 / 127 + (dtype == "bfloat16") / 256)).all())
-    assert any(not torch.equal(weight, original[name]) for name, weight in ours.module.state_dict().items())
+    assert any(not torch.equal(weight, original[name]) for name, weight in found.items())
 
 
-def test_packing_again_what_was_unpacked_changes_nothing(packed: Path, tmp_path: Path) -> None:
-    dense = load(packed, tmp_path / "cache").module
-    dense.save_pretrained(tmp_path / "again")
-    pack(tmp_path / "again", "any")
+def test_packing_again_what_was_unpacked_changes_nothing(target: Path, packed: Path, tmp_path: Path) -> None:
+    load(packed, tmp_path / "cache").module.save_pretrained(tmp_path / "again")
+    pack(tmp_path / "again", str(target), target)
     first, second = (load_file(folder / FILE) for folder in (packed, tmp_path / "again"))
+    assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_a_draft_of_few_tokens_keeps_them(target: Path, tmp_path: Path) -> None:
-    folder, known = tmp_path / "few", torch.arange(0, 300, 3)
-    model = load(target, tmp_path / "cache")
-    shutil.copytree(target, folder)
-    model.module.resize_token_embeddings(len(known) + 1)
-    model.module.save_pretrained(folder)
-    DraftVocabulary(known, model.padded_vocab_size).save(folder)
-    pack(folder, str(target))
-    found = load(folder, tmp_path / "cache")
+def test_what_is_the_targets_is_not_stored(target: Path, tmp_path: Path) -> None:
+    known = torch.arange(0, 300, 3)
+    theirs = load(target, tmp_path / "cache")
+    make_student(theirs.module, (0, 1), known).save_pretrained(tmp_path / "few")
+    DraftVocabulary(known, theirs.padded_vocab_size).save(tmp_path / "few")
+    packed = packed_copy(tmp_path / "few", target, tmp_path / "packed")
+    assert load_file(packed / FILE) == {}
+    found, expected = load(packed, tmp_path / "cache"), make_student(theirs.module, (0, 1), known).state_dict()
     assert found.vocabulary is not None
     assert torch.equal(found.vocabulary.token_ids, known)
+    assert all(torch.equal(weight, expected[name]) for name, weight in found.module.state_dict().items())
 
 
 def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: Path, tmp_path: Path) -> None:
@@ -78,6 +97,12 @@ def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: 
     with pytest.raises(InvalidArgument, match="no model") as caught:
         load(packed, tmp_path / "cache")
     assert caught.value.field == "model"
+    write_tiny_model(target, "llama", num_layers=1)
+    ours = load_file(packed / FILE)
+    sources = {name: "whole" for name in ours if not name.endswith(".scales")}
+    save_file({}, packed / FILE, {"target": str(target), "sources": json.dumps(sources)})
+    with pytest.raises(InvalidArgument, match="is no draft of"):
+        load(packed, tmp_path / "cache")
     (packed / FILE).write_bytes(b"nothing")
     with pytest.raises(InvalidArgument, match=r"packed\.safetensors cannot be read") as caught:
         load(packed, tmp_path / "cache")

@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "most predicted tokens per second is kept (default 2x12288, or 2xall)",
     )
     parser.add_argument("--documents", type=int, default=16384, metavar="N", help="to write (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=8000, metavar="N", help="of training (default %(default)s)")
+    steps = "of training; 0: the target's own weights over fewer tokens (default %(default)s)"
+    parser.add_argument("--steps", type=int, default=8000, metavar="N", help=steps)
     parser.add_argument(
         "--batch-tokens", type=int, default=4096, metavar="N", help="in a step, padding included (default %(default)s)"
     )
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--openings", type=Path, metavar="FILE", help="JSON object of lists: how questions begin")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="to learn from besides")
-    packed = "write matrices in 8 bits and leave the tokenizer out, to be found by the target's name"
+    packed = "write matrices in 8 bits, and what is the target's, tokenizer and weights, by the target's name only"
     parser.add_argument("--packed", action="store_true", help=packed)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write, train, measure, keep the best."""
-    check_least(arguments, documents=1, steps=1, batch_tokens=64, question_tokens=1, answer_tokens=2, seed=0)
+    check_least(arguments, documents=1, steps=0, batch_tokens=64, question_tokens=1, answer_tokens=2, seed=0)
     if not 0.0 < arguments.learning_rate < 1.0:
         raise InvalidArgument(f"is {arguments.learning_rate}; it must be between 0 and 1", "learning-rate")
     if not 0.0 <= arguments.step_overhead < math.inf:

@@ -24,19 +24,17 @@ def dense_files(files: ModelFiles, dtype: torch.dtype) -> ModelFiles:
     Raises InvalidArgument naming `model` for what cannot be read.
     """
     if files.gguf_file:
-        return _made_once(files, dtype, lambda folder: gguf.convert(files, dtype, folder))
+        return _made_once(files, files.revision, dtype, lambda folder: gguf.convert(files, dtype, folder))
     if packed.is_packed(files.directory):
-        return _made_once(files, dtype, lambda folder: _unpack(files, dtype, folder))
+        target = resolve(packed.target_of(files.directory), cache_dir=files.cache_dir)
+        theirs = dense_files(target, dtype).directory
+        both = f"{files.revision}-{target.revision}"
+        return _made_once(files, both, dtype, lambda folder: packed.unpack(files.directory, theirs, dtype, folder))
     return files
 
 
-def _unpack(files: ModelFiles, dtype: torch.dtype, folder: Path) -> None:
-    target = resolve(packed.target_of(files.directory), cache_dir=files.cache_dir)
-    packed.unpack(files.directory, dense_files(target, dtype).directory, dtype, folder)
-
-
-def _made_once(files: ModelFiles, dtype: torch.dtype, make: Callable[[Path], None]) -> ModelFiles:
-    folder = files.cache_dir / "dense" / f"{files.revision}-{str(dtype).removeprefix('torch.')}"
+def _made_once(files: ModelFiles, version: str, dtype: torch.dtype, make: Callable[[Path], None]) -> ModelFiles:
+    folder = files.cache_dir / "dense" / f"{version}-{str(dtype).removeprefix('torch.')}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():

@@ -67,6 +67,11 @@ class DraftVocabulary:
         return self.rows.cpu().numpy()
 
 
+def rows_of(table: Tensor, token_ids: Tensor) -> Tensor:
+    """Of a table (tokens, width): the rows of those tokens, and one more, the mean of all, for the others."""
+    return torch.cat([table[token_ids], table.mean(0, keepdim=True)])
+
+
 def read_vocabulary(folder: Path, size: int, num_rows: int, device: torch.device) -> DraftVocabulary | None:
     """That of the model in `folder`, of `num_rows` rows; None when it knows all `size` tokens of its tokenizer.
 

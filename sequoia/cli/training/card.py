@@ -24,7 +24,7 @@ class Made:
     coverage: float  # share of what the target expects that it knows
     num_text_tokens: int  # trained on, all documents once
     num_steps_done: int
-    loss: float  # nats a token, lately
+    loss: float | None  # nats a token, lately; None: no step was taken
     worth: Worth
 
     def to_dict(self) -> dict[str, object]:
@@ -59,8 +59,8 @@ base_model: {self.corpus.target}
 ---
 # A draft for {self.corpus.target}
 
-The first {self.size.num_layers} layers of the target, trained further to expect what it expects. It proposes tokens
-that the target then verifies, so it changes how long an answer takes and never what it says; by itself it is of no use.
+The first {self.size.num_layers} layers of the target, {self._origin}. It proposes tokens that the target then verifies,
+so it changes how long an answer takes and never what it says; by itself it is of no use.
 
 | | |
 |---|---|
@@ -73,6 +73,10 @@ Made with
 ```
 """
 
+    @property
+    def _origin(self) -> str:
+        return "trained further to expect what it expects" if self.num_steps_done else "as they are, over fewer tokens"
+
     def _facts(self) -> dict[str, str]:
         plan, training, worth = self.worth.plan.chosen, self.training, self.worth
         shape = f"{plan.kind} of {plan.shape.size} nodes, {plan.shape.levels} levels"
@@ -84,7 +88,7 @@ Made with
             "text": f"{self.num_text_tokens:,} tokens: questions that the target made up, and its answers",
             "training": f"{self.num_steps_done:,} steps of {training.batch_tokens:,} tokens, learning rate "
             f"{training.learning_rate:g}, seed {training.seed}",
-            "loss, lately": f"{self.loss:.3f} nats a token",
+            **({} if self.loss is None else {"loss, lately": f"{self.loss:.3f} nats a token"}),
             "acceptance by rank, T = 0": " ".join(f"{each:.3f}" for each in worth.acceptance[:8])
             + f" ({worth.counts.num_steps:.0f} steps along held-out answers)",
             "one level of one token, here": f"{worth.curve.at(1) * 1e3:.2f} ms",

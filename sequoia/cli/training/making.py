@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import shutil
 import time
@@ -23,6 +24,7 @@ from sequoia.cli.training.text import Author, corpus, documents_of, known_tokens
 from sequoia.cli.training.worth import Worth, measured_curve, worth_of
 from sequoia.config import num_cores
 from sequoia.engine import packed
+from sequoia.engine.dense import dense_files
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
 from sequoia.engine.distillation.schedule import Schedule
@@ -109,7 +111,7 @@ class Workshop:
         folder = checkpoint.with_suffix("")
         _write(student, vocabulary, target, folder)
         if self.is_packed:
-            packed.pack(folder, self.corpus.target)
+            packed.pack(folder, self.corpus.target, dense_files(self._target_files, torch.bfloat16).directory)
         return Made(
             size=size,
             corpus=self.corpus,
@@ -122,7 +124,7 @@ class Workshop:
             coverage=coverage,
             num_text_tokens=sum(Shard.load(path).num_tokens for path in shards),
             num_steps_done=training.num_steps_done,
-            loss=training.loss,
+            loss=None if math.isnan(training.loss) else training.loss,
             worth=self._worth(student, vocabulary, documents, folder),
         )
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from sequoia.engine.draft_vocabulary import rows_of
+
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 
 
@@ -25,7 +27,7 @@ def make_student(target: PreTrainedModel, layers: Sequence[int], token_ids: Tens
     for name, ours in student.state_dict().items():
         source = theirs[_LAYER.sub(lambda found: str(layers[int(found[0])]), name)]
         is_table = len(ours) != len(source)
-        ours.copy_(_chosen(source.float(), token_ids) if is_table and token_ids is not None else source)
+        ours.copy_(rows_of(source.float(), token_ids) if is_table and token_ids is not None else source)
     return student
 
 
@@ -39,7 +41,3 @@ def _config(target: PreTrainedModel, layers: Sequence[int], token_ids: Tensor | 
         # Ids of the target's: rows that the student may not have.
         config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     return config
-
-
-def _chosen(table: Tensor, token_ids: Tensor) -> Tensor:
-    return torch.cat([table[token_ids], table.mean(0, keepdim=True)])
