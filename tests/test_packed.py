@@ -15,7 +15,7 @@ from sequoia.engine.distillation.student import make_student
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import load_model
 from sequoia.engine.packed import FILE, pack
-from sequoia.engine.sources import PACKAGED, PACKAGED_DRAFTS, packaged_draft, resolve
+from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
 
@@ -108,19 +108,3 @@ def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: 
         load(packed, tmp_path / "cache")
     assert caught.value.field == "model"
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_dir() and path.name.startswith(".partial")]
-
-
-@pytest.mark.parametrize("name", PACKAGED_DRAFTS)
-def test_our_own_drafts_are_small_have_a_card_and_fit_their_target(name: str) -> None:
-    files = resolve(name)
-    assert sum(path.stat().st_size for path in files.directory.iterdir()) <= 16e6
-    assert "train-draft" in (files.directory / "README.md").read_text()
-    assert PACKAGED_DRAFTS[name] in PACKAGED
-    assert packaged_draft(PACKAGED_DRAFTS[name]) == name
-    references = (name, PACKAGED_DRAFTS[name])
-    draft, target = (load_model(resolve(each), dtype="bfloat16", device="cpu") for each in references)
-    assert draft.tokenizer.tokenizer_hash == target.tokenizer.tokenizer_hash
-
-
-def test_a_model_without_a_draft_of_ours_has_none() -> None:
-    assert packaged_draft("org/model") is None

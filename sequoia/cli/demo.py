@@ -27,8 +27,9 @@ _NUM_PROMPTS = 2
 _NUM_PLAN_TOKENS = 24
 _INTRODUCTION = """\
 A draft proposes a tree of tokens; the target checks it in one forward and keeps the path it agrees with.
-The default draft is two layers of the default target, trained on what that writes; it comes with this package. The
-answer is made with a tree whatever the planner says, and the planner's verdict stands beside the figures.
+This demonstrates the machinery: the default draft is the target's own weights in int8, real and exact, but not much
+faster than the target itself. So expect little: the answer is made with a tree whatever the planner says, and the
+planner's verdict stands beside the figures.
 """
 
 

@@ -16,13 +16,13 @@ from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
 from sequoia.config import MODEL_FREE, num_cores
-from sequoia.engine.sources import packaged_draft, resolve
+from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
 
 @dataclass(frozen=True)
 class DeploymentSettings:
-    """What to start. `draft` None: what comes with this package for the target, else its own weights, in int8."""
+    """What to start. `draft` None means the target's own weights, which then are quantised to int8 by default."""
 
     target: str = "smollm2-135m"
     draft: str | None = None
@@ -44,7 +44,7 @@ class DeploymentSettings:
     @property
     def models(self) -> dict[str, str]:
         """The model of each worker, by its name."""
-        draft = {"draft": self._draft or self.target} if self.has_draft else {}
+        draft = {"draft": self.draft or self.target} if self.has_draft else {}
         return {"verify": self.target, **draft}
 
     @cached_property
@@ -80,13 +80,8 @@ class DeploymentSettings:
         return flags
 
     @property
-    def _draft(self) -> str | None:
-        """None: the target's own weights."""
-        return self.draft or packaged_draft(self.target)
-
-    @property
     def _draft_quantization(self) -> str:
-        return self.draft_quantization or ("auto" if self._draft else "int8")
+        return self.draft_quantization or ("auto" if self.draft else "int8")
 
 
 @dataclass(frozen=True, slots=True)

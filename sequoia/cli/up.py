@@ -45,8 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     draft.add_argument(
         "--draft",
         metavar="MODEL",
-        help="default: what comes with this package for the target, else its own weights, quantised to int8; "
-        f"{MODEL_FREE}: no model, what the text repeats",
+        help=f"default: the target's own weights, quantised to int8; {MODEL_FREE}: no model, what the text repeats",
     )
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(

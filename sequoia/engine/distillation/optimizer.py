@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 _BETAS = (0.9, 0.95)
 _MOMENTUM = 0.95
 _WEIGHT_DECAY = 0.01
-# Found on a draft of SmolLM2: three beat one.
-_MUON_SHARE = 3.0
 _LONGEST_GRADIENT = 1.0
 
 
@@ -21,8 +19,8 @@ class Optimizer:
     """Of all parameters of a student.
 
     A matrix that maps hidden states to hidden states is moved by its momentum made orthogonal (Muon, Jordan et al.
-    2024), a fixed number of times as far as AdamW's step would go (Liu et al. 2025, arXiv 2502.16982), so that both
-    share a learning rate. The embedding, the head and vectors are AdamW's.
+    2024), as far as AdamW's step would go (Liu et al. 2025, arXiv 2502.16982), so that both share a learning rate. The
+    embedding, the head and vectors are AdamW's.
     """
 
     def __init__(self, student: PreTrainedModel) -> None:
@@ -43,7 +41,7 @@ class Optimizer:
         clip_grad_norm_(self._parameters.values(), _LONGEST_GRADIENT)
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = rate * (_MUON_SHARE if isinstance(part, torch.optim.Muon) else 1.0)
+                group["lr"] = rate
             part.step()
             part.zero_grad(set_to_none=True)
 
