@@ -10,7 +10,6 @@ import torch
 from engines import load_engine, needs_native
 from safetensors.torch import save_file
 from tiny_models import write_narrow_model, write_tiny_model
-from transformers import AutoModelForCausalLM
 
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.draft_vocabulary import FILE
@@ -24,17 +23,12 @@ PROMPT = (31, 33, 260, 0, 199, 50)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A model, the draft that is all of it over fewer tokens, and the model whose other tokens look like their mean."""
-    whole, narrow, meant = (tmp_path_factory.mktemp(name) for name in ("whole", "narrow", "meant"))
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model, and the draft that is all of it but proposes fewer tokens."""
+    whole, narrow = (tmp_path_factory.mktemp(name) for name in ("whole", "narrow"))
     write_tiny_model(whole, "llama", num_layers=2)
-    module = AutoModelForCausalLM.from_pretrained(whole, dtype=torch.float32)
     write_narrow_model(whole, narrow, KNOWN.tolist())
-    shutil.copytree(whole, meant, dirs_exist_ok=True)
-    embedding = module.get_input_embeddings().weight.data
-    embedding[[token for token in range(400) if token not in KNOWN]] = embedding.mean(0)
-    module.save_pretrained(meant)
-    return whole, narrow, meant
+    return whole, narrow
 
 
 def logits_of(engine: Engine, prompt: tuple[int, ...]) -> torch.Tensor:
@@ -51,11 +45,9 @@ def logits_of(engine: Engine, prompt: tuple[int, ...]) -> torch.Tensor:
         pytest.param("native", "bfloat16", 1e-5, marks=needs_native),
     ],
 )
-@pytest.mark.parametrize("prompt", [PROMPT, (31, 220, 33)], ids=["known", "with an unknown token"])
+@pytest.mark.parametrize("prompt", [PROMPT, (31, 220, 33)], ids=["known", "with one that it never proposes"])
 def test_known_tokens_have_the_logits_of_the_whole_model(folders, engine, dtype, tolerance, prompt) -> None:
-    _, narrow, meant = folders
-    ours = logits_of(load_engine(narrow, engine=engine, dtype=dtype), prompt)
-    theirs = logits_of(load_engine(meant, engine=engine, dtype=dtype), prompt)
+    theirs, ours = (logits_of(load_engine(folder, engine=engine, dtype=dtype), prompt) for folder in folders)
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours[:, KNOWN], theirs[:, KNOWN], rtol=tolerance, atol=tolerance)
 
@@ -65,7 +57,7 @@ def test_unknown_tokens_are_never_proposed(folders) -> None:
     assert (logits_of(load_engine(folders[1], engine="lean", dtype="float32"), PROMPT)[:, unknown] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("token_ids", [[], [5, 5, 6], [6, 5], [-1, 4], [7, 400], [*range(300)]])
+@pytest.mark.parametrize("token_ids", [[], [5, 5, 6], [6, 5], [-1, 4], [7, 400], [*range(400)]])
 def test_a_vocabulary_that_does_not_fit_its_model_is_refused(folders, tmp_path, token_ids) -> None:
     shutil.copytree(folders[1], tmp_path, dirs_exist_ok=True)
     save_file({"token_ids": torch.tensor(token_ids, dtype=torch.int64)}, tmp_path / FILE)

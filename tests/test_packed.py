@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
 from sequoia.engine.distillation.student import make_student
-from sequoia.engine.draft_vocabulary import DraftVocabulary
+from sequoia.engine.draft_vocabulary import DraftVocabulary, narrow_head
 from sequoia.engine.model import load_model
 from sequoia.engine.packed import FILE, pack
 from sequoia.engine.sources import resolve
@@ -79,17 +79,27 @@ def test_packing_again_what_was_unpacked_changes_nothing(target: Path, packed: P
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_is_the_targets_is_not_stored(target: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("trained", [(), ("lm_head.weight",), ("model.layers.1.mlp.up_proj.weight",)])
+def test_what_is_the_targets_is_not_stored(target: Path, tmp_path: Path, trained: tuple[str, ...]) -> None:
     known = torch.arange(0, 300, 3)
     theirs = load(target, tmp_path / "cache")
-    make_student(theirs.module, (0, 1), known).save_pretrained(tmp_path / "few")
+    student = make_student(theirs.module, (0, 1), None)
+    for name in trained:
+        weight = student.get_parameter(name).data
+        weight[known if name.startswith("lm_head") else slice(None)] *= 1.125
+    student.save_pretrained(tmp_path / "few")
     DraftVocabulary(known, theirs.padded_vocab_size).save(tmp_path / "few")
     packed = packed_copy(tmp_path / "few", target, tmp_path / "packed")
-    assert load_file(packed / FILE) == {}
-    found, expected = load(packed, tmp_path / "cache"), make_student(theirs.module, (0, 1), known).state_dict()
+    stored = {name: each for name, each in load_file(packed / FILE).items() if not name.endswith(".scales")}
+    assert tuple(stored) == trained
+    assert all(len(each) == len(known) for name, each in stored.items() if name.startswith("lm_head"))
+    found = load(packed, tmp_path / "cache")
     assert found.vocabulary is not None
     assert torch.equal(found.vocabulary.token_ids, known)
-    assert all(torch.equal(weight, expected[name]) for name, weight in found.module.state_dict().items())
+    narrow_head(student, known)
+    for name, weight in student.state_dict().items():
+        step = 0.51 / 127 * float(weight.abs().max()) if name in trained else 0.0
+        torch.testing.assert_close(found.module.get_parameter(name), weight, rtol=0.0, atol=step)
 
 
 def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: Path, tmp_path: Path) -> None:
@@ -99,8 +109,8 @@ def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: 
     assert caught.value.field == "model"
     write_tiny_model(target, "llama", num_layers=1)
     ours = load_file(packed / FILE)
-    sources = {name: "whole" for name in ours if not name.endswith(".scales")}
-    save_file({}, packed / FILE, {"target": str(target), "sources": json.dumps(sources)})
+    shared = {name: name for name in ours if not name.endswith(".scales")}
+    save_file({}, packed / FILE, {"target": str(target), "shared": json.dumps(shared)})
     with pytest.raises(InvalidArgument, match="is no draft of"):
         load(packed, tmp_path / "cache")
     (packed / FILE).write_bytes(b"nothing")

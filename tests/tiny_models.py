@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -25,7 +26,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from sequoia.engine.distillation.student import make_student
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
@@ -77,12 +77,9 @@ def write_perturbed_model(source: Path, folder: Path, *, noise: float = 0.02, se
 
 
 def write_narrow_model(source: Path, folder: Path, token_ids: Sequence[int]) -> None:
-    """Write all layers of the model in `source` over some of its tokens."""
+    """Write the model in `source` as a draft that proposes some of its tokens."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
-    module = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    known = torch.tensor(token_ids)
-    make_student(module, range(module.config.num_hidden_layers), known).save_pretrained(folder)
-    DraftVocabulary(known, module.config.vocab_size).save(folder)
+    DraftVocabulary(torch.tensor(token_ids), AutoConfig.from_pretrained(source).vocab_size).save(folder)
 
 
 def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

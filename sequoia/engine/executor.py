@@ -59,8 +59,7 @@ class Engine:
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
         """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
         vocabulary = self._vocabulary
-        known = segments if vocabulary is None else [vocabulary.narrowed(each) for each in segments]
-        batch = PackedBatch(known, self._device, self._dtype)
+        batch = PackedBatch(segments, self._device, self._dtype)
         logits = self._decoder.forward(batch, self.cache)
         if vocabulary is not None:
             logits = vocabulary.widened(logits)

@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.dense import dense_files
-from sequoia.engine.draft_vocabulary import DraftVocabulary, read_vocabulary
+from sequoia.engine.draft_vocabulary import DraftVocabulary, narrow_head, read_vocabulary
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
@@ -37,7 +37,7 @@ class LoadedModel:
     revision: str
     reference: str
     quantization: str = "none"  # of the module, by quantization.py
-    vocabulary: DraftVocabulary | None = None  # None: the module knows all tokens
+    vocabulary: DraftVocabulary | None = None  # of a draft whose head has its tokens only
 
 
 def load_model(
@@ -66,6 +66,8 @@ def load_model(
     num_rows = module.get_output_embeddings().out_features
     tokenizer = describe_tokenizer(files, module.config, module.generation_config, trust_remote_code=trust_remote_code)
     vocabulary = read_vocabulary(files.directory, tokenizer.vocab_size, num_rows, place)
+    if vocabulary is not None:
+        narrow_head(module, vocabulary.token_ids)
     return LoadedModel(
         module=module,
         tokenizer=tokenizer,

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sequoia.engine.draft_vocabulary import FILE as VOCABULARY
-from sequoia.engine.draft_vocabulary import rows_of
 from sequoia.errors import InvalidArgument
 
 FILE = "packed.safetensors"
@@ -22,8 +21,6 @@ _SCALES = ".scales"
 _LARGEST = 127
 # Inputs of a row that share a scale; a row whose length is no multiple of it is one group.
 _GROUP = 64
-# Where a weight is: in the file, among the target's, or among them with the rows of the tokens that the draft knows.
-_STORED, _WHOLE, _ROWS = "stored", "whole", "rows"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -44,12 +41,16 @@ def pack(folder: Path, target: str, target_folder: Path) -> None:
     """
     theirs, token_ids = load_file(target_folder / _WEIGHTS), _token_ids(folder)
     stored: dict[str, Tensor] = {}
-    sources: dict[str, str] = {}
+    shared: dict[str, str] = {}
     for name, weight in load_file(folder / _WEIGHTS).items():
-        sources[name] = _source(weight, theirs.get(name), token_ids)
-        if sources[name] == _STORED:
-            stored |= _rounded(name, weight) if weight.ndim == 2 else {name: weight}
-    save_file(stored, folder / FILE, {"target": target, "sources": json.dumps(sources)})
+        twin = _twin(name, weight, theirs, token_ids)
+        if twin is not None:
+            shared[name] = twin
+            if torch.equal(weight, theirs[twin]):
+                continue
+            weight = weight[token_ids]
+        stored |= _rounded(name, weight) if weight.ndim == 2 else {name: weight}
+    save_file(stored, folder / FILE, {"target": target, "shared": json.dumps(shared)})
     for name in (_WEIGHTS, *_TOKENIZER_FILES):
         (folder / name).unlink(missing_ok=True)
 
@@ -59,15 +60,19 @@ def unpack(folder: Path, target_folder: Path, dtype: torch.dtype, into: Path) ->
 
     Raises InvalidArgument naming `model` for a target that lacks it.
     """
-    sources: dict[str, str] = json.loads(_metadata(folder)["sources"])
+    shared: dict[str, str] = json.loads(_metadata(folder)["shared"])
     stored, theirs, token_ids = load_file(folder / FILE), load_file(target_folder / _WEIGHTS), _token_ids(folder)
-    if missing := {name for name, source in sources.items() if source != _STORED} - set(theirs):
+    if missing := set(shared.values()) - set(theirs):
         raise InvalidArgument(f"{folder} is no draft of {target_folder}, which lacks {min(missing)}", "model")
-    dense = {name: _restored(name, stored) if source == _STORED else theirs[name] for name, source in sources.items()}
-    for name in (name for name, source in sources.items() if source == _ROWS):
-        dense[name] = rows_of(dense[name], token_ids)
+    dense = {name: theirs[twin].to(dtype).clone() for name, twin in shared.items()}
+    for name in (name for name in stored if not name.endswith(_SCALES)):
+        weight = _restored(name, stored).to(dtype)
+        if name in shared:
+            dense[name][token_ids] = weight
+        else:
+            dense[name] = weight
     into.mkdir()
-    save_file({name: each.to(dtype) for name, each in dense.items()}, into / _WEIGHTS, {"format": "pt"})
+    save_file(dense, into / _WEIGHTS, {"format": "pt"})
     ours = [folder / name for name in ("config.json", "generation_config.json", VOCABULARY)]
     for path in filter(Path.exists, [*ours, *(target_folder / name for name in _TOKENIZER_FILES)]):
         shutil.copy(path, into)
@@ -77,25 +82,27 @@ def _metadata(folder: Path) -> dict[str, str]:
     try:
         with safe_open(folder / FILE, "pt") as file:
             found = file.metadata() or {}
-        return {name: found[name] for name in ("target", "sources")}
+        return {name: found[name] for name in ("target", "shared")}
     except (OSError, KeyError, SafetensorError) as error:
         raise InvalidArgument(f"{folder / FILE} cannot be read: {error}", "model") from error
 
 
 def _token_ids(folder: Path) -> Tensor:
-    """(known,) int64; empty for a model that knows all tokens."""
+    """(known,) int64; empty for a model that proposes all tokens."""
     path = folder / VOCABULARY
     return load_file(path)["token_ids"] if path.exists() else torch.empty(0, dtype=torch.int64)
 
 
-def _source(weight: Tensor, theirs: Tensor | None, token_ids: Tensor) -> str:
-    if theirs is None:
-        return _STORED
-    if torch.equal(weight, theirs):
-        return _WHOLE
-    # The row that stands for unknown tokens follows from all of the target's.
-    is_table = len(weight) == len(token_ids) + 1 and weight.shape[1:] == theirs.shape[1:]
-    return _ROWS if is_table and torch.equal(weight[:-1], theirs[token_ids]) else _STORED
+def _twin(name: str, weight: Tensor, theirs: Mapping[str, Tensor], token_ids: Tensor) -> str | None:
+    """The weight of the target that is the same, but for rows of `token_ids`. A tied head is the embedding."""
+    is_other = torch.ones(len(weight), dtype=torch.bool)
+    if len(token_ids) and len(weight) > token_ids[-1]:  # a row for every token
+        is_other[token_ids] = False
+    for twin in [name] if name in theirs else theirs:
+        each = theirs[twin]
+        if each.shape == weight.shape and torch.equal(each[is_other], weight[is_other]):
+            return twin
+    return None
 
 
 def _rounded(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from sequoia.engine.dense import dense_files
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
 from sequoia.engine.distillation.schedule import Schedule
-from sequoia.engine.distillation.student import make_student
+from sequoia.engine.distillation.student import make_student, widen_head
 from sequoia.engine.distillation.training import Training
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import LoadedModel, load_model
@@ -136,8 +136,7 @@ class Workshop:
         layers = range(size.num_layers)
         if size.num_tokens in (0, vocab_size):
             return make_student(target.module, layers, None), None, 1.0
-        # One row stands for all tokens that it does not know.
-        token_ids, coverage = most_used(shards, vocab_size, size.num_tokens - 1)
+        token_ids, coverage = most_used(shards, vocab_size, size.num_tokens)
         token_ids = token_ids.to(target.device)
         vocabulary = DraftVocabulary(token_ids, vocab_size)
         return make_student(target.module, layers, token_ids), vocabulary, coverage
@@ -191,7 +190,10 @@ class Workshop:
 
 def _write(student: PreTrainedModel, vocabulary: DraftVocabulary | None, target: LoadedModel, folder: Path) -> None:
     """A folder as any model's: configuration, weights in bfloat16, the target's tokenizer; and the vocabulary."""
-    copy.deepcopy(student).bfloat16().save_pretrained(folder)
+    whole = copy.deepcopy(student)
+    if vocabulary is not None:
+        widen_head(whole, target.module, vocabulary.token_ids)
+    whole.bfloat16().save_pretrained(folder)
     described = target.tokenizer
     PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_buffer(described.tokenizer_json),

@@ -21,14 +21,13 @@ class HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,  # (rows, hidden size)
-        head: Tensor,  # (vocabulary, hidden size) float32
+        head: Tensor,  # (known tokens, hidden size) float32
         token_ids: Tensor,  # (rows, width) int64, where p is not zero
         p: Tensor,  # the same shape, float32; need not sum to 1
         weights: Tensor,  # (rows,) float32
-        num_known: int,  # the head's first rows, which q is over
     ) -> Tensor:
         """In bfloat16 but for the sums. Returns a scalar, float32."""
-        table = head[:num_known].bfloat16()
+        table = head.bfloat16()
         loss = hidden.new_zeros((), dtype=torch.float32)
         to_hidden, to_head = torch.empty_like(hidden), torch.zeros_like(head)
         for start in range(0, len(hidden), _CHUNK):
@@ -44,7 +43,7 @@ class HeadLoss(torch.autograd.Function):
             logits.scatter_add_(1, token_ids[rows], -own[:, None] * p[rows])
             slopes = logits.bfloat16()
             to_hidden[rows] = slopes @ table
-            to_head[:num_known] += slopes.T @ narrow
+            to_head += slopes.T @ narrow
         ctx.save_for_backward(to_hidden, to_head)
         return loss
 
@@ -52,4 +51,4 @@ class HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
         """Those made before, times the loss's own."""
         to_hidden, to_head = ctx.saved_tensors
-        return to_hidden * slopes[0], to_head * slopes[0], None, None, None, None
+        return to_hidden * slopes[0], to_head * slopes[0], None, None, None

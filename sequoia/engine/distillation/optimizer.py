@@ -16,18 +16,18 @@ _LONGEST_GRADIENT = 1.0
 
 
 class Optimizer:
-    """Of all parameters of a student.
+    """Of all parameters of a student that are to be trained.
 
     A matrix that maps hidden states to hidden states is moved by its momentum made orthogonal (Muon, Jordan et al.
     2024), as far as AdamW's step would go (Liu et al. 2025, arXiv 2502.16982), so that both share a learning rate. The
-    embedding, the head and vectors are AdamW's.
+    head and vectors are AdamW's.
     """
 
     def __init__(self, student: PreTrainedModel) -> None:
-        self._parameters = dict(student.named_parameters())
-        tables = {id(each.weight) for each in (student.get_input_embeddings(), student.get_output_embeddings())}
-        matrices = [each for each in self._parameters.values() if each.ndim == 2 and id(each) not in tables]
-        others = [each for each in self._parameters.values() if each.ndim != 2 or id(each) in tables]
+        self._parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
+        head = student.get_output_embeddings().weight
+        matrices = [each for each in self._parameters.values() if each.ndim == 2 and each is not head]
+        others = [each for each in self._parameters.values() if each.ndim != 2 or each is head]
         self._parts: tuple[torch.optim.Optimizer, ...] = (
             torch.optim.AdamW(others, lr=0.0, betas=_BETAS, weight_decay=_WEIGHT_DECAY, fused=True),
             torch.optim.Muon(

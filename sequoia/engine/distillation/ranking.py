@@ -31,7 +31,7 @@ def ranks_of(
     for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
         some = documents[start : start + _DOCUMENTS_AT_ONCE]
         batch = collate(some).to(student.device)
-        hidden = hidden_states(student, vocabulary, batch.token_ids)
+        hidden = hidden_states(student, batch.token_ids)
         for row, document in enumerate(some):
             tokens = slice(document.answer_start, len(document.token_ids) - 1)
             found.append(_ranks(student, vocabulary, hidden[row, tokens], document.teacher_ids[tokens, 0]))
@@ -59,8 +59,6 @@ def _ranks(
     student: PreTrainedModel, vocabulary: DraftVocabulary | None, hidden: torch.Tensor, wanted: torch.Tensor
 ) -> Ranks:
     logits = (hidden.bfloat16() @ student.get_output_embeddings().weight.bfloat16().T).float()
-    if vocabulary is not None:
-        logits = logits[:, : vocabulary.num_known]
     proposed = logits.topk(NUM_RANKS).indices.cpu()
     if vocabulary is not None:
         proposed = vocabulary.token_ids.cpu()[proposed]

@@ -1,4 +1,4 @@
-"""The draft to be trained: some layers of the target, over some of its tokens."""
+"""The draft to be trained: some layers of the target, with a head for some of its tokens."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from sequoia.engine.draft_vocabulary import rows_of
+from sequoia.engine.draft_vocabulary import narrow_head
 
 _LAYER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 
 
 @torch.no_grad()
 def make_student(target: PreTrainedModel, layers: Sequence[int], token_ids: Tensor | None) -> PreTrainedModel:
-    """A model in float32 with copies of those layers of the target's, embedding, head and norms.
+    """A model in float32 with copies of those layers of the target's, embedding, norms, and a head of its own.
 
-    `token_ids` (known,) int64, ascending: the tokens it is to know, by the target's ids. It has a row for each, and one
-    more, the mean of all, for the others; None: it knows all tokens.
+    `token_ids` (known,) int64, ascending: the tokens that its head has rows for; None: all. The embedding is not to be
+    trained: it stays the target's.
     """
-    student: PreTrainedModel = AutoModelForCausalLM.from_config(_config(target, layers, token_ids), dtype=torch.float32)
+    config = _config(target, layers)
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     theirs = target.state_dict()
     for name, ours in student.state_dict().items():
-        source = theirs[_LAYER.sub(lambda found: str(layers[int(found[0])]), name)]
-        is_table = len(ours) != len(source)
-        ours.copy_(rows_of(source.float(), token_ids) if is_table and token_ids is not None else source)
+        ours.copy_(theirs[_LAYER.sub(lambda found: str(layers[int(found[0])]), name)])
+    if token_ids is not None:
+        narrow_head(student, token_ids)
+    student.requires_grad_(True).get_input_embeddings().requires_grad_(False)
     return student
 
 
-def _config(target: PreTrainedModel, layers: Sequence[int], token_ids: Tensor | None) -> object:
+@torch.no_grad()
+def widen_head(student: PreTrainedModel, target: PreTrainedModel, token_ids: Tensor) -> None:
+    """Give the head of a student for `token_ids` the target's rows for all other tokens."""
+    wide, narrow = copy.deepcopy(target.get_output_embeddings()), student.get_output_embeddings()
+    assert isinstance(wide, nn.Linear)
+    assert isinstance(narrow, nn.Linear)
+    wide.weight[token_ids] = narrow.weight.to(wide.weight.dtype)
+    student.set_output_embeddings(wide)
+
+
+def _config(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedConfig:
     config = copy.deepcopy(target.config)
     config.num_hidden_layers = len(layers)
     if getattr(config, "layer_types", None):
         config.layer_types = [target.config.layer_types[layer] for layer in layers]
-    if token_ids is not None:
-        config.vocab_size = len(token_ids) + 1
-        # Ids of the target's: rows that the student may not have.
-        config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    config.tie_word_embeddings = False
     return config

@@ -40,8 +40,8 @@ class Training:
         schedule: Schedule,
     ) -> None:
         self.student, self._vocabulary, self._shards, self.schedule = student, vocabulary, shards, schedule
-        student.train().requires_grad_(True)
-        self._parameters = dict(student.named_parameters())
+        student.train()
+        self._parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
         self._optimizer = Optimizer(student)
         self.num_steps_done, self.loss = 0, math.nan  # the loss lately, in nats a token
 
@@ -109,19 +109,17 @@ class Training:
         """Cross entropy in nats a token; p of tokens that the student does not know is nobody's to learn."""
         vocabulary, head = self._vocabulary, self.student.get_output_embeddings().weight
         is_token = batch.weights > 0.0
-        hidden = hidden_states(self.student, vocabulary, batch.token_ids)[is_token]
+        hidden = hidden_states(self.student, batch.token_ids)[is_token]
         ids, p = batch.teacher_ids[is_token], batch.teacher_p[is_token]
-        num_known = len(head)
         if vocabulary is not None:
-            num_known, ids = vocabulary.num_known, vocabulary.rows[ids]
-            is_known = ids < num_known
+            ids = vocabulary.rows[ids]
+            is_known = ids < vocabulary.num_known
             ids, p = ids.where(is_known, 0), p * is_known
         weights = batch.weights[is_token]
-        return HeadLoss.apply(hidden.float(), head, ids, p, weights / weights.sum(), num_known)
+        return HeadLoss.apply(hidden.float(), head, ids, p, weights / weights.sum())
 
 
-def hidden_states(student: PreTrainedModel, vocabulary: DraftVocabulary | None, token_ids: Tensor) -> Tensor:
+def hidden_states(student: PreTrainedModel, token_ids: Tensor) -> Tensor:
     """What the student's head reads, (documents, tokens, hidden size), of documents padded at their end."""
-    rows = token_ids if vocabulary is None else vocabulary.rows[token_ids]
     with torch.autocast(student.device.type, torch.bfloat16):
-        return student.base_model(input_ids=rows, use_cache=False).last_hidden_state
+        return student.base_model(input_ids=token_ids, use_cache=False).last_hidden_state

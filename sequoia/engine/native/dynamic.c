@@ -13,7 +13,6 @@ typedef struct {
     int64_t size, num_levels, width; /* as of `DynamicShape`; the root's level is one */
     int64_t most_children;           /* proposed under a node */
     int64_t first_row, num_valid_rows, root_position;
-    const int64_t *embedding_rows; /* (vocabulary,) of each token; NULL: its id */
 } DynamicTree;
 
 typedef struct {
@@ -102,9 +101,9 @@ static Batch make_batch(const DynamicTree *tree, const DynamicMemory *memory, in
     int64_t before = tree->first_row + tree->num_valid_rows - 1; /* the root's row, whose index is 0 */
     own_starts[0] = 0;
     for (int i = 0; i < count; i++) {
-        int64_t node = memory->frontier[i], token = grown->nodes[node].token;
+        int64_t node = memory->frontier[i];
         grown->nodes[node].index = grown->num_ranked + i;
-        tokens[i] = tree->embedding_rows ? tree->embedding_rows[token] : token;
+        tokens[i] = grown->nodes[node].token;
         positions[i] = tree->root_position + level;
         first_rows[i] = tree->first_row;
         prefix_lens[i] = tree->num_valid_rows;

@@ -11,7 +11,6 @@ from sequoia.engine.native.growth import (
     BATCH_ARRAYS,
     LevelLogits,
     address,
-    embedding_rows_of,
     place,
     ranker_for,
     root_logits_of,
@@ -28,7 +27,6 @@ class _Tree(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("size", "num_levels", "width", "most_children")),
         *((name, ctypes.c_int64) for name in ("first_row", "num_valid_rows", "root_position")),
-        ("embedding_rows", ctypes.c_void_p),
     )
 
 
@@ -68,12 +66,12 @@ class DynamicGrower:
         num_tokens, scores = np.empty(shape.num_rows, np.int64), np.empty((shape.width, wanted.num_ranked))
         sizes = BATCH_ARRAYS * shape.width + 1, shape.width * shape.levels, shape.size, num_nodes, shape.width
         numbers = [np.empty(size, np.int64) for size in sizes]
-        root_logits, rows, trie = root_logits_of(wanted), embedding_rows_of(wanted), NativeTrie.of(wanted)
+        root_logits, trie = root_logits_of(wanted), NativeTrie.of(wanted)
         grown = _Grown(address(nodes), 0, address(token_ids), address(num_tokens))
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(shape.size, shape.levels, shape.width, most, *place(wanted), rows)),
+            ctypes.byref(_Tree(shape.size, shape.levels, shape.width, most, *place(wanted))),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             None if trie is None else ctypes.byref(trie.structure),
             ctypes.c_void_p(root_logits.data_ptr()),

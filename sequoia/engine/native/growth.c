@@ -17,7 +17,6 @@ typedef struct {
     const int64_t *ranks;        /* (nodes,) among all the children of its parent */
     const int64_t *level_starts; /* (levels + 1,) */
     int64_t first_row, num_valid_rows, root_position;
-    const int64_t *embedding_rows; /* (vocabulary,) of each token; NULL: its id */
 } Tree;
 
 /* What comes of it, node for node. */
@@ -40,7 +39,7 @@ typedef struct {
     int64_t *standing; /* (nodes,): which of the trie's nodes each stands on; below 0: none */
 } Memory;
 
-/* The nodes of a level that have a token, and those tokens' embedding rows. Returns how many they are. */
+/* The nodes of a level that have a token, and those tokens. Returns how many they are. */
 static int find_living(const Tree *tree, const Ranker *ranker, const Grown *grown, int64_t level, int64_t *living,
                        int64_t *tokens) {
     int count = 0;
@@ -48,8 +47,7 @@ static int find_living(const Tree *tree, const Ranker *ranker, const Grown *grow
         int64_t parent = tree->parents[node], rank = tree->ranks[node];
         grown->num_tokens[node] = -1;
         if (rank >= grown->num_tokens[parent]) continue;
-        int64_t token = grown->token_ids[parent * ranker->width + rank];
-        tokens[count] = tree->embedding_rows ? tree->embedding_rows[token] : token;
+        tokens[count] = grown->token_ids[parent * ranker->width + rank];
         living[count++] = node;
     }
     return count;

@@ -35,7 +35,6 @@ class _Tree(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("num_nodes", "num_levels")),
         *((name, ctypes.c_void_p) for name in ("parents", "ranks", "level_starts")),
         *((name, ctypes.c_int64) for name in ("first_row", "num_valid_rows", "root_position")),
-        ("embedding_rows", ctypes.c_void_p),
     )
 
 
@@ -81,11 +80,11 @@ class Grower:
         q = np.empty(q_shape, np.uint32), np.empty(q_shape, np.float32)
         grown = _Grown(*map(address, (token_ids, num_tokens)), *map(address, q))
         logits, numbers = self._logits.room(max(map(len, wanted.levels))), _numbers(num_nodes, num_levels)
-        root_logits, rows, trie = root_logits_of(wanted), embedding_rows_of(wanted), NativeTrie.of(wanted)
+        root_logits, trie = root_logits_of(wanted), NativeTrie.of(wanted)
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(num_nodes, num_levels, *map(address, plan), *place(wanted), rows)),
+            ctypes.byref(_Tree(num_nodes, num_levels, *map(address, plan), *place(wanted))),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             None if trie is None else ctypes.byref(trie.structure),
             ctypes.c_void_p(None if wanted.exponentials is None else address(wanted.exponentials)),
@@ -117,11 +116,6 @@ def _plan(wanted: WholeTree) -> tuple[Int, Int, Int]:
 def place(wanted: AnyWholeTree) -> tuple[int, int, int]:
     """The slot's first row, its number of valid ones, and the root's position."""
     return wanted.slot.first_row, wanted.slot.length, wanted.slot.length - 1
-
-
-def embedding_rows_of(wanted: AnyWholeTree) -> int | None:
-    """Where the model's row of every token is, if not at its id."""
-    return None if wanted.vocabulary is None else wanted.vocabulary.rows.data_ptr()
 
 
 def root_logits_of(wanted: AnyWholeTree) -> Tensor:
