@@ -110,7 +110,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     context_length = _context_length(config, model)
     is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
     if model.vocabulary and not is_draft:
-        reason = f"knows {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
+        reason = f"proposes {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
         raise InvalidArgument(f"{model.reference} {reason}", "model")
     quantization = _quantization(config.quantization, model, is_draft=is_draft)
     arithmetic = Arithmetic(

@@ -57,6 +57,13 @@ def test_counts_are_those_of_a_loaded_model(architecture: str, tied: bool, tmp_p
     assert cost.linear_parameters == sum(each.numel() for each in module.parameters()) - others - embedding
 
 
+def test_a_head_of_few_tokens_counts_for_those(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path, "llama")
+    config = AutoConfig.from_pretrained(tmp_path)
+    few = forward_cost(config, weight_bits=16, value_bytes=2, num_context_tokens=0, num_logits=90)
+    assert cost_of(config).linear_parameters - few.linear_parameters == (config.vocab_size - 90) * config.hidden_size
+
+
 def test_an_int8_model_reads_a_byte_a_weight(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "llama", tie_word_embeddings=True)
     module = AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -122,7 +122,7 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
         (["--size=two"], "'two' is no size"),
         (["--answer-tokens=2000"], "answer-tokens: documents of up to 20"),
         (["--step-overhead=nan"], "step-overhead"),
-        (["--steps=0"], "steps"),
+        (["--steps=-1"], "steps"),
         (["--learning-rate=2"], "learning-rate"),
         (["--text=/nowhere/at/all"], "text: /nowhere/at/all cannot be read"),
         (["--openings=/nowhere"], "openings: /nowhere cannot be read"),

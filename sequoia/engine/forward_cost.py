@@ -14,19 +14,25 @@ GATED_DECODERS = frozenset(
 
 
 def forward_cost(
-    config: PreTrainedConfig, *, weight_bits: int, value_bytes: int, num_context_tokens: int
+    config: PreTrainedConfig,
+    *,
+    weight_bits: int,
+    value_bytes: int,
+    num_context_tokens: int,
+    num_logits: int | None = None,
 ) -> ForwardCost:
     """Of a forward of one session behind a context, logits of every token included.
 
-    weight_bits: of a weight of the linear layers as stored; value_bytes: of a key's or value's element. The head counts
-    once, tied or not; embedding rows, norms, biases and scales do not, so the floor stays one. Raises InvalidArgument
-    naming `model` for an architecture whose weights are not known.
+    weight_bits: of a weight of the linear layers as stored; value_bytes: of a key's or value's element; num_logits:
+    rows of the head, None: one for each token. The head counts once, tied or not; embedding rows, norms, biases and
+    scales do not, so the floor stays one. Raises InvalidArgument naming `model` for an architecture whose weights are
+    not known.
     """
     text = config.get_text_config()
     if text.model_type not in GATED_DECODERS:
         known = ", ".join(sorted(GATED_DECODERS))
         raise InvalidArgument(f"the weights of a {text.model_type} are not counted; those of {known} are", "model")
-    parameters = _linear_parameters(text)
+    parameters = _linear_parameters(text, num_logits or text.vocab_size)
     rows = sum(_context_rows(text, num_context_tokens))
     head_size = _head_size(text)
     return ForwardCost(
@@ -38,11 +44,11 @@ def forward_cost(
     )
 
 
-def _linear_parameters(text: PreTrainedConfig) -> int:
+def _linear_parameters(text: PreTrainedConfig, num_logits: int) -> int:
     width = text.hidden_size
     attention = 2 * (text.num_attention_heads + text.num_key_value_heads) * _head_size(text) * width
     layer = attention + 3 * width * text.intermediate_size
-    return text.num_hidden_layers * layer + text.vocab_size * width
+    return text.num_hidden_layers * layer + num_logits * width
 
 
 def _head_size(text: PreTrainedConfig) -> int:

@@ -62,8 +62,13 @@ def load_subject(
 def _cost(model: LoadedModel, quantization: str, num_context_tokens: int) -> ForwardCost:
     value_bytes = model.dtype.itemsize
     weight_bits = _QUANTIZED_BITS.get(quantization, 8 * value_bytes)
-    config = model.module.config
-    return forward_cost(config, weight_bits=weight_bits, value_bytes=value_bytes, num_context_tokens=num_context_tokens)
+    return forward_cost(
+        model.module.config,
+        weight_bits=weight_bits,
+        value_bytes=value_bytes,
+        num_context_tokens=num_context_tokens,
+        num_logits=model.vocabulary.num_known if model.vocabulary else None,
+    )
 
 
 @torch.inference_mode()
