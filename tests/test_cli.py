@@ -14,6 +14,7 @@ import sys
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,13 @@ async def test_a_reader_that_goes_away_is_no_traceback(address: str) -> None:
 
 
 async def test_an_interrupt_is_no_traceback(address: str) -> None:
-    process = await asyncio.create_subprocess_exec(*command_line(address, "wait for ever"), stdout=PIPE, stderr=PIPE)
+    process = await asyncio.create_subprocess_exec(
+        *command_line(address, "wait for ever"),
+        stdout=PIPE,
+        stderr=PIPE,
+        # A shell starts what runs in its background deaf to interrupts, these tests included.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert await process.stdout.readexactly(2) == b"wa"
     process.send_signal(signal.SIGINT)
