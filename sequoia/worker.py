@@ -64,7 +64,7 @@ class WorkerConfig:
         choices=("auto", "on", "off"),
     )
     ngram: str = setting(
-        "on",
+        "off",
         "draft worker: mix what the session's own tokens repeat into the draft's distributions",
         choices=("on", "off"),
     )
