@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tiny_models import write_tiny_model
+from transformers import AutoModelForCausalLM
 
 from sequoia.cli import main
 from sequoia.cli.deployment import Deployment, DeploymentSettings
@@ -131,6 +133,15 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
 def test_what_cannot_be_is_refused_by_name(target, tmp_path, flags, problem) -> None:
     done = train(target, tmp_path / "out", *flags)
     assert (done.returncode, problem in done.stderr) == (2, True), done.stderr
+
+
+def test_a_packed_draft_of_a_target_in_several_files_is_refused_before_the_work(target, tmp_path) -> None:
+    shutil.copytree(target, tmp_path / "target")
+    AutoModelForCausalLM.from_pretrained(target).save_pretrained(tmp_path / "target", max_shard_size="100KB")
+    (tmp_path / "target" / "model.safetensors").unlink(missing_ok=True)
+    done = train(tmp_path / "target", tmp_path / "out", "--packed")
+    assert (done.returncode, "packed: cannot refer to" in done.stderr) == (2, True), done.stderr
+    assert not (tmp_path / "out" / "corpus").exists()
 
 
 def test_a_text_of_nothing_is_refused(target, tmp_path) -> None:

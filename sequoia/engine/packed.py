@@ -29,6 +29,11 @@ def is_packed(folder: Path) -> bool:
     return (folder / FILE).exists()
 
 
+def can_refer_to(target_folder: Path) -> bool:
+    """Whether the dense model in that folder is in one file."""
+    return (target_folder / _WEIGHTS).exists()
+
+
 def target_of(folder: Path) -> str:
     """The reference of the model that the packed one refers to. Raises InvalidArgument naming `model`."""
     return _metadata(folder)["target"]

@@ -76,6 +76,9 @@ class Workshop:
         for size in sizes:
             if size.num_layers > num_layers or not 2 <= (size.num_tokens or vocab_size) <= vocab_size:
                 raise InvalidArgument(f"{size} is not within the target's {num_layers} x {vocab_size}", "size")
+        if self.is_packed and not packed.can_refer_to(self._dense_target):
+            reason = f"cannot refer to the weights of {self.corpus.target}: they are in several files"
+            raise InvalidArgument(reason, "packed")
         usual = Size(min(_USUAL.num_layers, num_layers), _USUAL.num_tokens if _USUAL.num_tokens < vocab_size else 0)
         return sizes or [usual]
 
@@ -88,6 +91,10 @@ class Workshop:
     @cached_property
     def _target_files(self) -> ModelFiles:
         return resolve(self.corpus.target)
+
+    @property
+    def _dense_target(self) -> Path:
+        return dense_files(self._target_files, torch.bfloat16).directory
 
     @cached_property
     def _target_curve(self) -> LatencyCurve:
@@ -111,7 +118,7 @@ class Workshop:
         folder = checkpoint.with_suffix("")
         _write(student, vocabulary, target, folder)
         if self.is_packed:
-            packed.pack(folder, self.corpus.target, dense_files(self._target_files, torch.bfloat16).directory)
+            packed.pack(folder, self.corpus.target, self._dense_target)
         return Made(
             size=size,
             corpus=self.corpus,
