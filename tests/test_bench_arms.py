@@ -57,6 +57,7 @@ def test_the_roofline_flag_runs_the_benchmark_of_that_name(monkeypatch: pytest.M
         (["--shape", "bush"], "shape: 'bush' is neither"),
         (["--plot", "a.pdf"], "--plot: a.pdf ends neither"),
         (["--temperature", "-0.5"], "temperature: is -0.5"),
+        (["--temperature", "nan"], "temperature: is nan"),
         (["--temperature", "0.6", "--peers", "transformers"], "temperature: above 0 leaves nothing"),
     ],
 )

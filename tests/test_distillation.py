@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engines import load_engine
+from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -212,6 +213,27 @@ def test_a_resumed_training_takes_the_steps_of_one_that_was_not_interrupted(modu
     assert losses == pytest.approx(expected, rel=1e-5)
     for ours, theirs in zip(second.student.parameters(), whole.student.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_are_moved_by_muon_all_else_by_adamw_and_the_embedding_by_none(module, shards, tmp_path) -> None:
+    training = trained(module, shards, DraftVocabulary(KNOWN, 400), num_steps=3)
+    before = {name: each.clone() for name, each in training.student.state_dict().items()}
+    list(training.steps())
+    moved = {name for name, each in training.student.state_dict().items() if not torch.equal(each, before[name])}
+    assert moved == set(before) - {"model.embed_tokens.weight"}
+    training.save(tmp_path / "at.safetensors")
+    kept = load_file(tmp_path / "at.safetensors")
+    by_muon = {name.partition(".")[2] for name in kept if name.startswith("momentum_buffer.")}
+    by_adamw = {name.partition(".")[2] for name in kept if name.startswith("exp_avg.")}
+    assert by_muon == {name for name in moved if name.endswith("proj.weight")}
+    assert by_adamw == moved - by_muon
+    assert "lm_head.weight" in by_adamw
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(module, shards, tmp_path) -> None:
+    (tmp_path / "at.safetensors").write_bytes(b"nothing")
+    with pytest.raises(FailedPrecondition, match=r"at\.safetensors cannot be read"):
+        trained(module, shards, None).resume(tmp_path / "at.safetensors")
 
 
 def test_a_checkpoint_of_another_schedule_is_refused(module, shards, tmp_path) -> None:

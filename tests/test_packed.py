@@ -113,6 +113,12 @@ def test_what_is_damaged_or_without_its_target_is_refused(packed: Path, target: 
     save_file({}, packed / FILE, {"target": str(target), "shared": json.dumps(shared)})
     with pytest.raises(InvalidArgument, match="is no draft of"):
         load(packed, tmp_path / "cache")
+    save_file({}, packed / FILE, {"target": str(target), "shared": "{"})
+    with pytest.raises(InvalidArgument, match="or damaged: JSONDecodeError"):
+        load(packed, tmp_path / "cache")
+    save_file({}, packed / FILE, {"target": str(packed), "shared": "{}"})
+    with pytest.raises(InvalidArgument, match="which refers to another"):
+        load(packed, tmp_path / "cache")
     (packed / FILE).write_bytes(b"nothing")
     with pytest.raises(InvalidArgument, match=r"packed\.safetensors cannot be read") as caught:
         load(packed, tmp_path / "cache")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -142,6 +143,25 @@ def test_a_packed_draft_of_a_target_in_several_files_is_refused_before_the_work(
     done = train(tmp_path / "target", tmp_path / "out", "--packed")
     assert (done.returncode, "packed: cannot refer to" in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "out" / "corpus").exists()
+
+
+def test_without_steps_it_is_the_target_over_fewer_tokens(trained, target, tmp_path) -> None:
+    flags = (f"--corpus={trained[0] / 'corpus'}", "--steps=0", "--packed", "--json")
+    narrow = train(target, tmp_path / "narrow", "--size=4x256", *flags)
+    assert narrow.returncode == 0, narrow.stderr
+    [made] = json.loads(narrow.stdout)
+    assert (made["num_steps"], made["loss"], made["num_tokens_known"]) == (0, None, 256)
+    assert load_file(tmp_path / "narrow" / packed.FILE) == {}, "all of it is the target's"
+    assert "as they are" in (tmp_path / "narrow" / "README.md").read_text()
+    usual = train(target, tmp_path / "usual", *flags)
+    assert json.loads(usual.stdout)[0]["size"] == "4xall"
+
+
+def test_a_packed_draft_finds_its_target_from_any_folder(target, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(target.parent)
+    done = train(Path(target.name), tmp_path / "out", "--steps=0", "--packed")
+    assert done.returncode == 0, done.stderr
+    assert packed.target_of(tmp_path / "out") == str(target)
 
 
 def test_a_text_of_nothing_is_refused(target, tmp_path) -> None:

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LxN",
         help="layers of the target x tokens known (or `all`); several are trained and compared, and the one with the "
-        "most predicted tokens per second is kept (default 2x12288, or 2xall)",
+        "most predicted tokens per second is kept (default 2x12288, or 2xall; all layers with --steps 0)",
     )
     parser.add_argument("--documents", type=int, default=16384, metavar="N", help="to write (default %(default)s)")
     steps = "of training; 0: the target's own weights over fewer tokens (default %(default)s)"

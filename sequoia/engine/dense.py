@@ -14,6 +14,7 @@ from filelock import FileLock
 
 from sequoia.engine import gguf, packed
 from sequoia.engine.sources import ModelFiles, resolve
+from sequoia.errors import InvalidArgument
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ def dense_files(files: ModelFiles, dtype: torch.dtype) -> ModelFiles:
         return _made_once(files, files.revision, dtype, lambda folder: gguf.convert(files, dtype, folder))
     if packed.is_packed(files.directory):
         target = resolve(packed.target_of(files.directory), cache_dir=files.cache_dir)
+        if packed.is_packed(target.directory):
+            raise InvalidArgument(f"{files.directory} refers to {target.reference}, which refers to another", "model")
         theirs = dense_files(target, dtype).directory
         both = f"{files.revision}-{target.revision}"
         return _made_once(files, both, dtype, lambda folder: packed.unpack(files.directory, theirs, dtype, folder))

@@ -21,6 +21,8 @@ _SCALES = ".scales"
 _LARGEST = 127
 # Inputs of a row that share a scale; a row whose length is no multiple of it is one group.
 _GROUP = 64
+# What reading a file of somebody else may raise.
+_DAMAGES = (OSError, KeyError, IndexError, ValueError, RuntimeError, SafetensorError)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -42,12 +44,15 @@ def target_of(folder: Path) -> str:
 def pack(folder: Path, target: str, target_folder: Path) -> None:
     """Turn the dense model in `folder` into a packed one: its tokenizer, and weights that it shares, are the target's.
 
-    The dense target is in `target_folder`; `target` is its reference.
+    The dense target is in `target_folder`; `target` is its reference. What is the target's in the draft's dtype is
+    shared: unpacked, it has the target's own.
     """
-    theirs, token_ids = load_file(target_folder / _WEIGHTS), _token_ids(folder)
+    weights, token_ids = load_file(folder / _WEIGHTS), _token_ids(folder)
+    dtype = next(iter(weights.values())).dtype
+    theirs = {name: each.to(dtype) for name, each in load_file(target_folder / _WEIGHTS).items()}
     stored: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
-    for name, weight in load_file(folder / _WEIGHTS).items():
+    for name, weight in weights.items():
         twin = _twin(name, weight, theirs, token_ids)
         if twin is not None:
             shared[name] = twin
@@ -63,12 +68,23 @@ def pack(folder: Path, target: str, target_folder: Path) -> None:
 def unpack(folder: Path, target_folder: Path, dtype: torch.dtype, into: Path) -> None:
     """The packed model in `folder` as a dense one in a new folder; what it shares is taken from the dense target.
 
-    Raises InvalidArgument naming `model` for a target that lacks it.
+    Raises InvalidArgument naming `model` for a target that is not the one it was packed with, or a damaged file.
     """
+    try:
+        dense = _dense(folder, load_file(target_folder / _WEIGHTS), dtype)
+    except _DAMAGES as error:
+        raise InvalidArgument(f"{folder} is no draft of {target_folder}, or damaged: {error!r}", "model") from error
+    into.mkdir()
+    save_file(dense, into / _WEIGHTS, {"format": "pt"})
+    ours = [folder / name for name in ("config.json", "generation_config.json", VOCABULARY)]
+    for path in filter(Path.exists, [*ours, *(target_folder / name for name in _TOKENIZER_FILES)]):
+        shutil.copy(path, into)
+
+
+def _dense(folder: Path, theirs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """All weights by name; `theirs` are the target's."""
     shared: dict[str, str] = json.loads(_metadata(folder)["shared"])
-    stored, theirs, token_ids = load_file(folder / FILE), load_file(target_folder / _WEIGHTS), _token_ids(folder)
-    if missing := set(shared.values()) - set(theirs):
-        raise InvalidArgument(f"{folder} is no draft of {target_folder}, which lacks {min(missing)}", "model")
+    stored, token_ids = load_file(folder / FILE), _token_ids(folder)
     dense = {name: theirs[twin].to(dtype).clone() for name, twin in shared.items()}
     for name in (name for name in stored if not name.endswith(_SCALES)):
         weight = _restored(name, stored).to(dtype)
@@ -76,11 +92,7 @@ def unpack(folder: Path, target_folder: Path, dtype: torch.dtype, into: Path) ->
             dense[name][token_ids] = weight
         else:
             dense[name] = weight
-    into.mkdir()
-    save_file(dense, into / _WEIGHTS, {"format": "pt"})
-    ours = [folder / name for name in ("config.json", "generation_config.json", VOCABULARY)]
-    for path in filter(Path.exists, [*ours, *(target_folder / name for name in _TOKENIZER_FILES)]):
-        shutil.copy(path, into)
+    return dense
 
 
 def _metadata(folder: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Arms in turn: every prompt answered greedily by each, one right after the other, nobody else at work."""
+"""Arms in turn: every prompt answered by each, one right after the other, nobody else at work."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +91,7 @@ def _workload(arguments: argparse.Namespace) -> ArmWorkload:
     asked = asking(arguments)
     for shape in arguments.shapes:
         named_shape(shape)
-    if arguments.temperature < 0.0:
+    if not 0.0 <= arguments.temperature < math.inf:
         raise InvalidArgument(f"is {arguments.temperature}; it must be 0 or more", "temperature")
     if arguments.temperature and arguments.peers:
         raise InvalidArgument("above 0 leaves nothing to compare other engines by; name none", "temperature")

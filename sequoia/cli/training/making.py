@@ -32,7 +32,7 @@ from sequoia.engine.distillation.student import make_student, widen_head
 from sequoia.engine.distillation.training import Training
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import LoadedModel, load_model
-from sequoia.engine.sources import ModelFiles, resolve
+from sequoia.engine.sources import PACKAGED, ModelFiles, resolve
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.hardware import LatencyCurve
 
@@ -63,7 +63,8 @@ class Workshop:
     def make(self, sizes: Sequence[Size]) -> list[Made]:
         """A draft of each size; the best, first in the list, is in `out`, the others are gone but for their figures.
 
-        Without sizes: two layers over the 12,288 most used tokens, or all. Raises InvalidArgument naming `size`.
+        Without sizes: two layers, or all where nothing is trained, over the 12,288 most used tokens, or all. Raises
+        InvalidArgument naming `size` or `packed`.
         """
         made = sorted(map(self._make, self._checked(sizes)), key=lambda each: -each.worth.tokens_per_second)
         self._keep(made[0])
@@ -79,7 +80,8 @@ class Workshop:
         if self.is_packed and not packed.can_refer_to(self._dense_target):
             reason = f"cannot refer to the weights of {self.corpus.target}: they are in several files"
             raise InvalidArgument(reason, "packed")
-        usual = Size(min(_USUAL.num_layers, num_layers), _USUAL.num_tokens if _USUAL.num_tokens < vocab_size else 0)
+        usual_layers = min(_USUAL.num_layers, num_layers) if self.training.num_steps else num_layers
+        usual = Size(usual_layers, _USUAL.num_tokens if _USUAL.num_tokens < vocab_size else 0)
         return sizes or [usual]
 
     @cached_property
@@ -118,7 +120,7 @@ class Workshop:
         folder = checkpoint.with_suffix("")
         _write(student, vocabulary, target, folder)
         if self.is_packed:
-            packed.pack(folder, self.corpus.target, self._dense_target)
+            packed.pack(folder, _from_anywhere(self.corpus.target), self._dense_target)
         return Made(
             size=size,
             corpus=self.corpus,
@@ -193,6 +195,12 @@ class Workshop:
             shutil.rmtree(folder)
         (self.out / CARD).write_text(made.to_markdown())
         (self.out / FIGURES).write_text(json.dumps(made.to_dict(), indent=1))
+
+
+def _from_anywhere(reference: str) -> str:
+    """A model's reference that does not depend on the working folder."""
+    path = Path(reference).expanduser()
+    return str(path.resolve()) if reference not in PACKAGED and path.exists() else reference
 
 
 def _write(student: PreTrainedModel, vocabulary: DraftVocabulary | None, target: LoadedModel, folder: Path) -> None:

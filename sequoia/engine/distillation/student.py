@@ -17,13 +17,13 @@ _LAYER = re.compile(r"(?<=\blayers\.)(\d+)(?=\.)")
 
 @torch.no_grad()
 def make_student(target: PreTrainedModel, layers: Sequence[int], token_ids: Tensor | None) -> PreTrainedModel:
-    """A model in float32 with copies of those layers of the target's, embedding, norms, and a head of its own.
+    """A model in float32, on the target's device, with copies of those of its layers, embedding, norms, and a head.
 
     `token_ids` (known,) int64, ascending: the tokens that its head has rows for; None: all. The embedding is not to be
     trained: it stays the target's.
     """
     config = _config(target, layers)
-    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    student: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(target.device)
     theirs = target.state_dict()
     for name, ours in student.state_dict().items():
         ours.copy_(theirs[_LAYER.sub(lambda found: str(layers[int(found[0])]), name)])

@@ -11,8 +11,8 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -47,7 +47,7 @@ class Training:
 
     @property
     def vocabulary(self) -> DraftVocabulary | None:
-        """What the student knows; None: all tokens."""
+        """What the student proposes; None: all tokens."""
         return self._vocabulary
 
     def steps(self) -> Iterator[float]:
@@ -69,17 +69,16 @@ class Training:
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises FailedPrecondition for one of another schedule, text or vocabulary."""
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("follows_from") != self._follows_from:
-                raise FailedPrecondition(f"{path} is of another training; name another --out, or remove it", "out")
-            state = json.loads(metadata["state"])
-            self.num_steps_done, self.loss = state["step"], state["loss"]
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                if name.startswith(_STUDENT):
-                    self._parameters[name.removeprefix(_STUDENT)].data.copy_(file.get_tensor(name))
-                else:
-                    self._optimizer.restore(name, file.get_tensor(name))
+        metadata, tensors = _read(path)
+        if metadata.get("follows_from") != self._follows_from:
+            raise FailedPrecondition(f"{path} is of another training; name another --out, or remove it", "out")
+        state = json.loads(metadata["state"])
+        self.num_steps_done, self.loss = state["step"], state["loss"]
+        for name, value in tensors.items():
+            if name.startswith(_STUDENT):
+                self._parameters[name.removeprefix(_STUDENT)].data.copy_(value)
+            else:
+                self._optimizer.restore(name, value)
 
     @property
     def _follows_from(self) -> str:
@@ -117,6 +116,15 @@ class Training:
             ids, p = ids.where(is_known, 0), p * is_known
         weights = batch.weights[is_token]
         return HeadLoss.apply(hidden.float(), head, ids, p, weights / weights.sum())
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a checkpoint. Raises FailedPrecondition naming `out` for a damaged one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FailedPrecondition(f"{path} cannot be read: {error}; remove it to begin anew", "out") from error
 
 
 def hidden_states(student: PreTrainedModel, token_ids: Tensor) -> Tensor:

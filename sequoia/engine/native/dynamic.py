@@ -7,14 +7,7 @@ import ctypes
 import numpy as np
 
 from sequoia.engine.children import Float
-from sequoia.engine.native.growth import (
-    BATCH_ARRAYS,
-    LevelLogits,
-    address,
-    place,
-    ranker_for,
-    root_logits_of,
-)
+from sequoia.engine.native.growth import BATCH_ARRAYS, LevelLogits, address, place, ranker_for, root_logits_of
 from sequoia.engine.native.trie import NativeTrie
 from sequoia.engine.whole_tree import GrownDynamicTree, WholeDynamicTree, most_children
 
