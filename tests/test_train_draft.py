@@ -123,6 +123,7 @@ def test_the_draft_changes_no_text(client: Client, parameters: dict[str, Any]) -
         (["--size=9x64"], "size: 9x64 is not within the target's 4 x 400"),
         (["--size=1x401"], "size: 1x401 is not within"),
         (["--size=two"], "'two' is no size"),
+        (["--train-from=smollm2-135m"], "train-from: smollm2-135m has another vocabulary than"),
         (["--answer-tokens=2000"], "answer-tokens: documents of up to 20"),
         (["--step-overhead=nan"], "step-overhead"),
         (["--steps=-1"], "steps"),
@@ -155,6 +156,28 @@ def test_without_steps_it_is_the_target_over_fewer_tokens(trained, target, tmp_p
     assert "as they are" in (tmp_path / "narrow" / "README.md").read_text()
     usual = train(target, tmp_path / "usual", *flags)
     assert json.loads(usual.stdout)[0]["size"] == "4xall"
+
+
+def test_a_draft_is_trained_further(trained, target, tmp_path) -> None:
+    first = next(each for each in trained[1] if each["size"] == "1x256")
+    corpus, again = f"--corpus={trained[0] / 'corpus'}", tmp_path / "again"
+    begun = train(target, again, corpus, "--size=1x256", "--packed", "--json")
+    assert begun.returncode == 0, begun.stderr
+    further = train(target, tmp_path / "further", corpus, f"--train-from={again}", "--packed", "--json")
+    assert further.returncode == 0, further.stderr
+    [made] = json.loads(further.stdout)
+    assert (made["size"], made["coverage"], made["began_as"].split(",")[0]) == ("1x256", first["coverage"], str(again))
+    assert made["loss"] < first["loss"]
+    assert f"begun as {again}" in (tmp_path / "further" / "README.md").read_text()
+    sized = train(target, tmp_path / "sized", corpus, f"--train-from={again}", "--size=1x256")
+    assert (sized.returncode, "size: is that of" in sized.stderr) == (2, True), sized.stderr
+
+
+def test_a_whole_model_is_trained_further_as_a_draft(target, tmp_path) -> None:
+    done = train(target, tmp_path / "out", f"--train-from={target}", "--json")
+    assert done.returncode == 0, done.stderr
+    [made] = json.loads(done.stdout)
+    assert (made["size"], made["coverage"]) == ("4xall", 1.0)
 
 
 def test_a_packed_draft_finds_its_target_from_any_folder(target, tmp_path, monkeypatch) -> None:

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="layers of the target x tokens known (or `all`); several are trained and compared, and the one with the "
         "most predicted tokens per second is kept (default 2x12288, or 2xall; all layers with --steps 0)",
     )
+    begun = "a draft of the same target to train further, ours or any model with its tokenizer (default: its layers)"
+    parser.add_argument("--train-from", metavar="MODEL", help=begun)
     parser.add_argument("--documents", type=int, default=16384, metavar="N", help="to write (default %(default)s)")
     steps = "of training; 0: the target's own weights over fewer tokens (default %(default)s)"
     parser.add_argument("--steps", type=int, default=8000, metavar="N", help=steps)
@@ -108,6 +110,7 @@ def _made(arguments: argparse.Namespace, corpus: CorpusRecipe, training: Schedul
         corpus_dir=arguments.corpus or arguments.out / "corpus",
         dtype=arguments.dtype,
         device=arguments.device,
+        train_from=arguments.train_from,
         is_packed=arguments.packed,
         step_seconds=arguments.step_overhead,
         command=shlex.join(["sequoia", *sys.argv[1:]]),

@@ -22,6 +22,7 @@ class Made:
     num_parameters: int
     num_tokens_known: int
     coverage: float  # share of what the target expects that it knows
+    began_as: str  # the draft that was trained further; empty: the target's first layers
     num_text_tokens: int  # trained on, all documents once
     num_steps_done: int
     loss: float | None  # nats a token, lately; None: no step was taken
@@ -39,6 +40,7 @@ class Made:
             "num_parameters": self.num_parameters,
             "num_tokens_known": self.num_tokens_known,
             "coverage": self.coverage,
+            "began_as": self.began_as or None,
             "num_text_tokens": self.num_text_tokens,
             "num_steps": self.num_steps_done,
             "training": asdict(self.training),
@@ -59,7 +61,7 @@ base_model: {self.corpus.target}
 ---
 # A draft for {self.corpus.target}
 
-The first {self.size.num_layers} layers of the target, {self._origin}. It proposes tokens that the target then verifies,
+{self._origin}. It proposes tokens that the target then verifies,
 so it changes how long an answer takes and never what it says; by itself it is of no use.
 
 | | |
@@ -75,7 +77,14 @@ Made with
 
     @property
     def _origin(self) -> str:
-        return "trained further to expect what it expects" if self.num_steps_done else "as they are, over fewer tokens"
+        done = "trained further to expect what it expects" if self.num_steps_done else "as they are, over fewer tokens"
+        count = self.size.num_layers
+        start = (
+            f"{count} layers, begun as {self.began_as}"
+            if self.began_as
+            else f"The first {count} of the target's layers"
+        )
+        return f"{start}, {done}"
 
     def _facts(self) -> dict[str, str]:
         plan, training, worth = self.worth.plan.chosen, self.training, self.worth

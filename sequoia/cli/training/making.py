@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from sequoia.cli.steps import Steps
 from sequoia.cli.training.card import Made
 from sequoia.cli.training.recipe import CorpusRecipe, Size
-from sequoia.cli.training.text import Author, corpus, documents_of, known_tokens, most_used
+from sequoia.cli.training.text import Author, corpus, documents_of, expected, known_tokens
 from sequoia.cli.training.worth import Worth, measured_curve, worth_of
 from sequoia.config import num_cores
 from sequoia.engine import packed
@@ -28,7 +28,7 @@ from sequoia.engine.dense import dense_files
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.ranking import acceptance_of, greedy_documents, ranks_of
 from sequoia.engine.distillation.schedule import Schedule
-from sequoia.engine.distillation.student import make_student, widen_head
+from sequoia.engine.distillation.student import further_student, make_student, widen_head
 from sequoia.engine.distillation.training import Training
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import LoadedModel, load_model
@@ -55,6 +55,7 @@ class Workshop:
     corpus_dir: Path
     dtype: str
     device: str
+    train_from: str | None  # a draft that is trained further; None: the target's layers
     is_packed: bool  # what is written, see packed.py
     step_seconds: float
     command: str
@@ -63,8 +64,8 @@ class Workshop:
     def make(self, sizes: Sequence[Size]) -> list[Made]:
         """A draft of each size; the best, first in the list, is in `out`, the others are gone but for their figures.
 
-        Without sizes: two layers, or all where nothing is trained, over the 12,288 most used tokens, or all. Raises
-        InvalidArgument naming `size` or `packed`.
+        Without sizes: that of the draft which is trained further; or two layers, or all where nothing is trained, over
+        the 12,288 most used tokens, or all. Raises InvalidArgument naming `size`, `packed` or `train-from`.
         """
         made = sorted(map(self._make, self._checked(sizes)), key=lambda each: -each.worth.tokens_per_second)
         self._keep(made[0])
@@ -80,6 +81,10 @@ class Workshop:
         if self.is_packed and not packed.can_refer_to(self._dense_target):
             reason = f"cannot refer to the weights of {self.corpus.target}: they are in several files"
             raise InvalidArgument(reason, "packed")
+        if self.train_from:
+            if sizes:
+                raise InvalidArgument(f"is that of {self.train_from}; leave it out", "size")
+            return [self._begun_size(target)]
         usual_layers = min(_USUAL.num_layers, num_layers) if self.training.num_steps else num_layers
         usual = Size(usual_layers, _USUAL.num_tokens if _USUAL.num_tokens < vocab_size else 0)
         return sizes or [usual]
@@ -110,8 +115,8 @@ class Workshop:
             raise FailedPrecondition("no answer to measure with was greedy; ask for more documents", "documents")
         torch.set_num_threads(num_cores())
         target = load_model(self._target_files, dtype="float32", device=self.device)
-        student, vocabulary, coverage = self._student(target, size, shards)
-        training = Training(student, vocabulary, shards, self.training)
+        student, vocabulary, began_as = self._student(target, size, shards)
+        training = Training(student, vocabulary, shards, self.training, began_as)
         checkpoint = self.out / "unfinished" / f"{size}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         if checkpoint.exists():
@@ -130,7 +135,8 @@ class Workshop:
             tokenizer_hash=target.tokenizer.tokenizer_hash,
             num_parameters=sum(each.numel() for each in student.parameters()),
             num_tokens_known=vocabulary.num_known if vocabulary else target.padded_vocab_size,
-            coverage=coverage,
+            coverage=self._coverage(vocabulary, known_tokens(target), shards),
+            began_as=began_as,
             num_text_tokens=sum(Shard.load(path).num_tokens for path in shards),
             num_steps_done=training.num_steps_done,
             loss=None if math.isnan(training.loss) else training.loss,
@@ -139,16 +145,41 @@ class Workshop:
 
     def _student(
         self, target: LoadedModel, size: Size, shards: Sequence[Path]
-    ) -> tuple[PreTrainedModel, DraftVocabulary | None, float]:
-        """With its vocabulary, and the share of what the target expects that it knows."""
+    ) -> tuple[PreTrainedModel, DraftVocabulary | None, str]:
+        """With its vocabulary, and what it began as if not as the target's layers."""
+        if self.train_from:
+            begun = self._begun()
+            return further_student(begun.module), begun.vocabulary, f"{self.train_from}, revision {begun.revision}"
         vocab_size = known_tokens(target)
         layers = range(size.num_layers)
         if size.num_tokens in (0, vocab_size):
-            return make_student(target.module, layers, None), None, 1.0
-        token_ids, coverage = most_used(shards, vocab_size, size.num_tokens)
-        token_ids = token_ids.to(target.device)
-        vocabulary = DraftVocabulary(token_ids, vocab_size)
-        return make_student(target.module, layers, token_ids), vocabulary, coverage
+            return make_student(target.module, layers, None), None, ""
+        token_ids = expected(shards, vocab_size).topk(size.num_tokens).indices.sort().values.to(target.device)
+        return make_student(target.module, layers, token_ids), DraftVocabulary(token_ids, vocab_size), ""
+
+    def _begun(self) -> LoadedModel:
+        """The draft that is trained further."""
+        assert self.train_from
+        return load_model(resolve(self.train_from), dtype="float32", device=self.device)
+
+    def _begun_size(self, target: LoadedModel) -> Size:
+        """Raises InvalidArgument naming `train-from` for what is no draft of the target."""
+        begun = self._begun()
+        if begun.tokenizer.tokenizer_hash != target.tokenizer.tokenizer_hash:
+            raise InvalidArgument(f"{self.train_from} has another vocabulary than {self.corpus.target}", "train-from")
+        ours, theirs = (each.module.config.get_text_config() for each in (begun, target))
+        if begun.vocabulary and ours.hidden_size != theirs.hidden_size:
+            problem = f"{self.train_from} has a hidden size of {ours.hidden_size}, not {theirs.hidden_size}"
+            raise InvalidArgument(f"{problem} as the target, whose head it is to be written into", "train-from")
+        return Size(ours.num_hidden_layers, begun.vocabulary.num_known if begun.vocabulary else 0)
+
+    @staticmethod
+    def _coverage(vocabulary: DraftVocabulary | None, vocab_size: int, shards: Sequence[Path]) -> float:
+        """Share of what the target expects that the draft can propose."""
+        if vocabulary is None:
+            return 1.0
+        mass = expected(shards, vocab_size)
+        return float(mass[vocabulary.token_ids.cpu()].sum() / mass.sum())
 
     def _train(self, size: Size, training: Training, checkpoint: Path, glanced: Sequence[Document]) -> None:
         """To the end of the schedule."""

@@ -121,11 +121,9 @@ def documents_of(path: Path) -> list[Document]:
     return list(Shard.load(path).documents())
 
 
-def most_used(paths: Sequence[Path], vocab_size: int, count: int) -> tuple[torch.Tensor, float]:
-    """(count,) int64, ascending: the tokens that the target expected most in these shards, and their share of it."""
-    mass = sum((Shard.load(path).expected(vocab_size) for path in paths), torch.zeros(vocab_size))
-    top = mass.topk(count)
-    return top.indices.sort().values, float(top.values.sum() / mass.sum())
+def expected(paths: Sequence[Path], vocab_size: int) -> torch.Tensor:
+    """(vocab_size,) float32: how often the target expected each token in these shards, in tokens."""
+    return sum((Shard.load(path).expected(vocab_size) for path in paths), torch.zeros(vocab_size))
 
 
 def _claim(folder: Path, recipe: CorpusRecipe) -> None:

@@ -34,6 +34,17 @@ def make_student(target: PreTrainedModel, layers: Sequence[int], token_ids: Tens
 
 
 @torch.no_grad()
+def further_student(draft: PreTrainedModel) -> PreTrainedModel:
+    """A draft to be trained further: itself, in float32 like it; its embedding stays as it is."""
+    embedding, head = draft.get_input_embeddings(), draft.get_output_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.clone())
+        draft.config.tie_word_embeddings = False
+    draft.requires_grad_(True).get_input_embeddings().requires_grad_(False)
+    return draft
+
+
+@torch.no_grad()
 def widen_head(student: PreTrainedModel, target: PreTrainedModel, token_ids: Tensor) -> None:
     """Give the head of a student for `token_ids` the target's rows for all other tokens."""
     wide, narrow = copy.deepcopy(target.get_output_embeddings()), student.get_output_embeddings()

@@ -38,8 +38,11 @@ class Training:
         vocabulary: DraftVocabulary | None,
         shards: Sequence[Path],
         schedule: Schedule,
+        began_as: str = "",
     ) -> None:
+        """`began_as` tells students apart that have the same shape."""
         self.student, self._vocabulary, self._shards, self.schedule = student, vocabulary, shards, schedule
+        self._began_as = began_as
         student.train()
         self._parameters = {name: each for name, each in student.named_parameters() if each.requires_grad}
         self._optimizer = Optimizer(student)
@@ -68,7 +71,7 @@ class Training:
         os.replace(partial, path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises FailedPrecondition for one of another schedule, text or vocabulary."""
+        """Go on from a checkpoint. Raises FailedPrecondition for one that began, learns or proposes otherwise."""
         metadata, tensors = _read(path)
         if metadata.get("follows_from") != self._follows_from:
             raise FailedPrecondition(f"{path} is of another training; name another --out, or remove it", "out")
@@ -85,7 +88,8 @@ class Training:
         """What a checkpoint is good for. The vocabulary follows from all of the text: a row is another token else."""
         known = self._vocabulary.token_ids.tolist() if self._vocabulary else "all"
         shards = [path.name for path in self._shards]
-        return json.dumps({"schedule": asdict(self.schedule), "shards": shards, "token_ids": known})
+        named = {"began_as": self._began_as, "schedule": asdict(self.schedule), "shards": shards, "token_ids": known}
+        return json.dumps(named)
 
     def _groups(self) -> Iterator[list[Document]]:
         """Batches without end, every document once an epoch, in an order that follows from the seed."""
