@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--openings", type=Path, metavar="FILE", help="JSON object of lists: how questions begin")
     parser.add_argument("--text", type=Path, action="append", default=[], metavar="FILE", help="to learn from besides")
-    packed = "write matrices in 8 bits, and what is the target's, tokenizer and weights, by the target's name only"
+    packed = "write matrices in 6 bits, and what is the target's, tokenizer and weights, by the target's name only"
     parser.add_argument("--packed", action="store_true", help=packed)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="to write")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))

@@ -1,4 +1,4 @@
-"""Drafts in a small form, to be shipped: matrices in 8 bits; what is the target's, weights too, by reference to it."""
+"""Drafts in a small form, to be shipped: matrices in 6 bits; what is the target's, weights too, by reference to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sequoia.errors import InvalidArgument
 FILE = "packed.safetensors"
 _WEIGHTS = "model.safetensors"
 _SCALES = ".scales"
-_LARGEST = 127
+_LARGEST = 31
 # Inputs of a row that share a scale; a row whose length is no multiple of it is one group.
 _GROUP = 64
 # What reading a file of somebody else may raise.
@@ -59,8 +59,9 @@ def pack(folder: Path, target: str, target_folder: Path) -> None:
             if torch.equal(weight, theirs[twin]):
                 continue
             weight = weight[token_ids]
-        stored |= _rounded(name, weight) if weight.ndim == 2 else {name: weight}
-    save_file(stored, folder / FILE, {"target": target, "shared": json.dumps(shared)})
+        is_rounded = weight.ndim == 2 and weight.shape[1] % 4 == 0
+        stored |= _rounded(name, weight) if is_rounded else {name: weight}
+    save_file(stored, folder / FILE, {"target": target, "shared": json.dumps(shared), "bits": "6"})
     for name in (_WEIGHTS, *_TOKENIZER_FILES):
         (folder / name).unlink(missing_ok=True)
 
@@ -99,7 +100,7 @@ def _metadata(folder: Path) -> dict[str, str]:
     try:
         with safe_open(folder / FILE, "pt") as file:
             found = file.metadata() or {}
-        return {name: found[name] for name in ("target", "shared")}
+        return {name: found[name] for name in ("target", "shared", "bits")}
     except (OSError, KeyError, SafetensorError) as error:
         raise InvalidArgument(f"{folder / FILE} cannot be read: {error}", "model") from error
 
@@ -123,20 +124,29 @@ def _twin(name: str, weight: Tensor, theirs: Mapping[str, Tensor], token_ids: Te
 
 
 def _rounded(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """(outputs, inputs) as int8 of the same shape, and (outputs, groups) float16: half-steps at the largest of each."""
-    groups = weight.float().unflatten(1, (-1, _group(weight)))
+    """(outputs, inputs) as bytes, and a scale for every group of inputs, (outputs, groups) float16."""
+    num_inputs = weight.shape[1]
+    groups = weight.float().unflatten(1, (-1, num_inputs if num_inputs % _GROUP else _GROUP))
     scales = (groups.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float16).tiny).half()
-    values = (groups / scales.float()[..., None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
-    return {name: values.flatten(1), name + _SCALES: scales}
+    values = (groups / scales.float()[..., None]).round().clamp(-_LARGEST, _LARGEST)
+    return {name: _to_bytes(values.flatten(1).int() + _LARGEST), name + _SCALES: scales}
 
 
 def _restored(name: str, stored: Mapping[str, Tensor]) -> Tensor:
-    values, scales = stored[name], stored.get(name + _SCALES)
+    weight, scales = stored[name], stored.get(name + _SCALES)
     if scales is None:
-        return values
-    return (values.unflatten(1, (-1, _group(values))).float() * scales.float()[..., None]).flatten(1)
+        return weight
+    values = (_from_bytes(weight) - _LARGEST).unflatten(1, (scales.shape[1], -1))
+    return (values.float() * scales.float()[..., None]).flatten(1)
 
 
-def _group(weight: Tensor) -> int:
-    num_inputs = weight.shape[1]
-    return num_inputs if num_inputs % _GROUP else _GROUP
+def _to_bytes(values: Tensor) -> Tensor:
+    """(rows, 4 n) int32 of 6 bits as (rows, 3 n) uint8."""
+    a, b, c, d = values.unflatten(1, (-1, 4)).unbind(2)
+    return (torch.stack([a | b << 6, b >> 2 | c << 4, c >> 4 | d << 2], 2) & 255).to(torch.uint8).flatten(1)
+
+
+def _from_bytes(stored: Tensor) -> Tensor:
+    """What `_to_bytes` was given."""
+    a, b, c = stored.int().unflatten(1, (-1, 3)).unbind(2)
+    return torch.stack([a & 63, (a >> 6 | b << 2) & 63, (b >> 4 | c << 4) & 63, c >> 2], 2).flatten(1)
