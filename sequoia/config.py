@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field
@@ -16,6 +17,8 @@ Settings = TypeVar("Settings")
 # How a worker can compute, in the order of preference; see sequoia/engine/decoders.py.
 ENGINES = ("auto", "native", "graphs", "lean", "transformers")
 QUANTIZATIONS = ("none", "int8", "int4")
+# Where a target's weights are while it works; see sequoia/engine/offload.
+OFFLOADS = ("none", "disk", "auto")
 # What a draft worker serves that has no model: what a session's own tokens repeat.
 MODEL_FREE = "ngram"
 
@@ -53,6 +56,16 @@ def fail(message: str) -> NoReturn:
     """End the process with status 2 and one line on stderr."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def num_bytes(text: str) -> int:
+    """`2GiB`, `512MiB` or a number of bytes. Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(|[KMGT]i?B)", text.strip())
+    if not found:
+        raise ValueError(f"{text!r} is no size; write 2GiB, 512MiB or a number of bytes")
+    unit = found[2]
+    base = 1024 if "i" in unit else 1000
+    return int(float(found[1]) * base ** (" KMGT".index(unit[0]) if unit else 0))
 
 
 def num_cores() -> int:

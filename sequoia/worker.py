@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import secrets
@@ -17,13 +18,16 @@ import torch
 import uvloop
 from filelock import FileLock
 
-from sequoia.config import ENGINES, QUANTIZATIONS, num_cores, setting
+from sequoia.config import ENGINES, OFFLOADS, QUANTIZATIONS, num_bytes, num_cores, setting
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
+from sequoia.engine.offload.budget import Demands, bytes_for_layers
+from sequoia.engine.offload.decoder import build_offloaded
+from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.sources import resolve
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.engine.warmup import measure_profile
@@ -33,6 +37,7 @@ from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire, rule_to_wire
 
+_LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT_LENGTH = 8192
 # Verdicts that a draft session guesses at once, at most, with a tree ahead for each.
 MOST_GUESSES = 3
@@ -56,6 +61,15 @@ class WorkerConfig:
     num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
     context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
+    offload: str = setting(
+        "none",
+        "verify worker: keep weights in files of the cache folder and stream them through memory in every forward; "
+        "auto: where they do not fit",
+        choices=OFFLOADS,
+    )
+    memory_limit: str = setting(
+        "", "verify worker, offloaded: most memory of the process, as 2GiB; empty: what is free"
+    )
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
     draft_ahead: str = setting(
@@ -79,6 +93,10 @@ class WorkerConfig:
         for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be at least {least}")
+        try:
+            num_bytes(self.memory_limit or "0")
+        except ValueError as error:
+            raise ValueError(f"--memory-limit (SEQUOIA_MEMORY_LIMIT): {error}") from error
         if self.context_length < 0 or self.num_threads < 0:
             raise ValueError("--context-length and --num-threads must not be negative")
 
@@ -94,6 +112,7 @@ class Worker:
     cache_dir: Path
     draft_ahead: str
     mixes_ngrams: bool
+    stream: BlockStream | None = None  # what an offloaded model's layers come from
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
@@ -101,14 +120,15 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     num_threads = config.num_threads or num_cores()
     torch.set_num_threads(num_threads)
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
+    is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
     model = load_model(
         files,
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
+        offload="none" if is_draft else config.offload,
     )
     context_length = _context_length(config, model)
-    is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
     if model.vocabulary and not is_draft:
         reason = f"proposes {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
         raise InvalidArgument(f"{model.reference} {reason}", "model")
@@ -122,8 +142,13 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     )
     slot_rows = context_length + config.max_tree_size * _num_trees(config, role)
     num_layers = model.module.config.get_text_config().num_hidden_layers
-    decoder = build_decoder(model, arithmetic, slot_rows, files.cache_dir)
     cache = KVCache(num_layers, config.num_slots, slot_rows)
+    if model.checkpoint is None:
+        decoder, stream = build_decoder(model, arithmetic, slot_rows, files.cache_dir), None
+    else:
+        demands = Demands(cache.num_rows, config.prefill_chunk + config.max_tree_size, config.max_tree_size)
+        room = partial(bytes_for_layers, model, quantization, demands, num_bytes(config.memory_limit or "0"))
+        decoder, stream = build_offloaded(model, arithmetic, slot_rows, files.cache_dir, room)
     executor.engine = Engine(decoder, cache, model.device, model.dtype, vocabulary=model.vocabulary)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
@@ -138,7 +163,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         context_length=context_length,
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
-        hardware_key=_hardware_key(model, quantization, num_threads, decoder),
+        hardware_key=_hardware_key(model, quantization, num_threads, decoder, stream),
         num_slots=config.num_slots,
         device_id=device_id(model.device),
     )
@@ -150,6 +175,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         files.cache_dir,
         config.draft_ahead,
         mixes_ngrams=config.ngram == "on",
+        stream=stream,
     )
 
 
@@ -171,6 +197,8 @@ def measure(worker: Worker) -> None:
     with FileLock(worker.cache_dir / "measuring.lock"):
         profile = measure_profile(worker.executor.engine, description.max_tree_size, description.context_length)
     description.latencies.extend(profile_to_wire(profile))
+    if worker.stream is not None:
+        _LOG.info("streaming %s", worker.stream.passed)
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
@@ -268,10 +296,13 @@ def device_id(device: torch.device) -> str:
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
-def _hardware_key(model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder) -> str:
+def _hardware_key(
+    model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder, stream: BlockStream | None
+) -> str:
     if model.device.type == "cuda":
         place = torch.cuda.get_device_name(model.device)
     else:
         place = f"cpu-{torch.backends.cpu.get_cpu_capability()}/{num_threads} threads"
     independent = "/deterministic" * (decoder.rows_are_independent and decoder.name != "native")
-    return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}"
+    streamed = f"/{stream.num_resident} of {stream.num_blocks} layers in memory" if stream else ""
+    return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}{streamed}"

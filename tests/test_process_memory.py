@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sequoia.cli.benchmarks.process_memory import available_bytes, peak_bytes, resident_bytes
+from sequoia.process_memory import available_bytes, peak_bytes, resident_bytes
 
 MIB = 2**20
 

@@ -68,6 +68,7 @@ def moved_weights(weights: DecoderWeights) -> DecoderWeights:
         moved(weights.output_norm),
         moved_linear(weights.head),
         {kind: moved(table) for kind, table in weights.rotations.items()},
+        weights.kinds,
         map(moved_layer, list(weights.layers)),
     )
 

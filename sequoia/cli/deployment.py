@@ -16,13 +16,16 @@ from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
 from sequoia.config import MODEL_FREE, num_cores
-from sequoia.engine.sources import resolve
+from sequoia.engine.sources import packaged_draft, resolve
 from sequoia.errors import InvalidArgument
+
+# Nodes of a tree, at most, where a forward costs what it costs to read the weights.
+_OFFLOADED_TREE_SIZE = 512
 
 
 @dataclass(frozen=True)
 class DeploymentSettings:
-    """What to start. `draft` None means the target's own weights, which then are quantised to int8 by default."""
+    """What to start. `draft` None means the packaged draft of the target, else its own weights, by default in int8."""
 
     target: str = "smollm2-135m"
     draft: str | None = None
@@ -39,12 +42,14 @@ class DeploymentSettings:
     target_cores: int | None = None  # cores that the split workers are pinned to; None: all, or what the other leaves
     draft_cores: int | None = None
     log_dir: Path | None = None
+    offload: str = "none"  # where the target's weights are: none, disk or auto
+    memory_limit: str | None = None  # of the offloaded target, as 2GiB
     draft_ahead: str | None = None  # auto, on or off; None: as the environment has it
 
     @property
     def models(self) -> dict[str, str]:
         """The model of each worker, by its name."""
-        draft = {"draft": self.draft or self.target} if self.has_draft else {}
+        draft = {"draft": self._named_draft or self.target} if self.has_draft else {}
         return {"verify": self.target, **draft}
 
     @cached_property
@@ -74,14 +79,22 @@ class DeploymentSettings:
             flags["context-length"] = self.context_length
         if name == "draft" and self.draft_ahead is not None:
             flags["draft-ahead"] = self.draft_ahead
+        if self.offload != "none":
+            flags["max-tree-size"] = _OFFLOADED_TREE_SIZE
+        if name == "verify" and self.offload != "none":
+            flags |= {"offload": self.offload, "memory-limit": self.memory_limit or ""}
         flags["quantization"] = self._draft_quantization if name == "draft" else self.target_quantization
         if flags["quantization"] in ("int8", "int4"):
             flags["device"] = "cpu"  # where there is a GPU, it is the target's
         return flags
 
     @property
+    def _named_draft(self) -> str | None:
+        return self.draft or packaged_draft(self.target)
+
+    @property
     def _draft_quantization(self) -> str:
-        return self.draft_quantization or ("auto" if self.draft else "int8")
+        return self.draft_quantization or ("auto" if self._named_draft else "int8")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.placement import PLACEMENTS
 from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
-from sequoia.config import ENGINES, MODEL_FREE, QUANTIZATIONS
+from sequoia.config import ENGINES, MODEL_FREE, OFFLOADS, QUANTIZATIONS
 from sequoia.errors import Unavailable
 
 
@@ -45,7 +45,8 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     draft.add_argument(
         "--draft",
         metavar="MODEL",
-        help=f"default: the target's own weights, quantised to int8; {MODEL_FREE}: no model, what the text repeats",
+        help="default: the packaged draft of a packaged target, else the target's own weights, quantised to int8; "
+        f"{MODEL_FREE}: no model, what the text repeats",
     )
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(
@@ -58,6 +59,16 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
         "--draft-quantization",
         choices=QUANTIZATIONS,
         help="default: int8 on a CPU that computes in bfloat16, and without --draft; else none",
+    )
+    parser.add_argument(
+        "--offload",
+        default=DeploymentSettings.offload,
+        choices=OFFLOADS,
+        help="stream the target's weights from files in the cache folder: always (disk), where they do not fit into "
+        "memory (auto), never (default %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="most memory of an offloaded target, as 2GiB (default: what is free)"
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument(
@@ -100,6 +111,8 @@ def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: s
         placement=arguments.placement,
         target_cores=arguments.target_cores,
         draft_cores=arguments.draft_cores,
+        offload=arguments.offload,
+        memory_limit=arguments.memory_limit,
         log_dir=arguments.log_dir,
     )
 

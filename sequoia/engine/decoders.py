@@ -26,7 +26,7 @@ from sequoia.engine.weights import DecoderWeights, LinearWeights, is_readable, r
 from sequoia.errors import InvalidArgument
 
 _LOG = logging.getLogger(__name__)
-_BITS = {"none": 16, "int8": 8, "int4": 4}
+BITS = {"none": 16, "int8": 8, "int4": 4}
 # Widths of the forwards that decide which product is quicker: a plain step, and a tree.
 _TRIAL_WIDTHS = (1, 16)
 _NUM_TRIALS = 5
@@ -54,6 +54,7 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
     `num_positions` is the longest sequence; compiled code is kept in `cache_dir`. Raises InvalidArgument naming
     `engine` or `quantization` for what this model or machine cannot do.
     """
+    assert model.checkpoint is None, "a hollow model is decoded by `build_offloaded`"
     if arithmetic.engine == "transformers":
         return _transformers(model, arithmetic)
     if not is_readable(model.module):
@@ -61,19 +62,19 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
             kind = model.module.config.model_type
             raise InvalidArgument(f"{arithmetic.engine} does not know {kind} models; use transformers", "engine")
         return _transformers(model, arithmetic)
-    if arithmetic.engine in ("auto", "native") and not (reason := _why_not_native(model, cache_dir)):
+    if arithmetic.engine in ("auto", "native") and not (reason := why_not_native(model, cache_dir)):
         weights = take_weights(model.module, num_positions)
         return NativeDecoder(
             library(cache_dir),
             weights,
-            bits=_BITS[arithmetic.quantization],
+            bits=BITS[arithmetic.quantization],
             activation_bits=8 if arithmetic.is_draft else 16,
             num_threads=arithmetic.num_threads,
         )
     if arithmetic.engine == "native":
         raise InvalidArgument(f"native cannot run here: {reason}; use lean", "engine")
     reason = reason if arithmetic.engine == "auto" else f"{arithmetic.engine} was asked for"
-    _check_quantization(arithmetic, reason)
+    check_quantization(arithmetic, reason)
     _LOG.info("the native engine does not run", extra={"reason": reason})
     captures = _captures(model, arithmetic)
     lean = _lean(model, arithmetic, take_weights(model.module, num_positions))
@@ -89,8 +90,8 @@ def _captures(model: LoadedModel, arithmetic: Arithmetic) -> bool:
     )
 
 
-def _why_not_native(model: LoadedModel, cache_dir: Path) -> str:
-    """Empty when the C engine runs this model."""
+def why_not_native(model: LoadedModel, cache_dir: Path) -> str:
+    """What keeps the C engine from it; empty when the C engine runs this model."""
     if model.device.type != "cpu":
         return f"it runs on the CPU, and the model is on {model.device.type}"
     if model.dtype != torch.bfloat16:
@@ -104,7 +105,7 @@ def _why_not_native(model: LoadedModel, cache_dir: Path) -> str:
     return ""
 
 
-def _check_quantization(arithmetic: Arithmetic, reason: str) -> None:
+def check_quantization(arithmetic: Arithmetic, reason: str) -> None:
     """What only the C engine can do without letting a row depend on the tree around it."""
     wanted = arithmetic.quantization
     if wanted == "int4" or (wanted == "int8" and not arithmetic.is_draft):
@@ -113,7 +114,7 @@ def _check_quantization(arithmetic: Arithmetic, reason: str) -> None:
 
 
 def _transformers(model: LoadedModel, arithmetic: Arithmetic) -> Decoder:
-    _check_quantization(arithmetic, "")
+    check_quantization(arithmetic, "")
     register()
     determinism.register()
     name = determinism.DETERMINISTIC_ATTENTION if arithmetic.deterministic else TREE_ATTENTION
@@ -143,10 +144,10 @@ def _lean(model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights) -
 def _quickest_product(model: LoadedModel, weights: DecoderWeights) -> Callable[[LinearWeights], Multiply]:
     """torch's own product or oneDNN's prepacked one, by trial on a matrix of the model's most frequent shape."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return _plain
+        return plain_product
     weight = torch.zeros(weights.shape.intermediate, weights.shape.hidden, dtype=model.dtype)
     trial = LinearWeights(weight, None)
-    return min((_plain, _prepacked), key=lambda pack: _trial_seconds(pack(trial), weights.shape.hidden))
+    return min((plain_product, _prepacked), key=lambda pack: _trial_seconds(pack(trial), weights.shape.hidden))
 
 
 def _trial_seconds(multiply: Multiply, inputs: int) -> float:
@@ -162,7 +163,8 @@ def _quickest(function: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def _plain(weights: LinearWeights) -> Multiply:
+def plain_product(weights: LinearWeights) -> Multiply:
+    """torch's own."""
     weight, bias = weights.weight.contiguous(), weights.bias
     return lambda rows: linear(rows, weight, bias)
 

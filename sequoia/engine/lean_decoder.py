@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,8 @@ from torch.nn.functional import gelu, silu
 
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
-from sequoia.engine.weights import DecoderWeights, LayerWeights, LinearWeights
+from sequoia.engine.offload.stream import BlockStream
+from sequoia.engine.weights import DecoderWeights, LayerKind, LayerWeights, LinearWeights, layer_of
 
 Multiply = Callable[[Tensor], Tensor]  # (rows, inputs) -> (rows, outputs)
 Attention = Callable[..., tuple[Tensor, None]]  # of the `transformers` registry, see attention.py
@@ -32,6 +33,7 @@ class PlacedTokens(NamedTuple):
 
 class _Layer(NamedTuple):
     weights: LayerWeights
+    kind: LayerKind
     qkv: Multiply
     out: Multiply
     gate_up: Multiply
@@ -39,7 +41,10 @@ class _Layer(NamedTuple):
 
 
 class LeanDecoder:
-    """Any device and dtype. `pack` makes a linear layer's product, `attention` is a function of the registry."""
+    """Any device and dtype. `pack` makes a linear layer's product, `attention` is a function of the registry.
+
+    With a `stream` its blocks are the layers, `layer_tensors` of each, packed again in every forward.
+    """
 
     name = "lean"
     grow = None
@@ -52,13 +57,17 @@ class LeanDecoder:
         pack: Callable[[LinearWeights], Multiply],
         attention: Attention,
         rows_are_independent: bool = False,
+        stream: BlockStream | None = None,
     ) -> None:
         self.shape, self.rows_are_independent = weights.shape, rows_are_independent
         self._embedding, self._output_norm = weights.embedding.detach(), weights.output_norm
         self._rotations = weights.rotations
         self._attention: Any = attention
         self._activation = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}[weights.shape.activation]
-        self._layers = [_pack_layer(layer, pack) for layer in weights.layers]
+        self._pack, self._kinds, self._stream = pack, weights.kinds, stream
+        self._resident = (
+            [] if stream else [self._packed(*each) for each in zip(weights.layers, weights.kinds, strict=True)]
+        )
         self._head = pack(weights.head)
 
     def attach(self, cache: KVCache) -> None:
@@ -83,12 +92,12 @@ class LeanDecoder:
         if self.shape.embedding_scale != 1.0:
             hidden = hidden * self.shape.embedding_scale
         rotations = {kind: _of_heads(table[tokens.positions]) for kind, table in self._rotations.items()}
-        for layer, rows in zip(self._layers, cache.rows, strict=True):
-            query, key, value = self._project(layer, hidden, rotations[layer.weights.rotation])
+        for layer, rows in zip(self._layers(), cache.rows, strict=True):
+            query, key, value = self._project(layer, hidden, rotations[layer.kind.rotation])
             keys, values = rows
             keys.index_copy_(1, tokens.write_rows, key.transpose(0, 1))
             values.index_copy_(1, tokens.write_rows, value.transpose(0, 1))
-            attended = layer.out(attend(query, keys, values, layer.weights.window).flatten(1))
+            attended = layer.out(attend(query, keys, values, layer.kind.window).flatten(1))
             hidden = hidden + self._normalized(attended, layer.weights.attention_output_norm)
             fed = self._feed(layer, hidden)
             hidden = hidden + self._normalized(fed, layer.weights.mlp_output_norm)
@@ -97,6 +106,20 @@ class LeanDecoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """Of tokens behind the last layer, (tokens, hidden) -> (tokens, padded vocabulary)."""
         return self._head(self._normalized(hidden, self._output_norm))
+
+    def _layers(self) -> Iterator[_Layer]:
+        """One after another, in memory while it is used."""
+        if self._stream is None:
+            yield from self._resident
+            return
+        for tensors, kind in zip(self._stream.blocks(), self._kinds, strict=True):
+            yield self._packed(layer_of(tensors), kind)
+
+    def _packed(self, weights: LayerWeights, kind: LayerKind) -> _Layer:
+        packed = [self._pack(linear) for linear in (weights.qkv, weights.out, weights.gate_up, weights.down)]
+        # The packed copy is the only one.
+        nothing = LinearWeights(torch.empty(0), None)
+        return _Layer(replace(weights, qkv=nothing, out=nothing, gate_up=nothing, down=nothing), kind, *packed)
 
     def _project(self, layer: _Layer, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
         """Query, key and value, (tokens, their heads, head size) each."""
@@ -131,13 +154,6 @@ class LeanDecoder:
         wide = hidden.float()
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.shape.epsilon)
         return (wide * scale * weight).to(hidden.dtype)
-
-
-def _pack_layer(weights: LayerWeights, pack: Callable[[LinearWeights], Multiply]) -> _Layer:
-    packed = [pack(linear) for linear in (weights.qkv, weights.out, weights.gate_up, weights.down)]
-    # The packed copy is the only one.
-    nothing = LinearWeights(torch.empty(0), None)
-    return _Layer(replace(weights, qkv=nothing, out=nothing, gate_up=nothing, down=nothing), *packed)
 
 
 def _of_heads(rotations: Tensor) -> tuple[Tensor, Tensor]:

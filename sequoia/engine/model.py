@@ -15,9 +15,12 @@ from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.dense import dense_files
 from sequoia.engine.draft_vocabulary import DraftVocabulary, narrow_head, read_vocabulary
+from sequoia.engine.offload.checkpoint import Checkpoint
+from sequoia.engine.offload.hollow import hollow_module
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
+from sequoia.process_memory import available_bytes
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOAD_ERRORS = (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError)
@@ -38,6 +41,7 @@ class LoadedModel:
     reference: str
     quantization: str = "none"  # of the module, by quantization.py
     vocabulary: DraftVocabulary | None = None  # of a draft whose head has its tokens only
+    checkpoint: Checkpoint | None = None  # where the weights are when the module has none
 
 
 def load_model(
@@ -47,9 +51,11 @@ def load_model(
     device: str,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    offload: str = "none",
 ) -> LoadedModel:
     """Load a causal LM with its tokenizer.
 
+    offload: `none`; `disk`, without its weights, for a decoder that reads them later; `auto`, where they do not fit.
     dtype: auto, float32, bfloat16 or float16; device: auto, cpu or cuda. Raises InvalidArgument naming `model` for one
     that cannot be loaded or served, and naming `device` for what this machine lacks.
     """
@@ -61,7 +67,11 @@ def load_model(
     files = dense_files(files, element)
     config = _load_config(files, trust_remote_code)
     check_config(config, files.reference)
-    module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)
+    is_hollow = _is_hollow(files, offload, place)
+    if is_hollow:
+        module = hollow_module(config, files.directory, element)
+    else:
+        module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)
     check_attention(module, files.reference)
     num_rows = module.get_output_embeddings().out_features
     tokenizer = describe_tokenizer(files, module.config, module.generation_config, trust_remote_code=trust_remote_code)
@@ -79,6 +89,7 @@ def load_model(
         revision=files.revision,
         reference=files.reference,
         vocabulary=vocabulary,
+        checkpoint=Checkpoint(files.directory, element) if is_hollow else None,
     )
 
 
@@ -101,6 +112,21 @@ def _load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig
         return AutoConfig.from_pretrained(files.directory, trust_remote_code=trust_remote_code)
     except _LOAD_ERRORS as error:
         raise _unloadable(files, error) from error
+
+
+def _is_hollow(files: ModelFiles, offload: str, place: torch.device) -> bool:
+    """Raises InvalidArgument naming `offload` or `model` for what the memory or the device does not allow."""
+    if place.type != "cpu":
+        if offload == "disk":
+            raise InvalidArgument(f"disk is for the CPU, and the model is to be on {place.type}", "offload")
+        return False
+    size, free = sum(path.stat().st_size for path in files.directory.glob("*.safetensors")), available_bytes()
+    if offload == "disk" or free is None or size < free:
+        return offload == "disk"
+    if offload == "none":
+        problem = f"{files.reference} has {size / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free"
+        raise InvalidArgument(f"{problem}; use --offload disk", "model")
+    return True
 
 
 def _load_module(

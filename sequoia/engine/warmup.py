@@ -18,6 +18,8 @@ _CONTEXT_TOKENS = 64
 _NUM_SESSIONS = (2, 4, 8)
 _LONG_CONTEXTS = (2048, 6144)
 _SPARSE_WIDTHS = (1, 16)
+# A first forward that takes longer is one of many seconds of measuring.
+_SLOW_SECONDS = 1.0
 # Two quick rounds that agree so well confirm each other; a single quick one may be luck, a slow one a neighbour.
 _AGREEMENT = 1.08
 _MOST_ROUNDS = 6
@@ -30,9 +32,18 @@ Measure = Callable[[int], float]
 
 
 def measure_profile(engine: Engine, max_tokens: int, context_length: int) -> LatencyProfile:
-    """One session's curve up to `max_tokens` with its cliffs, and sparser ones of more sessions and longer contexts."""
+    """One session's curve up to `max_tokens` with its cliffs, and sparser ones of more sessions and longer contexts.
+
+    Of a model whose forwards take a second and more (streamed weights): one session's, at every other power of two.
+    """
     with engine.cache.slot() as slot:
+        started = time.perf_counter()
         engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
+        is_slow = time.perf_counter() - started > _SLOW_SECONDS
+    if is_slow:
+        return LatencyProfile(
+            SharedCurve(1, _CONTEXT_TOKENS, _rough(_behind(engine, 1, _CONTEXT_TOKENS), max_tokens)), ()
+        )
     base = _curve_with_cliffs(_behind(engine, 1, _CONTEXT_TOKENS), _powers_of_two(max_tokens))
     others = [
         SharedCurve(count, _CONTEXT_TOKENS, _sparse(_behind(engine, count, _CONTEXT_TOKENS), max_tokens // count))
@@ -45,6 +56,14 @@ def measure_profile(engine: Engine, max_tokens: int, context_length: int) -> Lat
         if length <= context_length
     ]
     return LatencyProfile(SharedCurve(1, _CONTEXT_TOKENS, base), tuple(others))
+
+
+def _rough(measure: Measure, most: int) -> LatencyCurve:
+    seconds = {width: measure(width) for width in _powers_of_two(most)[::-2]}
+    if 1 not in seconds:
+        seconds[1] = measure(1)
+    _repeat_disturbed(seconds, measure)
+    return LatencyCurve(*zip(*sorted(seconds.items()), strict=True))
 
 
 def confirmed(measure: Callable[[], float]) -> float:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ MODEL_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "gemma3_text"))
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Kinds of rotary positions whose frequencies do not depend on the length of the sequence.
 _ROTATIONS = frozenset(("default", "linear", "llama3", "yarn"))
+_LINEARS = ("qkv", "out", "gate_up", "down")
 
 
 class LinearWeights(NamedTuple):
@@ -39,6 +40,11 @@ class LayerWeights:
     mlp_output_norm: Tensor | None
     query_norm: Tensor | None  # (head size,)
     key_norm: Tensor | None
+
+
+class LayerKind(NamedTuple):
+    """What tells one layer from another, beside its weights."""
+
     rotation: str  # which of the model's tables of rotations
     window: int | None  # positions a token sees
 
@@ -68,6 +74,7 @@ class DecoderWeights:
     output_norm: Tensor  # (hidden,)
     head: LinearWeights
     rotations: dict[str, Tensor]  # (positions, 2, head size / 2) float32: cosines, sines
+    kinds: tuple[LayerKind, ...]  # of the layers
     layers: Iterator[LayerWeights]
 
 
@@ -105,16 +112,31 @@ def read_shape(module: PreTrainedModel) -> DecoderShape:
     )
 
 
+def layer_tensors(layer: LayerWeights) -> dict[str, Tensor]:
+    """All of its tensors by name; what it does not have is left out."""
+    linears = {name: getattr(layer, name)._asdict() for name in _LINEARS}
+    tensors = {f"{name}.{part}": each for name, parts in linears.items() for part, each in parts.items()}
+    tensors |= {field.name: getattr(layer, field.name) for field in fields(layer) if field.name not in _LINEARS}
+    return {name: each for name, each in tensors.items() if each is not None}
+
+
+def layer_of(tensors: Mapping[str, Tensor]) -> LayerWeights:
+    """What `layer_tensors` was given."""
+    linears = {name: LinearWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in _LINEARS}
+    others = [field.name for field in fields(LayerWeights) if field.name not in _LINEARS]
+    return LayerWeights(**linears, **{name: tensors.get(name) for name in others})  # type: ignore[arg-type]
+
+
 def take_weights(module: PreTrainedModel, num_positions: int) -> DecoderWeights:
     """The weights of a readable module. It is empty when the layers have been read: memory holds them only once."""
     body: Any = module.model
     config: Any = module.config
     norm = _Norms(offset=1.0 if config.model_type == "gemma3_text" else 0.0)
-    kinds = _layer_kinds(config)
+    kinds = tuple(LayerKind(kind, _window(config, kind)) for kind in _layer_kinds(config))
     has_several = "full_attention" in (getattr(config, "rope_parameters", None) or {})
     rotations = {
         kind: _rotation_table(body.rotary_emb, (kind,) if has_several else (), num_positions, body)
-        for kind in sorted(set(kinds))
+        for kind in sorted({each.rotation for each in kinds})
     }
     head: Any = module.get_output_embeddings()
     return DecoderWeights(
@@ -123,7 +145,8 @@ def take_weights(module: PreTrainedModel, num_positions: int) -> DecoderWeights:
         output_norm=norm.weight(body.norm),
         head=_take((head,)),
         rotations=rotations,
-        layers=(_take_layer(layer, kind, norm, config) for layer, kind in zip(body.layers, kinds, strict=True)),
+        kinds=kinds,
+        layers=(_take_layer(layer, norm) for layer in body.layers),
     )
 
 
@@ -137,7 +160,7 @@ class _Norms(NamedTuple):
         return None if norm is None else self.weight(norm)
 
 
-def _take_layer(layer: Any, kind: str, norm: _Norms, config: Any) -> LayerWeights:
+def _take_layer(layer: Any, norm: _Norms) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     has_output_norms = hasattr(layer, "pre_feedforward_layernorm")
     return LayerWeights(
@@ -151,8 +174,6 @@ def _take_layer(layer: Any, kind: str, norm: _Norms, config: Any) -> LayerWeight
         mlp_output_norm=norm.weight(layer.post_feedforward_layernorm) if has_output_norms else None,
         query_norm=norm.optional(getattr(attention, "q_norm", None)),
         key_norm=norm.optional(getattr(attention, "k_norm", None)),
-        rotation=kind,
-        window=config.sliding_window if kind == "sliding_attention" else None,
     )
 
 
@@ -160,6 +181,10 @@ def _layer_kinds(config: Any) -> list[str]:
     """Of every layer: full_attention, or sliding_attention with the configuration's window."""
     every = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
     return list(getattr(config, "layer_types", None) or [every] * config.num_hidden_layers)
+
+
+def _window(config: Any, kind: str) -> int | None:
+    return config.sliding_window if kind == "sliding_attention" else None
 
 
 def _take(linears: Sequence[nn.Linear]) -> LinearWeights:

@@ -16,11 +16,11 @@ from sequoia.cli.benchmarks.peer_arms import PeerArm, Peers, Workplace, started_
 from sequoia.cli.benchmarks.peer_catalog import PEERS
 from sequoia.cli.benchmarks.peer_models import PeerWork, encode, find_models
 from sequoia.cli.benchmarks.peer_process import PeerFailed
-from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.rule_timing import worker_to_dict
 from sequoia.client import Client, Prompt
 from sequoia.planner import TreePlan
+from sequoia.process_memory import peak_bytes
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.v1.worker_pb2 import WorkerDescription
 

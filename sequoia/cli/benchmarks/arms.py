@@ -21,13 +21,13 @@ from sequoia.cli.benchmarks.bench_system import add_system, planned_system
 from sequoia.cli.benchmarks.own_arms import CHAIN, PLAN, named_shape
 from sequoia.cli.benchmarks.peer_arms import Workplace
 from sequoia.cli.benchmarks.peer_catalog import ALL, PEERS
-from sequoia.cli.benchmarks.process_memory import available_bytes
 from sequoia.cli.figures import check_plot
 from sequoia.cli.steps import Steps
 from sequoia.cli.up import stop_on_sigterm
 from sequoia.config import num_cores
 from sequoia.engine.sources import default_cache_dir
 from sequoia.errors import InvalidArgument
+from sequoia.process_memory import available_bytes
 
 _ARMS = (PLAN, CHAIN)
 _MEMORY_SHARE = 0.8

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from coordinator.measuring import PROMPTS
 from coordinator.planner_job import plan_pair
-from sequoia.cli.benchmarks.process_memory import peak_bytes
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.steps import Steps
 from sequoia.cli.up import add_model_arguments, deployment_settings
+from sequoia.process_memory import peak_bytes
 
 _QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
 

@@ -13,9 +13,9 @@ from sequoia.cli.benchmarks.peer_catalog import PEERS, PeerKind
 from sequoia.cli.benchmarks.peer_environments import python_of
 from sequoia.cli.benchmarks.peer_models import PeerWork
 from sequoia.cli.benchmarks.peer_process import PeerFailed, PeerProcess
-from sequoia.cli.benchmarks.process_memory import resident_bytes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.steps import Steps
+from sequoia.process_memory import resident_bytes
 
 # Loading may convert a model first.
 _LOAD_TIMEOUT_SECONDS = 1200.0

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from sequoia.cli.benchmarks.modes import Mode, TreeWorkload
-from sequoia.cli.benchmarks.process_memory import available_bytes, peak_bytes
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Client, Generation
+from sequoia.process_memory import available_bytes, peak_bytes
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 
 _GIB = 2**30

@@ -32,7 +32,7 @@ from sequoia.engine.distillation.student import further_student, make_student, w
 from sequoia.engine.distillation.training import Training
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.model import LoadedModel, load_model
-from sequoia.engine.sources import PACKAGED, ModelFiles, resolve
+from sequoia.engine.sources import ModelFiles, is_packaged, resolve
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.hardware import LatencyCurve
 
@@ -231,7 +231,7 @@ class Workshop:
 def _from_anywhere(reference: str) -> str:
     """A model's reference that does not depend on the working folder."""
     path = Path(reference).expanduser()
-    return str(path.resolve()) if reference not in PACKAGED and path.exists() else reference
+    return str(path.resolve()) if path.exists() and not is_packaged(reference) else reference
 
 
 def _write(student: PreTrainedModel, vocabulary: DraftVocabulary | None, target: LoadedModel, folder: Path) -> None:

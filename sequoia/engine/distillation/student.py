@@ -37,6 +37,8 @@ def make_student(target: PreTrainedModel, layers: Sequence[int], token_ids: Tens
 def further_student(draft: PreTrainedModel) -> PreTrainedModel:
     """A draft to be trained further: itself, in float32 like it; its embedding stays as it is."""
     embedding, head = draft.get_input_embeddings(), draft.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(head.weight.clone())
         draft.config.tie_word_embeddings = False

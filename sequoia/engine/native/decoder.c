@@ -265,22 +265,27 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     add_rows(model, scratch, &layer->down, layer->mlp_output_norm, call, rows);
 }
 
-void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scratch, float *logits) {
+static void embed(const Model *model, const Batch *batch, const Scratch *scratch) {
+    int hidden = model->hidden;
+#pragma omp for
+    for (int row = 0; row < batch->num_tokens; row++) {
+        const uint16_t *from = model->embedding + batch->token_ids[row] * hidden;
+        float *to = scratch->residual + (int64_t)row * hidden;
+        for (int i = 0; i < hidden; i += LANES)
+            _mm512_storeu_ps(to + i, _mm512_mul_ps(load_bfloat16(from + i), _mm512_set1_ps(model->embedding_scale)));
+    }
+}
+
+void sequoia_layers(const Model *model, const Batch *batch, const Scratch *scratch, int32_t first, int32_t end,
+                    float *logits) {
     int hidden = model->hidden;
 #pragma omp parallel num_threads(model->num_threads)
     {
-        int call = 0;
+        int call = LINEARS_IN_LAYER * first;
         begin_products();
-#pragma omp for
-        for (int row = 0; row < batch->num_tokens; row++) {
-            const uint16_t *from = model->embedding + batch->token_ids[row] * hidden;
-            float *to = scratch->residual + (int64_t)row * hidden;
-            for (int i = 0; i < hidden; i += LANES)
-                _mm512_storeu_ps(to + i, _mm512_mul_ps(load_bfloat16(from + i), _mm512_set1_ps(model->embedding_scale)));
-        }
-        for (int layer = 0; layer < model->num_layers; layer++)
-            run_layer(model, model->layers + layer, batch, scratch, &call);
-        if (batch->num_wanted) {
+        if (first == 0) embed(model, batch, scratch);
+        for (int layer = first; layer < end; layer++) run_layer(model, model->layers + layer, batch, scratch, &call);
+        if (end == model->num_layers && batch->num_wanted) {
 #pragma omp for
             for (int row = 0; row < batch->num_wanted; row++) {
                 float *x = scratch->narrow + (int64_t)row * hidden;
@@ -291,4 +296,8 @@ void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scra
         }
         end_products();
     }
+}
+
+void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scratch, float *logits) {
+    sequoia_layers(model, batch, scratch, 0, model->num_layers, logits);
 }

@@ -93,7 +93,14 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-/* Logits, (wanted, vocabulary) float32. `scratch->taken` is all zeros before. */
+enum { LINEARS_IN_LAYER = 4 };
+
+/* A part of a forward: the layers from `first` up to `end`, before the first of all the embedding, behind the last of
+ * all the logits. `scratch->taken` is all zeros before the first part, and `scratch` stays what it is between them. */
+void sequoia_layers(const Model *model, const Batch *batch, const Scratch *scratch, int32_t first, int32_t end,
+                    float *logits);
+
+/* All of it. Logits, (wanted, vocabulary) float32. */
 void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scratch, float *logits);
 
 #endif

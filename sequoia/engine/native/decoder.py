@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,36 +14,17 @@ from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.native.dynamic import DynamicGrower
 from sequoia.engine.native.growth import Grower
-from sequoia.engine.native.panels import Linear, fits, in_huge_pages, pack
+from sequoia.engine.native.layers import Layer, LayerForms, pack_layer
+from sequoia.engine.native.panels import Linear, fits, form_of, in_huge_pages, in_memory, pack
 from sequoia.engine.native.scratch import Scratch, ScratchAddresses, packed_words
 from sequoia.engine.native.targets import native_rows
+from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
 from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, WholeTree
 
 _LANES = 16
 _HEADS_AT_ONCE = 4  # of the attention, as in decoder.c
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # as in decoder.c
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, Linear) for name in ("qkv", "out", "gate_up", "down")),
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "attention_norm",
-                "mlp_norm",
-                "query_norm",
-                "key_norm",
-                "attention_output_norm",
-                "mlp_output_norm",
-                "rotations",
-                "keys",
-                "values",
-            )
-        ),
-        ("window", ctypes.c_int64),
-    )
 
 
 class _Model(ctypes.Structure):
@@ -66,7 +47,7 @@ class _Model(ctypes.Structure):
         ("embedding", ctypes.c_void_p),
         ("output_norm", ctypes.c_void_p),
         ("head", Linear),
-        ("layers", ctypes.POINTER(_Layer)),
+        ("layers", ctypes.POINTER(Layer)),
     )
 
 
@@ -100,27 +81,38 @@ def can_run(shape: DecoderShape) -> bool:
 class NativeDecoder:
     """One C call a forward. A token's logits are the same bits whatever else is in the forward.
 
-    `bits` of the weights: 16 (bfloat16), 8 or 4; with 8 and 4 inputs are integers of `activation_bits` (16 or 8).
+    `bits` of the weights: 16 (bfloat16), 8 or 4; with 8 and 4 inputs are integers of `activation_bits` (16 or 8). With
+    a `stream` its blocks are the layers, `pack_layer` of each, and a forward is a call for each of them.
     """
 
     name = "native"
     rows_are_independent = True
 
     def __init__(
-        self, library: ctypes.CDLL, weights: DecoderWeights, *, bits: int, activation_bits: int, num_threads: int
+        self,
+        library: ctypes.CDLL,
+        weights: DecoderWeights,
+        *,
+        bits: int,
+        activation_bits: int,
+        num_threads: int,
+        stream: BlockStream | None = None,
     ) -> None:
-        self._forward, self.shape, self._num_threads = library.sequoia_forward, weights.shape, num_threads
+        self._run_layers, self.shape, self._num_threads = library.sequoia_layers, weights.shape, num_threads
         self._memory: list[object] = []
-        self._bits, self._activation_bits = bits, activation_bits
-        layers = [self._layer(layer, weights.rotations) for layer in weights.layers]
-        self._layers = (_Layer * len(layers))(*layers)
+        self._bits, self._activation_bits, self._stream = bits, activation_bits, stream
+        self._forms = LayerForms(weights.shape, bits, activation_bits)
+        self._layers = (Layer * weights.shape.num_layers)()
+        for layer, kind in zip(self._layers, weights.kinds, strict=True):
+            layer.rotations, layer.window = self._address(weights.rotations[kind.rotation]), kind.window or 0
+        if stream is None:
+            for layer, theirs in zip(self._layers, weights.layers, strict=True):
+                self._forms.point(layer, self._resident(theirs))
         self._model = self._describe(weights)
         self._vocab_size = weights.head.weight.shape[0]
-        linears = [linear for layer in layers for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)]
-        self._widest = max(linear.outputs for linear in linears)
-        self._longest = max(linear.inputs for linear in linears)
         self._scratch, self._grower = Scratch(), Grower(library, self._vocab_size)
         self._dynamic_grower = DynamicGrower(library, self._vocab_size)
+        self.grow = self._grow if stream is None else None
         self.make_target = native_rows(library)
 
     def attach(self, cache: KVCache) -> None:
@@ -149,12 +141,27 @@ class NativeDecoder:
         wire = _Batch(num_tokens, num_wanted, *(array.ctypes.data for array in arrays), most_rows)
         logits = torch.empty(num_wanted, self._vocab_size)
         scratch = self._room(num_tokens, most_rows)
-        self._forward(
-            ctypes.byref(self._model), ctypes.byref(wire), ctypes.byref(scratch), ctypes.c_void_p(logits.data_ptr())
-        )
+        for first, end in self._parts():
+            self._run_layers(
+                ctypes.byref(self._model),
+                ctypes.byref(wire),
+                ctypes.byref(scratch),
+                ctypes.c_int32(first),
+                ctypes.c_int32(end),
+                ctypes.c_void_p(logits.data_ptr()),
+            )
         return logits
 
-    def grow(self, wanted: AnyWholeTree, cache: KVCache) -> AnyGrownTree:
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        """The layers of a forward, from the first up to the end, as far as they are in memory at a time."""
+        if self._stream is None:
+            yield 0, self.shape.num_layers
+            return
+        for index, tensors in enumerate(self._stream.blocks()):
+            self._forms.point(self._layers[index], tensors)
+            yield index, index + 1
+
+    def _grow(self, wanted: AnyWholeTree, cache: KVCache) -> AnyGrownTree:
         """One C call for all levels; rows and rankings are those of as many forwards."""
         scratch = self._room(wanted.most_nodes, wanted.slot.length + wanted.num_levels)
         if isinstance(wanted, WholeTree):
@@ -164,34 +171,21 @@ class NativeDecoder:
     def _room(self, num_tokens: int, most_rows: int) -> ScratchAddresses:
         return self._scratch.room(
             residual=num_tokens * self.shape.hidden,
-            wide=num_tokens * self._widest,
-            narrow=num_tokens * self._longest,
+            wide=num_tokens * self._forms.widest,
+            narrow=num_tokens * self._forms.longest,
             scores=self._num_threads * _HEADS_AT_ONCE * (most_rows + _LANES),
-            packed=packed_words(num_tokens, self._longest),
-            input_scales=num_tokens * self._longest // 32,
-            input_sums=num_tokens * self._longest // 16,
+            packed=packed_words(num_tokens, self._forms.longest),
+            input_scales=num_tokens * self._forms.longest // 32,
+            input_sums=num_tokens * self._forms.longest // 16,
             taken=(4 * self.shape.num_layers + 1) * self._num_threads,
         )
 
-    def _layer(self, layer: LayerWeights, rotations: dict[str, Tensor]) -> _Layer:
-        return _Layer(
-            *(self._pack(linear) for linear in (layer.qkv, layer.out, layer.gate_up, layer.down)),
-            *map(
-                self._address,
-                (
-                    layer.attention_norm,
-                    layer.mlp_norm,
-                    layer.query_norm,
-                    layer.key_norm,
-                    layer.attention_output_norm,
-                    layer.mlp_output_norm,
-                    rotations[layer.rotation],
-                ),
-            ),
-            None,
-            None,
-            layer.window or 0,
-        )
+    def _resident(self, layer: LayerWeights) -> dict[str, Tensor]:
+        """Its tensors, in memory for good: what every forward reads in huge pages."""
+        packed = pack_layer(layer, self._bits)
+        tensors = {name: in_huge_pages(each) if each.ndim > 1 else each for name, each in packed.items()}
+        self._keep(tensors.values())
+        return tensors
 
     def _describe(self, weights: DecoderWeights) -> _Model:
         shape = weights.shape
@@ -209,16 +203,20 @@ class NativeDecoder:
             shape.attention_scale,
             shape.embedding_scale,
             0.0,
-            self._address(in_huge_pages(weights.embedding.detach().bfloat16())),
+            self._address(self._embedding(weights.embedding.detach().bfloat16())),
             self._address(weights.output_norm),
-            self._pack(weights.head),
-            ctypes.cast(self._layers, ctypes.POINTER(_Layer)),
+            self._head(weights.head),
+            ctypes.cast(self._layers, ctypes.POINTER(Layer)),
         )
 
-    def _pack(self, linear: LinearWeights) -> Linear:
-        panels = pack(linear, self._bits, self._activation_bits)
-        self._keep(panels.memory)
-        return panels.linear
+    def _embedding(self, rows: Tensor) -> Tensor:
+        """Few rows of it are read: with a stream they stay where they are, on disk."""
+        return in_huge_pages(rows) if self._stream is None else rows
+
+    def _head(self, weights: LinearWeights) -> Linear:
+        panels = in_memory(pack(weights, self._bits))
+        self._keep(panels)
+        return form_of(weights, self._bits).describe(panels, self._activation_bits)
 
     def _address(self, tensor: Tensor | None) -> int | None:
         self._keep([tensor])

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from sequoia.engine.native.panels import pack
+from sequoia.engine.native.panels import form_of, in_memory, pack
 from sequoia.engine.native.scratch import Scratch, packed_words
 from sequoia.engine.weights import LinearWeights
 
@@ -19,12 +19,13 @@ class NativeLinear:
         self, library: ctypes.CDLL, weights: LinearWeights, bits: int, activation_bits: int, *, num_threads: int
     ) -> None:
         self._multiply, self._num_threads = library.sequoia_linear, num_threads
-        self._panels = pack(weights, bits, activation_bits)
+        self._panels = in_memory(pack(weights, bits))
+        self._linear = form_of(weights, bits).describe(self._panels, activation_bits)
         self._scratch = Scratch()
 
     def __call__(self, rows: Tensor) -> Tensor:
         """The product."""
-        linear = self._panels.linear
+        linear = self._linear
         rows = rows.contiguous()
         output = torch.empty(len(rows), linear.outputs)
         scratch = self._scratch.room(

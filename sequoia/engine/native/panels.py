@@ -38,10 +38,30 @@ class Linear(ctypes.Structure):
 
 
 class Panels(NamedTuple):
-    """A linear layer packed, and the memory that its pointers point to."""
+    """A linear layer packed."""
 
-    linear: Linear
-    memory: tuple[Tensor | None, ...]
+    weights: Tensor  # (panels, ...) as in decoder.h
+    scales: Tensor | None
+    bias: Tensor | None
+
+
+class PanelForm(NamedTuple):
+    """What is known of a packed linear layer without its weights."""
+
+    inputs: int
+    outputs: int
+    bits: int
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        sizes = _GROUPS.get(self.bits, ())
+        return next((size for size in sizes if self.inputs % size == 0), self.inputs)
+
+    def describe(self, panels: Panels, activation_bits: int) -> Linear:
+        """To the C engine. The panels must outlive it."""
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in panels]
+        return Linear(_KINDS[self.bits], activation_bits, self.inputs, self.outputs, self.group, 0, *addresses)
 
 
 def fits(inputs: int) -> bool:
@@ -49,17 +69,28 @@ def fits(inputs: int) -> bool:
     return inputs % 32 == 0
 
 
-def pack(weights: LinearWeights, bits: int, activation_bits: int) -> Panels:
-    """16 bits: bfloat16 as they are. 8 or 4: rounded to integers with one bfloat16 scale a group of inputs."""
-    outputs, inputs = weights.weight.shape
-    group = next((size for size in _GROUPS[bits] if inputs % size == 0), inputs) if bits < 16 else inputs
-    padding = -outputs % _PANEL
+def pack(weights: LinearWeights, bits: int) -> Panels:
+    """16 bits: bfloat16 as they are. 8 or 4: rounded to integers with one bfloat16 scale a group of inputs.
+
+    In any order of memory: what is described must be contiguous, as `in_memory` and files have it.
+    """
+    form = form_of(weights, bits)
+    padding = -form.outputs % _PANEL
     padded = pad(weights.weight, (0, 0, 0, padding))
-    packed, scales = (_bfloat16_panels(padded), None) if bits == 16 else _integer_panels(padded, bits, group)
-    bias = None if weights.bias is None else pad(weights.bias.float(), (0, padding))
-    memory = (in_huge_pages(packed), None if scales is None else in_huge_pages(scales), bias)
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in memory]
-    return Panels(Linear(_KINDS[bits], activation_bits, inputs, outputs, group, 0, *addresses), memory)
+    packed, scales = (_bfloat16_panels(padded), None) if bits == 16 else _integer_panels(padded, bits, form.group)
+    return Panels(packed, scales, None if weights.bias is None else pad(weights.bias.float(), (0, padding)))
+
+
+def form_of(weights: LinearWeights, bits: int) -> PanelForm:
+    """That of these weights, packed."""
+    outputs, inputs = weights.weight.shape
+    return PanelForm(inputs, outputs, bits)
+
+
+def in_memory(panels: Panels) -> Panels:
+    """A copy in huge pages."""
+    weights, scales, bias = panels
+    return Panels(in_huge_pages(weights), None if scales is None else in_huge_pages(scales), bias)
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:

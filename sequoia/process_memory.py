@@ -18,6 +18,11 @@ def resident_bytes(process_ids: Iterable[int]) -> int | None:
     return _sum([_field(each, "VmRSS") for each in process_ids])
 
 
+def anonymous_bytes(process_id: int) -> int | None:
+    """What a process holds at this moment beside the files that it maps; None where it is not told."""
+    return _field(process_id, "RssAnon")
+
+
 def available_bytes() -> int | None:
     """What the machine could give to new processes; None where it does not tell."""
     return _read(Path("/proc/meminfo"), "MemAvailable")

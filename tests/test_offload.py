@@ -1,0 +1,165 @@
+"""Offloaded models: the same logits as in memory, whatever stays resident, and refusals by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engines import CACHE_DIR, load_engine, needs_native
+from safetensors.torch import load_file, save_file
+from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
+from transformers import AutoModelForCausalLM
+
+from sequoia.engine.attention import chunk_segment, tree_segment
+from sequoia.engine.decoders import Arithmetic
+from sequoia.engine.executor import Engine
+from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.model import load_model
+from sequoia.engine.native.library import library
+from sequoia.engine.offload.decoder import NUM_BUFFERS, Offloaded, build_offloaded
+from sequoia.engine.sources import resolve
+from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
+from sequoia.topology import TokenTree, Topology
+
+TREE = TokenTree(Topology((-1, 0, 0, 0, 1, 1, 2, 4, 7, 8)), tuple(range(40, 50)))
+PROMPT = tuple(range(7, 37))
+ROOM_FOR_ALL = 1 << 30
+KINDS = [
+    ("float32", "auto", "none"),
+    pytest.param("bfloat16", "auto", "none", marks=needs_native),
+    pytest.param("bfloat16", "auto", "int8", marks=needs_native),
+    pytest.param("bfloat16", "auto", "int4", marks=needs_native),
+    ("bfloat16", "lean", "none"),
+]
+
+
+@pytest.fixture(scope="module", params=READABLE_ARCHITECTURES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    write_tiny_model(folder, request.param, num_layers=5)
+    return folder
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    write_tiny_model(tmp_path / "llama", "llama", num_layers=5)
+    return tmp_path / "llama"
+
+
+def build(folder: Path, cache: Path, dtype: str, engine: str, quantization: str, resident_bytes: int) -> Offloaded:
+    model = load_model(resolve(str(folder)), dtype=dtype, device="cpu", offload="disk")
+    return build_offloaded(model, Arithmetic(engine, quantization), 256, cache, lambda _: resident_bytes)
+
+
+def engine_of(offloaded: Offloaded, dtype: str) -> Engine:
+    kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return Engine(offloaded.decoder, KVCache(5, 2, 256), torch.device("cpu"), kind)
+
+
+@torch.inference_mode()
+def logits(engine: Engine) -> torch.Tensor:
+    """Of a tree behind a prompt, and of a token behind a path that was kept."""
+    with engine.cache.slot() as slot:
+        engine.forward([chunk_segment(slot, PROMPT[:20], logits=False)])
+        slot.keep(range(20))
+        [nodes] = engine.forward([tree_segment(slot, PROMPT[20:], TREE)])
+        slot.keep([*range(10), 10, 11, 14, 17])
+        [behind] = engine.forward([chunk_segment(slot, [77], logits=True)])
+    return torch.cat([nodes, behind])
+
+
+def layer_bytes(cache: Path) -> int:
+    return max(path.stat().st_size for path in (cache / "offload").rglob("*.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(tmp_path: Path) -> None:
+    """The caches of these tests are their own, but for the C engine."""
+    (CACHE_DIR / "native").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "native").symlink_to(CACHE_DIR / "native")
+
+
+@pytest.mark.parametrize(("dtype", "engine", "quantization"), KINDS)
+def test_logits_are_those_of_the_model_in_memory(
+    folder: Path, tmp_path: Path, dtype: str, engine: str, quantization: str
+) -> None:
+    whole = load_engine(folder, dtype=dtype, engine=engine, quantization=quantization)
+    expected = logits(whole)
+    # torch's own products differ in their last bits with the place of a matrix in a cache line.
+    tolerance = 0.0 if whole.can_grow else 2e-5 if dtype == "float32" else 0.05
+    cache = tmp_path / "cache"
+    rooms = [ROOM_FOR_ALL, NUM_BUFFERS, NUM_BUFFERS + 1]
+    for room in rooms:
+        num_bytes = room if room == ROOM_FOR_ALL else room * layer_bytes(cache)
+        offloaded = build(folder, cache, dtype, engine, quantization, num_bytes)
+        with offloaded.stream as stream:
+            torch.testing.assert_close(logits(engine_of(offloaded, dtype)), expected, rtol=0.0, atol=tolerance)
+            assert stream.passed.num_passes == 3
+            assert (stream.passed.num_bytes == 0) == (room == ROOM_FOR_ALL)
+
+
+def test_a_checkpoint_in_several_files_is_read_as_one(llama: Path, tmp_path: Path) -> None:
+    expected = logits(load_engine(llama))
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(llama, max_shard_size="100KB")
+    (llama / "model.safetensors").unlink(missing_ok=True)
+    assert (llama / "model.safetensors.index.json").exists()
+    offloaded = build(llama, tmp_path / "cache", "float32", "auto", "none", ROOM_FOR_ALL)
+    with offloaded.stream:
+        torch.testing.assert_close(logits(engine_of(offloaded, "float32")), expected, rtol=0.0, atol=2e-5)
+
+
+def test_too_little_memory_is_refused_with_what_is_needed(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"memory-limit: it leaves 0 MiB for layers, and streaming takes"):
+        build(llama, tmp_path / "cache", "float32", "auto", "none", 1000)
+
+
+def test_the_modules_of_transformers_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"offload: .* cannot be streamed"):
+        build(llama, tmp_path / "cache", "float32", "transformers", "none", ROOM_FOR_ALL)
+
+
+def test_missing_weights_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    path = llama / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.3.mlp.up_proj.weight"]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(InvalidArgument, match=r"model: .* lacks the weights model\.layers\.3\.mlp\.up_proj\.weight"):
+        build(llama, tmp_path / "cache", "float32", "auto", "none", ROOM_FOR_ALL)
+    assert not list((tmp_path / "cache" / "offload").glob("*-plain")), "nothing half written is left"
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sequoia.engine.offload.layout.write_block", full)
+    with pytest.raises(FailedPrecondition, match=r"offload: layers cannot be written .* No space left on device"):
+        build(llama, tmp_path / "cache", "float32", "auto", "none", ROOM_FOR_ALL)
+    assert {path.suffix for path in (tmp_path / "cache" / "offload").iterdir()} == {".lock"}
+
+
+def test_a_layer_that_changes_fails_the_forward_and_the_next_one_too(llama: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with build(llama, cache, "float32", "auto", "none", ROOM_FOR_ALL).stream:
+        pass
+    offloaded = build(llama, cache, "float32", "auto", "none", NUM_BUFFERS * layer_bytes(cache))
+    [last] = (cache / "offload").rglob("0004.safetensors")
+    with offloaded.stream:
+        engine = engine_of(offloaded, "float32")
+        logits(engine)
+        last.touch()
+        for _ in range(2):
+            with pytest.raises(Unavailable, match=r"0004\.safetensors was changed"):
+                logits(engine)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def native_engine() -> Iterator[None]:
+    """Compiled before the tests that link to it."""
+    try:
+        library(CACHE_DIR)
+    finally:
+        yield

@@ -1,0 +1,139 @@
+"""A target that does not fit: served from disk by a real worker within its memory limit, with the same text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_models import build_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sequoia.cli import main
+from sequoia.cli.deployment import Deployment, DeploymentSettings
+from sequoia.cli.steps import Steps
+from sequoia.client import Client
+from sequoia.config import num_bytes
+from sequoia.errors import Unavailable
+from sequoia.process_memory import anonymous_bytes
+from sequoia.topology import Topology
+
+NUM_LAYERS = 48
+LIMIT = "512MiB"
+PROMPTS = [list(range(start, start + 24)) for start in range(30, 80, 10)]
+TREE = Topology((-1, 0, 0, 1, 1, 3, 5))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of 0.6 GB in float32: more than the limit, an interpreter with torch in it aside."""
+    folder: Path = tmp_path_factory.mktemp("large")
+    tokenizer = build_tokenizer(400)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def system(folder: Path, dtype: str, **settings: object) -> Iterator[tuple[Deployment, Client]]:
+    asked = DeploymentSettings(target=str(folder), dtype=dtype, listen="127.0.0.1:0", num_threads=1, **settings)  # type: ignore[arg-type]
+    with (
+        Deployment(asked, Steps(Console(quiet=True))) as deployment,
+        Client(deployment.address, timeout_seconds=120) as client,
+    ):
+        yield deployment, client
+
+
+def texts(client: Client, **parameters: object) -> list[tuple[int, ...]]:
+    asked = {"max_tokens": 32, "ignore_eos": True, "temperature": 0, "speculation": "off", **parameters}
+    return [tuple(client.generate(prompt, **asked).token_ids) for prompt in PROMPTS]  # type: ignore[arg-type]
+
+
+class PeakMemory:
+    """The most anonymous memory that a process was seen with, sampled by a thread."""
+
+    def __init__(self, process_id: int) -> None:
+        self._process_id, self._ended = process_id, threading.Event()
+        self.bytes = 0
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._ended.wait(0.02):
+            self.bytes = max(self.bytes, anonymous_bytes(self._process_id) or 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_stays_within_its_limit_and_writes_the_same(large: Path, dtype: str) -> None:
+    with system(large, dtype, has_draft=False) as (_, client):
+        expected = texts(client)
+    settings = {"has_draft": False, "offload": "disk", "memory_limit": LIMIT}
+    with system(large, dtype, **settings) as (deployment, client):
+        with PeakMemory(deployment.processes["verify"].pid) as peak:
+            assert texts(client) == expected
+        assert 0 < peak.bytes < num_bytes(LIMIT)
+
+
+@pytest.mark.slow
+def test_a_draft_in_memory_speeds_up_a_target_on_disk_and_changes_nothing(large: Path) -> None:
+    with system(large, "float32", draft=str(large), offload="disk", memory_limit=LIMIT) as (_, client):
+        plain, drafted = texts(client), texts(client, speculation=TREE)
+        assert drafted == plain
+        pair = client.describe_pair()
+        assert pair.verify.max_tree_size == pair.draft.max_tree_size == 512
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_lost_is_told_to_the_client(large: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEQUOIA_CACHE_DIR", str(tmp_path))
+    with system(large, "float32", has_draft=False, offload="disk", memory_limit=LIMIT) as (_, client):
+        texts(client)
+        for path in (tmp_path / "offload").rglob("*.safetensors"):
+            path.write_bytes(path.read_bytes()[:1000])
+        for _ in range(2):
+            with pytest.raises(Unavailable, match="was changed while it was in use"):
+                client.generate(PROMPTS[0], max_tokens=4, temperature=0)
+
+
+@pytest.mark.parametrize("size", ["2 gigs", "-1", "GiB"])
+def test_a_size_that_is_none_is_refused_by_name(size: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        num_bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("2GiB", 2 << 30), ("512 MiB", 512 << 20), ("1.5GB", 15 * 10**8), ("7", 7)]
+)
+def test_sizes(text: str, count: int) -> None:
+    assert num_bytes(text) == count
+
+
+def test_too_small_a_limit_is_told_before_it_serves(capfd: pytest.CaptureFixture[str], large: Path) -> None:
+    flags = ["--no-draft", "--offload=disk", "--memory-limit=64MiB", "--listen=127.0.0.1:0"]
+    assert main(["up", f"--target={large}", *flags]) == 1
+    assert "memory-limit: it leaves" in capfd.readouterr().err
