@@ -16,7 +16,7 @@ from sequoia.engine.trie import NOWHERE, Trie, mix
 from sequoia.engine.trie_rows import TrieRows
 
 # What a match is trusted before anything is known, by its length: 2 to 8 tokens.
-_PRIOR = (0.05, 0.1, 0.2, 0.3, 0.4, 0.45, 0.5)
+_PRIOR = (0.01, 0.02, 0.03, 0.05, 0.08, 0.1, 0.15)
 # Steps that the prior counts for, and steps after which older ones fade.
 _PRIOR_STEPS, _MEMORY_STEPS = 4, 32
 # Trust stays within these: it can be won back, and the model's q is never lost.

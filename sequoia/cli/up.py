@@ -45,8 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     draft.add_argument(
         "--draft",
         metavar="MODEL",
-        help="default: the packaged draft of a packaged target, else the target's own weights, quantised to int8; "
-        f"{MODEL_FREE}: no model, what the text repeats",
+        help=f"default: the target's own weights, quantised to int8; {MODEL_FREE}: no model, what the text repeats",
     )
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(

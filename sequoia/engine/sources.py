@@ -65,13 +65,8 @@ PACKAGED = {
 }
 
 # Drafts that we made, by name: in a folder of that name inside this package; and what each of them drafts for.
-PACKAGED_DRAFTS: dict[str, str] = {}
+PACKAGED_DRAFTS = {"smollm2-135m-draft": "smollm2-135m"}
 _DRAFTS = Path(__file__).parents[1] / "drafts"
-
-
-def packaged_draft(target: str) -> str | None:
-    """The name of our draft for the target of that reference, where there is one."""
-    return next((draft for draft, its_target in PACKAGED_DRAFTS.items() if its_target == target), None)
 
 
 def is_packaged(reference: str) -> bool:

@@ -76,7 +76,8 @@ def pack(weights: LinearWeights, bits: int) -> Panels:
     """
     form = form_of(weights, bits)
     padding = -form.outputs % _PANEL
-    padded = pad(weights.weight, (0, 0, 0, padding))
+    # Without padding it would be a copy.
+    padded = pad(weights.weight, (0, 0, 0, padding)) if padding else weights.weight
     packed, scales = (_bfloat16_panels(padded), None) if bits == 16 else _integer_panels(padded, bits, form.group)
     return Panels(packed, scales, None if weights.bias is None else pad(weights.bias.float(), (0, padding)))
 

@@ -25,7 +25,8 @@ from sequoia.errors import InvalidArgument
 
 # Blocks that are read ahead, and the one in use.
 NUM_BUFFERS = 3
-
+# Of what is in the files: another one is written again.
+_VERSION = 1
 
 # Bytes of memory for the layers of a model of that shape.
 Room = Callable[[DecoderShape], int]
@@ -74,7 +75,7 @@ def build_offloaded(
 
 def _laid_out(model: LoadedModel, num_positions: int, encode: Encode, form: str, cache_dir: Path) -> LaidOut:
     assert model.checkpoint is not None
-    folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}"
+    folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
     return lay_out(model.module, model.checkpoint, num_positions, encode, folder)
 
 

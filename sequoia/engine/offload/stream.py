@@ -57,6 +57,10 @@ class BlockStream:
         """Of these, in memory for good."""
         return len(self._resident)
 
+    def __str__(self) -> str:
+        place = "past the page cache" if all(block.is_direct for block in self._blocks) else "through the page cache"
+        return f"{self.num_resident} of {self.num_blocks} layers in memory, others read {place}: {self.passed}"
+
     def __enter__(self) -> BlockStream:
         return self
 
