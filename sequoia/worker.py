@@ -195,7 +195,12 @@ def measure(worker: Worker) -> None:
     # Processes of one machine take turns, or each would measure the other.
     worker.cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(worker.cache_dir / "measuring.lock"):
-        profile = measure_profile(worker.executor.engine, description.max_tree_size, description.context_length)
+        profile = measure_profile(
+            worker.executor.engine,
+            description.max_tree_size,
+            description.context_length,
+            is_streamed=worker.stream is not None,
+        )
     description.latencies.extend(profile_to_wire(profile))
     if worker.stream is not None:
         _LOG.info("offloaded: %s", worker.stream)

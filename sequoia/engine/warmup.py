@@ -18,8 +18,6 @@ _CONTEXT_TOKENS = 64
 _NUM_SESSIONS = (2, 4, 8)
 _LONG_CONTEXTS = (2048, 6144)
 _SPARSE_WIDTHS = (1, 16)
-# A first forward that takes longer is one of many seconds of measuring.
-_SLOW_SECONDS = 1.0
 # Two quick rounds that agree so well confirm each other; a single quick one may be luck, a slow one a neighbour.
 _AGREEMENT = 1.08
 _MOST_ROUNDS = 6
@@ -31,19 +29,18 @@ _CLIFF_SECONDS = 4.0
 Measure = Callable[[int], float]
 
 
-def measure_profile(engine: Engine, max_tokens: int, context_length: int) -> LatencyProfile:
+def measure_profile(
+    engine: Engine, max_tokens: int, context_length: int, *, is_streamed: bool = False
+) -> LatencyProfile:
     """One session's curve up to `max_tokens` with its cliffs, and sparser ones of more sessions and longer contexts.
 
-    Of a model whose forwards take a second and more (streamed weights): one session's, at every other power of two.
+    Of a model whose weights are streamed, which takes seconds a forward: one session's, at every other power of two.
     """
     with engine.cache.slot() as slot:
-        started = time.perf_counter()
         engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
-        is_slow = time.perf_counter() - started > _SLOW_SECONDS
-    if is_slow:
-        return LatencyProfile(
-            SharedCurve(1, _CONTEXT_TOKENS, _rough(_behind(engine, 1, _CONTEXT_TOKENS), max_tokens)), ()
-        )
+    if is_streamed:
+        rough = _rough(_behind(engine, 1, _CONTEXT_TOKENS), max_tokens)
+        return LatencyProfile(SharedCurve(1, _CONTEXT_TOKENS, rough), ())
     base = _curve_with_cliffs(_behind(engine, 1, _CONTEXT_TOKENS), _powers_of_two(max_tokens))
     others = [
         SharedCurve(count, _CONTEXT_TOKENS, _sparse(_behind(engine, count, _CONTEXT_TOKENS), max_tokens // count))
