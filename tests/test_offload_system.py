@@ -23,7 +23,7 @@ from sequoia.errors import Unavailable
 from sequoia.process_memory import anonymous_bytes
 from sequoia.topology import Topology
 
-NUM_LAYERS = 48
+NUM_LAYERS = 32
 LIMIT = "768MiB"
 PROMPTS = [list(range(start, start + 24)) for start in range(30, 80, 10)]
 TREE = Topology((-1, 0, 0, 1, 1, 3, 5))
@@ -31,7 +31,7 @@ TREE = Topology((-1, 0, 0, 1, 1, 3, 5))
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 0.6 GB in float32: what the limit leaves, with torch in it, is a fifth of that."""
+    """Of 0.4 GB in float32: what the limit leaves, with torch in it, is a third of that."""
     folder: Path = tmp_path_factory.mktemp("large")
     tokenizer = build_tokenizer(400)
     config = LlamaConfig(
