@@ -97,6 +97,8 @@ class WorkerConfig:
             num_bytes(self.memory_limit or "0")
         except ValueError as error:
             raise ValueError(f"--memory-limit (SEQUOIA_MEMORY_LIMIT): {error}") from error
+        if self.memory_limit and self.offload == "none":
+            raise ValueError("--memory-limit (SEQUOIA_MEMORY_LIMIT) is for --offload disk or auto")
         if self.context_length < 0 or self.num_threads < 0:
             raise ValueError("--context-length and --num-threads must not be negative")
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from engines import CACHE_DIR, load_engine, needs_native
 from safetensors.torch import load_file, save_file
+from test_native import tree_logits
 from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from transformers import AutoModelForCausalLM
 
-from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.decoders import Arithmetic
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVCache
@@ -21,10 +21,7 @@ from sequoia.engine.native.library import library
 from sequoia.engine.offload.decoder import NUM_BUFFERS, Offloaded, build_offloaded
 from sequoia.engine.sources import resolve
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
-from sequoia.topology import TokenTree, Topology
 
-TREE = TokenTree(Topology((-1, 0, 0, 0, 1, 1, 2, 4, 7, 8)), tuple(range(40, 50)))
-PROMPT = tuple(range(7, 37))
 ROOM_FOR_ALL = 1 << 30
 KINDS = [
     ("float32", "auto", "none"),
@@ -48,26 +45,25 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path / "llama"
 
 
-def build(folder: Path, cache: Path, dtype: str, engine: str, quantization: str, resident_bytes: int) -> Offloaded:
+def build(
+    folder: Path,
+    cache: Path,
+    dtype: str,
+    engine: str,
+    quantization: str,
+    resident_bytes: int,
+    *,
+    deterministic: bool = False,
+) -> Offloaded:
     model = load_model(resolve(str(folder)), dtype=dtype, device="cpu", offload="disk")
-    return build_offloaded(model, Arithmetic(engine, quantization), 256, cache, lambda _: resident_bytes)
+    return build_offloaded(
+        model, Arithmetic(engine, quantization, deterministic=deterministic), 256, cache, lambda _: resident_bytes
+    )
 
 
 def engine_of(offloaded: Offloaded, dtype: str) -> Engine:
     kind = {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
     return Engine(offloaded.decoder, KVCache(5, 2, 256), torch.device("cpu"), kind)
-
-
-@torch.inference_mode()
-def logits(engine: Engine) -> torch.Tensor:
-    """Of a tree behind a prompt, and of a token behind a path that was kept."""
-    with engine.cache.slot() as slot:
-        engine.forward([chunk_segment(slot, PROMPT[:20], logits=False)])
-        slot.keep(range(20))
-        [nodes] = engine.forward([tree_segment(slot, PROMPT[20:], TREE)])
-        slot.keep([*range(10), 10, 11, 14, 17])
-        [behind] = engine.forward([chunk_segment(slot, [77], logits=True)])
-    return torch.cat([nodes, behind])
 
 
 def layer_bytes(cache: Path) -> int:
@@ -87,7 +83,7 @@ def test_logits_are_those_of_the_model_in_memory(
     folder: Path, tmp_path: Path, dtype: str, engine: str, quantization: str
 ) -> None:
     whole = load_engine(folder, dtype=dtype, engine=engine, quantization=quantization)
-    expected = logits(whole)
+    expected = tree_logits(whole)
     # torch's own products differ in their last bits with the place of a matrix in a cache line.
     tolerance = 0.0 if whole.can_grow else 2e-5 if dtype == "float32" else 0.05
     cache = tmp_path / "cache"
@@ -96,19 +92,29 @@ def test_logits_are_those_of_the_model_in_memory(
         num_bytes = room if room == ROOM_FOR_ALL else room * layer_bytes(cache)
         offloaded = build(folder, cache, dtype, engine, quantization, num_bytes)
         with offloaded.stream as stream:
-            torch.testing.assert_close(logits(engine_of(offloaded, dtype)), expected, rtol=0.0, atol=tolerance)
+            torch.testing.assert_close(tree_logits(engine_of(offloaded, dtype)), expected, rtol=0.0, atol=tolerance)
             assert stream.passed.num_passes == 3
             assert (stream.passed.num_bytes == 0) == (room == ROOM_FOR_ALL)
 
 
 def test_a_checkpoint_in_several_files_is_read_as_one(llama: Path, tmp_path: Path) -> None:
-    expected = logits(load_engine(llama))
+    expected = tree_logits(load_engine(llama))
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(llama, max_shard_size="100KB")
     (llama / "model.safetensors").unlink(missing_ok=True)
     assert (llama / "model.safetensors.index.json").exists()
     offloaded = build(llama, tmp_path / "cache", "float32", "auto", "none", ROOM_FOR_ALL)
     with offloaded.stream:
-        torch.testing.assert_close(logits(engine_of(offloaded, "float32")), expected, rtol=0.0, atol=2e-5)
+        torch.testing.assert_close(tree_logits(engine_of(offloaded, "float32")), expected, rtol=0.0, atol=2e-5)
+
+
+def test_deterministic_rows_stay_so_when_they_are_streamed(llama: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    offloaded = build(llama, cache, "float32", "lean", "none", ROOM_FOR_ALL, deterministic=True)
+    with offloaded.stream:
+        assert offloaded.decoder.rows_are_independent
+        found = tree_logits(engine_of(offloaded, "float32"))
+    expected = tree_logits(load_engine(llama, engine="lean", deterministic=True))
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-5)
 
 
 def test_too_little_memory_is_refused_with_what_is_needed(llama: Path, tmp_path: Path) -> None:
@@ -149,11 +155,11 @@ def test_a_layer_that_changes_fails_the_forward_and_the_next_one_too(llama: Path
     [last] = (cache / "offload").rglob("0004.safetensors")
     with offloaded.stream:
         engine = engine_of(offloaded, "float32")
-        logits(engine)
+        tree_logits(engine)
         last.touch()
         for _ in range(2):
             with pytest.raises(Unavailable, match=r"0004\.safetensors was changed"):
-                logits(engine)
+                tree_logits(engine)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -22,6 +22,7 @@ from sequoia.config import num_bytes
 from sequoia.errors import Unavailable
 from sequoia.process_memory import anonymous_bytes
 from sequoia.topology import Topology
+from sequoia.worker import WorkerConfig
 
 NUM_LAYERS = 32
 LIMIT = "768MiB"
@@ -149,6 +150,13 @@ def test_a_size_that_is_none_is_refused_by_name(size: str) -> None:
 )
 def test_sizes(text: str, count: int) -> None:
     assert num_bytes(text) == count
+
+
+def test_a_limit_without_offloading_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--memory-limit .* is for --offload disk or auto"):
+        WorkerConfig(model="m", memory_limit="2GiB")
+    flags = DeploymentSettings(memory_limit="2GiB").worker_flags("verify")
+    assert (flags["offload"], flags["memory-limit"]) == ("none", "2GiB"), "it reaches the worker, which refuses it"
 
 
 def test_too_small_a_limit_is_told_before_it_serves(capfd: pytest.CaptureFixture[str], large: Path) -> None:

@@ -81,7 +81,7 @@ class DeploymentSettings:
             flags["draft-ahead"] = self.draft_ahead
         if self.offload != "none":
             flags["max-tree-size"] = _OFFLOADED_TREE_SIZE
-        if name == "verify" and self.offload != "none":
+        if name == "verify" and (self.offload != "none" or self.memory_limit):
             flags |= {"offload": self.offload, "memory-limit": self.memory_limit or ""}
         flags["quantization"] = self._draft_quantization if name == "draft" else self.target_quantization
         if flags["quantization"] in ("int8", "int4"):

@@ -21,6 +21,7 @@ from sequoia.engine.lean_decoder import LeanDecoder, Multiply, linear_module
 from sequoia.engine.model import LoadedModel
 from sequoia.engine.native.decoder import NativeDecoder, can_run
 from sequoia.engine.native.library import NativeUnavailable, library
+from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.quantization import Int8Linear, check_int8, quantize_int8
 from sequoia.engine.weights import DecoderWeights, LinearWeights, is_readable, read_shape, take_weights
 from sequoia.errors import InvalidArgument
@@ -77,7 +78,7 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
     check_quantization(arithmetic, reason)
     _LOG.info("the native engine does not run", extra={"reason": reason})
     captures = _captures(model, arithmetic)
-    lean = _lean(model, arithmetic, take_weights(model.module, num_positions))
+    lean = build_lean(model, arithmetic, take_weights(model.module, num_positions))
     return GraphsDecoder(lean, model.device) if captures else lean
 
 
@@ -127,27 +128,35 @@ def _transformers(model: LoadedModel, arithmetic: Arithmetic) -> Decoder:
     return TransformersDecoder(model.module, rows_are_independent=independent)
 
 
-def _lean(model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights) -> LeanDecoder:
+def build_lean(
+    model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights, stream: BlockStream | None = None
+) -> LeanDecoder:
+    """Of weights in memory, or of layers that are streamed."""
     if arithmetic.quantization == "int8":
         check_int8(model.device)
-        return LeanDecoder(weights, pack=lambda each: Int8Linear(linear_module(each)), attention=tree_attention)
+        return LeanDecoder(
+            weights, pack=lambda each: Int8Linear(linear_module(each)), attention=tree_attention, stream=stream
+        )
     if arithmetic.deterministic:
         return LeanDecoder(
             weights,
             pack=lambda each: determinism.FixedRowsLinear(linear_module(each)),
             attention=determinism.deterministic_attention,
             rows_are_independent=True,
+            stream=stream,
         )
-    return LeanDecoder(weights, pack=_quickest_product(model, weights), attention=tree_attention)
+    # What is packed once a forward must not be packed at a cost.
+    pack = _plain if stream else _quickest_product(model, weights)
+    return LeanDecoder(weights, pack=pack, attention=tree_attention, stream=stream)
 
 
 def _quickest_product(model: LoadedModel, weights: DecoderWeights) -> Callable[[LinearWeights], Multiply]:
     """torch's own product or oneDNN's prepacked one, by trial on a matrix of the model's most frequent shape."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
-        return plain_product
+        return _plain
     weight = torch.zeros(weights.shape.intermediate, weights.shape.hidden, dtype=model.dtype)
     trial = LinearWeights(weight, None)
-    return min((plain_product, _prepacked), key=lambda pack: _trial_seconds(pack(trial), weights.shape.hidden))
+    return min((_plain, _prepacked), key=lambda pack: _trial_seconds(pack(trial), weights.shape.hidden))
 
 
 def _trial_seconds(multiply: Multiply, inputs: int) -> float:
@@ -163,8 +172,7 @@ def _quickest(function: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def plain_product(weights: LinearWeights) -> Multiply:
-    """torch's own."""
+def _plain(weights: LinearWeights) -> Multiply:
     weight, bias = weights.weight.contiguous(), weights.bias
     return lambda rows: linear(rows, weight, bias)
 

@@ -125,7 +125,7 @@ def _is_hollow(files: ModelFiles, offload: str, place: torch.device) -> bool:
         return offload == "disk"
     if offload == "none":
         problem = f"{files.reference} has {size / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free"
-        raise InvalidArgument(f"{problem}; use --offload disk", "model")
+        raise InvalidArgument(f"{problem}; free some, or serve it as a target with --offload disk", "model")
     return True
 
 

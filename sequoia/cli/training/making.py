@@ -148,7 +148,7 @@ class Workshop:
     ) -> tuple[PreTrainedModel, DraftVocabulary | None, str]:
         """With its vocabulary, and what it began as if not as the target's layers."""
         if self.train_from:
-            begun = self._begun()
+            begun = self._begun
             return further_student(begun.module), begun.vocabulary, f"{self.train_from}, revision {begun.revision}"
         vocab_size = known_tokens(target)
         layers = range(size.num_layers)
@@ -157,6 +157,7 @@ class Workshop:
         token_ids = expected(shards, vocab_size).topk(size.num_tokens).indices.sort().values.to(target.device)
         return make_student(target.module, layers, token_ids), DraftVocabulary(token_ids, vocab_size), ""
 
+    @cached_property
     def _begun(self) -> LoadedModel:
         """The draft that is trained further."""
         assert self.train_from
@@ -164,7 +165,7 @@ class Workshop:
 
     def _begun_size(self, target: LoadedModel) -> Size:
         """Raises InvalidArgument naming `train-from` for what is no draft of the target."""
-        begun = self._begun()
+        begun = self._begun
         if begun.tokenizer.tokenizer_hash != target.tokenizer.tokenizer_hash:
             raise InvalidArgument(f"{self.train_from} has another vocabulary than {self.corpus.target}", "train-from")
         ours, theirs = (each.module.config.get_text_config() for each in (begun, target))

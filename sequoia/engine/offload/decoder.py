@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from sequoia.engine.attention import tree_attention
 from sequoia.engine.decoder import Decoder
-from sequoia.engine.decoders import BITS, Arithmetic, check_quantization, plain_product, why_not_native
-from sequoia.engine.lean_decoder import LeanDecoder
+from sequoia.engine.decoders import BITS, Arithmetic, build_lean, check_quantization, why_not_native
 from sequoia.engine.model import LoadedModel
 from sequoia.engine.native.decoder import NativeDecoder
 from sequoia.engine.native.layers import pack_layer
@@ -58,7 +56,7 @@ def build_offloaded(
         check_quantization(arithmetic, reason)
         laid = _laid_out(model, num_positions, layer_tensors, "plain", cache_dir)
         stream = _stream(laid, room)
-        return Offloaded(LeanDecoder(laid.weights, pack=plain_product, attention=tree_attention, stream=stream), stream)
+        return Offloaded(build_lean(model, arithmetic, laid.weights, stream), stream)
     bits = BITS[arithmetic.quantization]
     laid = _laid_out(model, num_positions, partial(pack_layer, bits=bits), f"panels{bits}", cache_dir)
     stream = _stream(laid, room)
