@@ -16,7 +16,8 @@ from sequoia.engine.sources import default_cache_dir
 from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2
 from sequoia.wire import rule_to_wire
-from sequoia.worker import Worker, WorkerConfig, device_id, start_worker
+from sequoia.worker import Worker, device_id, start_worker
+from sequoia.worker_config import WorkerConfig
 
 # It reads ids and never looks behind them: any vocabulary and any context of a target fit.
 _VOCAB_SIZE = 2**31

@@ -13,7 +13,8 @@ from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import draft_pb2_grpc, worker_pb2
-from sequoia.worker import Worker, WorkerConfig, WorkerKind, serve
+from sequoia.worker import Worker, WorkerKind, serve
+from sequoia.worker_config import WorkerConfig
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The chassis both workers share: settings, model and engine, the handshake, serving until told to stop."""
+"""The chassis both workers share: model and engine, the handshake, serving until told to stop."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import platform
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 import uvloop
 from filelock import FileLock
 
-from sequoia.config import ENGINES, OFFLOADS, QUANTIZATIONS, num_bytes, num_cores, setting
+from sequoia.config import num_bytes, num_cores
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.decoders import Arithmetic, build_decoder
@@ -36,71 +36,12 @@ from sequoia.rpc import Server, error_border, running, stop_signal
 from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire, rule_to_wire
+from sequoia.worker_config import WorkerConfig
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT_LENGTH = 8192
 # Verdicts that a draft session guesses at once, at most, with a tree ahead for each.
 MOST_GUESSES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerConfig:
-    """Serves one model. The same settings for a draft and a verify worker."""
-
-    model: str = setting(MISSING, "model: a packaged name, a hub id, a folder or a GGUF file")
-    listen: str = setting("127.0.0.1:0", "address to listen on; port 0 takes a free one, unix:PATH a socket")
-    revision: str = setting("", "revision of a hub model: branch, tag or commit")
-    dtype: str = setting("auto", "element type", choices=("auto", "float32", "bfloat16", "float16"))
-    engine: str = setting("auto", "what runs the layers; auto: the first that can", choices=ENGINES)
-    quantization: str = setting(
-        "auto",
-        "weights of the linear layers; auto: int8 for a draft in bfloat16 on the CPU, none for all others",
-        choices=("auto", *QUANTIZATIONS),
-    )
-    device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
-    num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
-    context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
-    max_tree_size: int = setting(64, "largest tree in nodes, root included")
-    offload: str = setting(
-        "none",
-        "verify worker: keep weights in files of the cache folder and stream them through memory in every forward; "
-        "auto: where they do not fit",
-        choices=OFFLOADS,
-    )
-    memory_limit: str = setting(
-        "", "verify worker, offloaded: most memory of the process, as 2GiB; empty: what is free"
-    )
-    prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
-    num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
-    draft_ahead: str = setting(
-        "auto",
-        "draft worker: grow the next tree while the last is verified; auto: while it pays, on a device of its own",
-        choices=("auto", "on", "off"),
-    )
-    ngram: str = setting(
-        "off",
-        "draft worker: mix what the session's own tokens repeat into the draft's distributions",
-        choices=("on", "off"),
-    )
-    deterministic: bool = setting(
-        False, "rows that do not depend on what shares their forward, also where that is slower; native ones never do"
-    )
-    trust_remote_code: bool = setting(False, "run Python code that comes with the model")
-    cache_dir: str = setting("", "folder for fetched models; empty: the user's cache folder")
-    log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be at least {least}")
-        try:
-            num_bytes(self.memory_limit or "0")
-        except ValueError as error:
-            raise ValueError(f"--memory-limit (SEQUOIA_MEMORY_LIMIT): {error}") from error
-        if self.memory_limit and self.offload == "none":
-            raise ValueError("--memory-limit (SEQUOIA_MEMORY_LIMIT) is for --offload disk or auto")
-        if self.context_length < 0 or self.num_threads < 0:
-            raise ValueError("--context-length and --num-threads must not be negative")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sequoia.config import num_bytes
 from sequoia.errors import Unavailable
 from sequoia.process_memory import anonymous_bytes
 from sequoia.topology import Topology
-from sequoia.worker import WorkerConfig
+from sequoia.worker_config import WorkerConfig
 
 NUM_LAYERS = 32
 LIMIT = "768MiB"

@@ -10,7 +10,8 @@ from draft_worker.server import DRAFT
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.telemetry import configure_logging
-from sequoia.worker import WorkerConfig, serve
+from sequoia.worker import serve
+from sequoia.worker_config import WorkerConfig
 from verify_worker.server import VERIFY
 
 _OF_THE_PROCESS = ("num_threads", "log_level")
