@@ -33,6 +33,8 @@ class NoModel:
     rows_are_independent = True
     grow = None
     make_target = None
+    hidden_rows = None
+    logits = None
 
     def attach(self, cache: KVCache) -> None:
         """Nothing: there are no layers."""

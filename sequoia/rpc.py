@@ -100,6 +100,11 @@ async def running(servers: Mapping[Server, Sequence[str]]) -> AsyncIterator[None
         await asyncio.gather(*(server.stop(_GRACE_SECONDS) for server in servers))
 
 
+def announce_progress(done: int, total: int) -> None:
+    """Tell on stdout, before anything is served, how far a long preparation is: (parts done, parts in all)."""
+    print(json.dumps({"event": "progress", "done": done, "total": total}), flush=True)
+
+
 async def stop_signal() -> None:
     """Wait for SIGTERM or SIGINT."""
     stopped = asyncio.Event()

@@ -30,9 +30,10 @@ from sequoia.engine.offload.decoder import build_offloaded
 from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.sources import resolve
 from sequoia.engine.tokenizer import TokenizerDescription
+from sequoia.engine.tree_logits import MOST_ROWS
 from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
-from sequoia.rpc import Server, error_border, running, stop_signal
+from sequoia.rpc import Server, announce_progress, error_border, running, stop_signal
 from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire, rule_to_wire
@@ -89,9 +90,10 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     if model.checkpoint is None:
         decoder, stream = build_decoder(model, arithmetic, slot_rows, files.cache_dir), None
     else:
-        demands = Demands(cache.num_rows, config.prefill_chunk + config.max_tree_size, config.max_tree_size)
+        num_logits = min(config.max_tree_size, MOST_ROWS)
+        demands = Demands(cache.num_rows, config.prefill_chunk + config.max_tree_size, num_logits)
         room = partial(bytes_for_layers, model, quantization, demands, num_bytes(config.memory_limit or "0"))
-        decoder, stream = build_offloaded(model, arithmetic, slot_rows, files.cache_dir, room)
+        decoder, stream = build_offloaded(model, arithmetic, slot_rows, files.cache_dir, room, announce_progress)
     executor.engine = Engine(decoder, cache, model.device, model.dtype, vocabulary=model.vocabulary)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
@@ -142,6 +144,7 @@ def measure(worker: Worker) -> None:
             worker.executor.engine,
             description.max_tree_size,
             description.context_length,
+            verifies=description.role == worker_pb2.WORKER_ROLE_VERIFY,
             is_streamed=worker.stream is not None,
         )
     description.latencies.extend(profile_to_wire(profile))
@@ -211,7 +214,21 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_slots_used=engine.cache.num_slots_used,
             num_forwards=engine.num_forwards,
             num_forward_tokens=engine.num_forward_tokens,
+            offload=_offload_status(self._worker.stream) if self._worker.stream else None,
         )
+
+
+def _offload_status(stream: BlockStream) -> worker_pb2.OffloadStatus:
+    passed = stream.passed
+    return worker_pb2.OffloadStatus(
+        num_layers=stream.num_blocks,
+        num_resident_layers=stream.num_resident,
+        num_forwards=passed.num_passes,
+        num_bytes=passed.num_bytes,
+        read_seconds=passed.read_seconds,
+        forward_seconds=passed.pass_seconds,
+        stall_seconds=passed.stall_seconds,
+    )
 
 
 def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:

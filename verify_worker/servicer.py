@@ -31,7 +31,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
 
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
-        limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, worker.executor.engine.make_target)
+        engine = worker.executor.engine
+        limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, engine.can_wait)
         self._verifier = Verifier(worker.executor, limits)
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:

@@ -12,6 +12,7 @@ from sequoia.engine.attention import tree_segment
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.sampling import Choices, RandomChoices
+from sequoia.engine.tree_logits import MOST_AT_ONCE, TreeLogits
 from sequoia.engine.verification import MakeTarget, TargetRows, verify_tree
 from sequoia.errors import InvalidArgument
 from sequoia.sampling import Decoding
@@ -26,6 +27,7 @@ class VerifyLimits:
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the logits has no probability
     make_target: MakeTarget = TargetRows
+    can_wait: bool = False  # whether the engine makes logits of large trees where they are looked at
 
 
 class VerifySession:
@@ -59,8 +61,10 @@ class VerifySession:
         num_fed = len(pending) // chunk * chunk
         yield from feed(self._slot, pending[:num_fed], chunk)
         chain = pending[num_fed:]
-        logits = yield tree_segment(self._slot, chain, tree)
-        rows = logits[:, : self._limits.vocab_size]
+        later = self._limits.can_wait and tree.topology.size > MOST_AT_ONCE
+        answer = yield tree_segment(self._slot, chain, tree, logits_later=later)
+        vocab_size = self._limits.vocab_size
+        rows = TreeLogits(tree.topology, answer, vocab_size) if later else answer[:, :vocab_size]
         verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices, self._limits.make_target)
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)

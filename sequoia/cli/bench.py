@@ -58,6 +58,10 @@ BENCHMARKS = {
     "placement": Benchmark(
         "sequoia.cli.benchmarks.placement", "colocated workers against split ones: seconds per token in pairs"
     ),
+    "offload": Benchmark(
+        "sequoia.cli.benchmarks.offload",
+        "a target that is streamed from disk, plain and with the plan in turn, against what the disk allows",
+    ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),
     "link": Benchmark("sequoia.cli.benchmarks.link", "what delay between the workers costs, and what plans make of it"),

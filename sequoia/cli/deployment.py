@@ -14,13 +14,13 @@ from types import TracebackType
 
 from sequoia.cli.placement import FLAG_PREFIX, available_cores, decide, describe, divide_cores
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
-from sequoia.cli.steps import Steps
+from sequoia.cli.steps import Progress, Steps
 from sequoia.config import MODEL_FREE, num_cores
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument
 
 # Nodes of a tree, at most, where a forward costs what it costs to read the weights.
-_OFFLOADED_TREE_SIZE = 512
+_OFFLOADED_TREE_SIZE = 768
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,16 @@ class Deployment:
 
     def _start_workers(self) -> None:
         models = self._settings.models
-        with self._steps.step("loading " + " and ".join(f"{model} to {name}" for name, model in models.items())):
+        doing = "loading " + " and ".join(f"{model} to {name}" for name, model in models.items())
+        with self._steps.step(doing) as on_progress:
             if self.placement == "colocated":
-                self._start_colocated()
+                self._start_colocated(on_progress)
             else:
-                self._start_split()
+                self._start_split(on_progress)
         for name, address in self.addresses.items():
             self._steps.say(f"  {name} serves on {address}")
 
-    def _start_colocated(self) -> None:
+    def _start_colocated(self, on_progress: Progress) -> None:
         """Both workers in one process, each on a socket in a folder that nobody else may enter."""
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sequoia-"))
         self.addresses = {name: f"unix:{folder}/{name}" for name in self._settings.models}
@@ -200,9 +201,9 @@ class Deployment:
             own = {**self._settings.worker_flags(name), "listen": address}
             flags |= {f"{FLAG_PREFIX[name]}-{flag}": value for flag, value in own.items()}
         num_threads = self._settings.num_threads_of("verify")
-        self._start({"workers": _Program("sequoia.cli.colocated", flags, num_threads)})
+        self._start({"workers": _Program("sequoia.cli.colocated", flags, num_threads)}, on_progress)
 
-    def _start_split(self) -> None:
+    def _start_split(self, on_progress: Progress) -> None:
         settings = self._settings
         self._start(
             {
@@ -213,24 +214,25 @@ class Deployment:
                     settings.cores.get(name, ()),
                 )
                 for name in settings.models
-            }
+            },
+            on_progress,
         )
         self.addresses = {name: self.processes[name].address for name in settings.models}
 
     def _start_coordinator(self) -> None:
         flags = {"listen": self._settings.listen, "redis": self.redis_url, "draft": "", **self.addresses}
         program = _Program("coordinator.server", flags, self._settings.num_threads or num_cores())
-        with self._steps.step("starting the coordinator"):
-            self._start({"coordinator": program})
+        with self._steps.step("starting the coordinator") as on_progress:
+            self._start({"coordinator": program}, on_progress)
 
-    def _start(self, programs: Mapping[str, _Program]) -> None:
+    def _start(self, programs: Mapping[str, _Program], on_progress: Progress) -> None:
         """Start servers, all at a time, and wait until they serve."""
         started: list[ServerProcess] = []
         self._stack.callback(stop, started)
         for name, each in programs.items():
             environment = _environment(each.num_threads)
             started.append(ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores))
-        for process in wait_until_serving(started):
+        for process in wait_until_serving(started, on_progress):
             self._steps.say(f"  process {process.pid} is {process.name}")
         self.processes.update((process.name, process) for process in started)
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sequoia
 from sequoia.errors import Unavailable
@@ -87,14 +88,22 @@ class ServerProcess:
         return "\n  ".join([f"the {self.name} process {how}; the end of {self.log_path}:", *lines])
 
 
-def wait_until_serving(processes: Sequence[ServerProcess]) -> Iterator[ServerProcess]:
-    """Yield each process when it serves, its address filled in. Raises Unavailable when one ends instead."""
+def wait_until_serving(
+    processes: Sequence[ServerProcess], on_progress: Callable[[int, int], None] = lambda done, total: None
+) -> Iterator[ServerProcess]:
+    """Yield each process when it serves, its address filled in; `on_progress` hears how far a long preparation is.
+
+    Raises Unavailable when a process ends instead.
+    """
     waiting = set(processes)
     for process, line in _lines(processes):
         if not line:
             raise Unavailable(process.obituary())
-        if address := _serving_address(line):
-            process.address = address
+        event = _event(line)
+        if event.get("event") == "progress":
+            on_progress(event["done"], event["total"])
+        elif event.get("event") == "serving":
+            process.address = event["address"]
             waiting.discard(process)
             yield process
         if not waiting:
@@ -127,12 +136,13 @@ def _lines(processes: Sequence[ServerProcess]) -> Iterator[tuple[ServerProcess, 
                 yield key.data, line
 
 
-def _serving_address(line: bytes) -> str:
+def _event(line: bytes) -> dict[str, Any]:
+    """What a server tells in a line; nothing where the line is somebody else's."""
     try:
         event = json.loads(line)
     except ValueError:
-        return ""
-    return event["address"] if isinstance(event, dict) and event.get("event") == "serving" else ""
+        return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _import_path(environment: Mapping[str, str]) -> str:

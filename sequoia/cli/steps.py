@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.status import Status
 
+# Takes how far a step is: (parts done, parts in all).
+Progress = Callable[[int, int], None]
+
 
 class Steps:
     """Tells one step after the other. `Steps(Console(quiet=True))` says nothing."""
@@ -17,7 +20,7 @@ class Steps:
         self._console = console
 
     @contextmanager
-    def step(self, doing: str) -> Iterator[Callable[[int, int], None]]:
+    def step(self, doing: str) -> Iterator[Progress]:
         """Around one step: said when it begins (on a terminal: a spinner), and with its duration when it is done.
 
         What it yields takes how far the step is: (parts done, parts in all).

@@ -36,6 +36,7 @@ class Segment:
     visible: Bool  # (tokens, rows from prefix_len to the last one written)
     row_positions: Int  # (rows from prefix_len to the last one written,)
     logit_tokens: tuple[int, ...]  # which tokens' logits are wanted
+    logits_later: bool = False  # whether the answer is to be `HiddenRows`, from an engine that `can_wait`
 
     @property
     def num_tokens(self) -> int:
@@ -65,7 +66,7 @@ def chunk_segment(slot: KVSlot, token_ids: Sequence[int], *, logits: bool) -> Se
     return Segment(slot, tuple(token_ids), positions, slot.length, slot.length, visible, positions, wanted)
 
 
-def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree) -> Segment:
+def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree, *, logits_later: bool = False) -> Segment:
     """Committed tokens without rows (the root left out), then the whole tree; logits for every node."""
     chain, size = len(pending), tree.topology.size
     visible = np.zeros((chain + size, chain + size), np.bool_)
@@ -74,7 +75,7 @@ def tree_segment(slot: KVSlot, pending: Sequence[int], tree: TokenTree) -> Segme
     offsets = (*range(chain), *(chain + depth for depth in tree.topology.depths))
     positions = slot.length + np.array(offsets)
     tokens, wanted = (*pending, *tree.token_ids), tuple(range(chain, chain + size))
-    return Segment(slot, tokens, positions, slot.length, slot.length, visible, positions, wanted)
+    return Segment(slot, tokens, positions, slot.length, slot.length, visible, positions, wanted, logits_later)
 
 
 def host_token_ids(segment: Segment) -> Int:

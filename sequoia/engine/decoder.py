@@ -31,6 +31,14 @@ class Decoder(Protocol):
         """Grows a whole tree in one call; None where only forwards can be had."""
 
     @property
+    def hidden_rows(self) -> Callable[[PackedBatch, KVCache], Tensor] | None:
+        """`forward` without the head, (wanted tokens, hidden): for `logits`, later; None where it makes all at once."""
+
+    @property
+    def logits(self) -> Callable[[Tensor], Tensor] | None:
+        """The head: (tokens, hidden) -> (tokens, padded vocabulary), the same as `forward` had made."""
+
+    @property
     def make_target(self) -> MakeTarget | None:
         """The quickest way to verify this model's logits; None where it is the engine's own."""
 
@@ -41,6 +49,8 @@ class TransformersDecoder:
     name = "transformers"
     grow = None
     make_target = None
+    hidden_rows = None
+    logits = None
 
     def __init__(self, module: PreTrainedModel, *, rows_are_independent: bool = False) -> None:
         self._module, self.rows_are_independent = module, rows_are_independent

@@ -20,6 +20,7 @@ from sequoia.engine.decoder import Decoder
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.target_table import TargetTable
+from sequoia.engine.tree_logits import HiddenRows
 from sequoia.engine.verification import MakeTarget, TargetRows
 from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree
 
@@ -27,7 +28,7 @@ Result = TypeVar("Result")
 
 # A job is plain Python that yields the segment it wants forwarded next and receives that segment's logits,
 # (wanted tokens, vocabulary) in the model's dtype. Jobs of several sessions share forwards without knowing it.
-# For a whole tree, where the engine `can_grow`, it receives the grown tree.
+# For a whole tree, where the engine `can_grow`, it receives the grown tree; for logits later, hidden rows.
 Job = Generator[Segment | AnyWholeTree, Any, Result]
 
 
@@ -58,14 +59,35 @@ class Engine:
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
         """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
-        vocabulary = self._vocabulary
+        assert not any(each.logits_later for each in segments), "they are answered by `forward_some`"
+        logits = self._decoder.forward(self._packed(segments), self.cache)
+        if self._vocabulary is not None:
+            logits = self._vocabulary.widened(logits)
+        return list(logits.split([len(s.logit_tokens) for s in segments]))
+
+    @property
+    def can_wait(self) -> bool:
+        """Whether logits can be made later."""
+        return self._decoder.hidden_rows is not None and self._vocabulary is None and not self.reads_once
+
+    @torch.inference_mode()
+    def forward_some(self, segments: Sequence[Segment]) -> list[Tensor | HiddenRows]:
+        """`forward`, where some segments want their logits later."""
+        if not any(each.logits_later for each in segments):
+            return [*self.forward(segments)]
+        make_rows, head = self._decoder.hidden_rows, self._decoder.logits
+        assert make_rows, "this engine makes all logits at once"
+        assert head, "of rows that come later"
+        hidden = make_rows(self._packed(segments), self.cache)
+        parts = hidden.split([len(each.logit_tokens) for each in segments])
+        pairs = zip(segments, parts, strict=True)
+        return [HiddenRows(part, head) if each.logits_later else head(part) for each, part in pairs]
+
+    def _packed(self, segments: Sequence[Segment]) -> PackedBatch:
         batch = PackedBatch(segments, self._device, self._dtype)
-        logits = self._decoder.forward(batch, self.cache)
-        if vocabulary is not None:
-            logits = vocabulary.widened(logits)
         self.num_forwards += 1
         self.num_forward_tokens += batch.num_tokens
-        return list(logits.split([len(s.logit_tokens) for s in segments]))
+        return batch
 
     @property
     def can_grow(self) -> bool:
@@ -103,7 +125,7 @@ class _Task(Generic[Result]):
         """Whether nobody waits any more."""
         return self.future.cancelled()
 
-    def advance(self, answer: Tensor | AnyGrownTree | None) -> bool:
+    def advance(self, answer: Tensor | HiddenRows | AnyGrownTree | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
         try:
             self.wanted = self.job.send(answer) if answer is not None else next(self.job)
@@ -248,8 +270,8 @@ class Executor:
         return task.future
 
 
-def _answers(engine: Engine, wanted: Sequence[Segment | AnyWholeTree]) -> Sequence[Tensor | AnyGrownTree]:
+def _answers(engine: Engine, wanted: Sequence[Segment | AnyWholeTree]) -> Sequence[Tensor | HiddenRows | AnyGrownTree]:
     """To several segments, or to one whole tree."""
     if isinstance(wanted[0], AnyWholeTree):
         return [engine.grow(wanted[0])]
-    return engine.forward([each for each in wanted if isinstance(each, Segment)])
+    return engine.forward_some([each for each in wanted if isinstance(each, Segment)])

@@ -43,6 +43,8 @@ class GraphsDecoder:
     name = "graphs"
     grow = None
     make_target = None
+    hidden_rows = None
+    logits = None
     rows_are_independent = False
 
     def __init__(self, lean: LeanDecoder, device: torch.device) -> None:

@@ -82,9 +82,12 @@ class LeanDecoder:
 
     def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor:
         """Write the batch's rows. Returns the logits asked for, (wanted tokens, padded vocabulary)."""
+        return self.logits(self.hidden_rows(batch, cache))
+
+    def hidden_rows(self, batch: PackedBatch, cache: KVCache) -> Tensor:
+        """Write the batch's rows. Returns the tokens whose logits are asked for behind the last layer."""
         tokens = PlacedTokens(batch.token_ids[0], batch.positions[0], batch.write_rows)
-        hidden = self.hidden(tokens, cache, partial(self._attend_segments, batch))
-        return self.logits(hidden[batch.logit_tokens])
+        return self.hidden(tokens, cache, partial(self._attend_segments, batch))[batch.logit_tokens]
 
     def hidden(self, tokens: PlacedTokens, cache: KVCache, attend: Attend) -> Tensor:
         """Write the tokens' rows. Returns what the last layer makes of them, (tokens, hidden)."""

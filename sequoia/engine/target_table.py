@@ -15,6 +15,7 @@ from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, gumbel_rows, streams,
 from sequoia.engine.sampling import COUPLED_WIDTH, Choices, Path, adjusted_logits, finite_peak
 from sequoia.engine.siblings import Ids, Reals
 from sequoia.engine.transfer import download, upload
+from sequoia.engine.tree_logits import Logits
 from sequoia.rules import COUPLED
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import DraftDistributions, TokenLogprobs, TokenTree
@@ -48,8 +49,9 @@ class TargetTable:
     """A `verification.TreeTarget` of all nodes at once, read in one copy from any device."""
 
     def __init__(
-        self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices
+        self, tree: TokenTree, logits: Logits, decoding: Decoding, committed: tuple[int, ...], choices: Choices
     ) -> None:
+        assert isinstance(logits, Tensor), "an engine that reads once makes all logits at once"
         self._tree, self._logits, self._decoding = tree, logits, decoding
         adjusted = _adjusted(tree, logits, decoding, committed)
         sampling = decoding.sampling

@@ -25,6 +25,7 @@ from sequoia.engine.sampling import (
     target_distribution,
 )
 from sequoia.engine.siblings import Siblings, Target, WholeTarget
+from sequoia.engine.tree_logits import Logits
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenLogprobs, TokenTree, Verdict
@@ -49,14 +50,14 @@ class TreeTarget(Protocol):
 
 
 # From a tree, its logits (size, vocabulary), the decoding, all committed tokens (the last is the root), and choices.
-MakeTarget = Callable[[TokenTree, Tensor, Decoding, tuple[int, ...], Choices], TreeTarget]
+MakeTarget = Callable[[TokenTree, Logits, Decoding, tuple[int, ...], Choices], TreeTarget]
 
 
 class TargetRows:
     """A `TreeTarget` that is computed for the nodes asked for."""
 
     def __init__(
-        self, tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...], choices: Choices
+        self, tree: TokenTree, logits: Logits, decoding: Decoding, committed: tuple[int, ...], choices: Choices
     ) -> None:
         self._tree, self._logits, self._decoding = tree, logits, decoding  # logits: (size, vocabulary)
         self._committed, self._choices = committed, choices
@@ -95,7 +96,7 @@ class TargetRows:
 
 def verify_tree(
     tree: TokenTree,
-    logits: Tensor,
+    logits: Logits,
     decoding: Decoding,
     committed: tuple[int, ...],
     choices: Choices,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate, pairwise
 
 from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.executor import Engine
 from sequoia.engine.kv_cache import KVSlot
+from sequoia.engine.tree_logits import MOST_AT_ONCE, HiddenRows, TreeLogits
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.topology import TokenTree, Topology
 
@@ -30,25 +32,27 @@ Measure = Callable[[int], float]
 
 
 def measure_profile(
-    engine: Engine, max_tokens: int, context_length: int, *, is_streamed: bool = False
+    engine: Engine, max_tokens: int, context_length: int, *, verifies: bool = False, is_streamed: bool = False
 ) -> LatencyProfile:
     """One session's curve up to `max_tokens` with its cliffs, and sparser ones of more sessions and longer contexts.
 
-    Of a model whose weights are streamed, which takes seconds a forward: one session's, at every other power of two.
+    `verifies`: of a target, whose forward makes all logits of small trees only, and of larger ones some after it. Of a
+    model whose weights are streamed, which takes seconds a forward: one session's, at every other power of two.
     """
     with engine.cache.slot() as slot:
         engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
+    behind = partial(_behind, engine, verifies and engine.can_wait)
     if is_streamed:
-        rough = _rough(_behind(engine, 1, _CONTEXT_TOKENS), max_tokens)
+        rough = _rough(behind(1, _CONTEXT_TOKENS), max_tokens)
         return LatencyProfile(SharedCurve(1, _CONTEXT_TOKENS, rough), ())
-    base = _curve_with_cliffs(_behind(engine, 1, _CONTEXT_TOKENS), _powers_of_two(max_tokens))
+    base = _curve_with_cliffs(behind(1, _CONTEXT_TOKENS), _powers_of_two(max_tokens))
     others = [
-        SharedCurve(count, _CONTEXT_TOKENS, _sparse(_behind(engine, count, _CONTEXT_TOKENS), max_tokens // count))
+        SharedCurve(count, _CONTEXT_TOKENS, _sparse(behind(count, _CONTEXT_TOKENS), max_tokens // count))
         for count in _NUM_SESSIONS
         if count <= min(engine.cache.num_slots, max_tokens)
     ]
     others += [
-        SharedCurve(1, length, _sparse(_behind(engine, 1, length), max_tokens))
+        SharedCurve(1, length, _sparse(behind(1, length), max_tokens))
         for length in _LONG_CONTEXTS
         if length <= context_length
     ]
@@ -113,7 +117,7 @@ def _repeat_disturbed(seconds: dict[int, float], measure: Measure) -> None:
             return
 
 
-def _behind(engine: Engine, num_sessions: int, num_context_tokens: int) -> Measure:
+def _behind(engine: Engine, can_wait: bool, num_sessions: int, num_context_tokens: int) -> Measure:
     """Seconds of a forward by the tokens of each of that many sessions, each behind a context."""
 
     def measure(width: int) -> float:
@@ -121,15 +125,17 @@ def _behind(engine: Engine, num_sessions: int, num_context_tokens: int) -> Measu
             slots = [stack.enter_context(engine.cache.slot()) for _ in range(num_sessions)]
             for slot in slots:
                 slot.pretend(num_context_tokens)
-            return confirmed(lambda: _seconds(engine, slots, width))
+            return confirmed(lambda: _seconds(engine, slots, width, logits_later=can_wait and width > MOST_AT_ONCE))
 
     return measure
 
 
-def _seconds(engine: Engine, slots: Iterable[KVSlot], width: int) -> float:
+def _seconds(engine: Engine, slots: Iterable[KVSlot], width: int, *, logits_later: bool) -> float:
+    """Of one forward, and of what comes later: the logits that a walk down a tree of that size looks at first."""
     chain = TokenTree(Topology.chain(width), (0,) * width)
-    segments = [tree_segment(slot, (), chain) for slot in slots]
+    segments = [tree_segment(slot, (), chain, logits_later=logits_later) for slot in slots]
     started = time.perf_counter()
-    logits = engine.forward(segments)
-    float(logits[0][0, 0])  # waits for the device
+    for answer in engine.forward_some(segments):
+        logits = TreeLogits(chain.topology, answer, 1) if isinstance(answer, HiddenRows) else answer
+        float(logits[0][0])  # waits for the device
     return time.perf_counter() - started

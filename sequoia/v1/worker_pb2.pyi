@@ -103,13 +103,33 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("num_slots", "num_slots_used", "num_forwards", "num_forward_tokens")
+    __slots__ = ("num_slots", "num_slots_used", "num_forwards", "num_forward_tokens", "offload")
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
     NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
     NUM_FORWARD_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    OFFLOAD_FIELD_NUMBER: _ClassVar[int]
     num_slots: int
     num_slots_used: int
     num_forwards: int
     num_forward_tokens: int
-    def __init__(self, num_slots: _Optional[int] = ..., num_slots_used: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_forward_tokens: _Optional[int] = ...) -> None: ...
+    offload: OffloadStatus
+    def __init__(self, num_slots: _Optional[int] = ..., num_slots_used: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_forward_tokens: _Optional[int] = ..., offload: _Optional[_Union[OffloadStatus, _Mapping]] = ...) -> None: ...
+
+class OffloadStatus(_message.Message):
+    __slots__ = ("num_layers", "num_resident_layers", "num_forwards", "num_bytes", "read_seconds", "forward_seconds", "stall_seconds")
+    NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_RESIDENT_LAYERS_FIELD_NUMBER: _ClassVar[int]
+    NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    READ_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STALL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    num_layers: int
+    num_resident_layers: int
+    num_forwards: int
+    num_bytes: int
+    read_seconds: float
+    forward_seconds: float
+    stall_seconds: float
+    def __init__(self, num_layers: _Optional[int] = ..., num_resident_layers: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_bytes: _Optional[int] = ..., read_seconds: _Optional[float] = ..., forward_seconds: _Optional[float] = ..., stall_seconds: _Optional[float] = ...) -> None: ...

@@ -25,6 +25,7 @@ class BenchSystem:
     address: str
     redis_url: str = ""
     process_ids: Mapping[str, int] = field(default_factory=dict)
+    verify_address: str = ""  # of its verify worker
 
     def peak_bytes(self, *, with_draft: bool) -> int | None:
         """Of its processes; the draft worker's is left out where no draft is needed."""
@@ -46,7 +47,7 @@ def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchS
         return
     with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as deployment:
         process_ids = {name: each.pid for name, each in deployment.processes.items()}
-        yield BenchSystem(deployment.address, deployment.redis_url, process_ids)
+        yield BenchSystem(deployment.address, deployment.redis_url, process_ids, deployment.addresses["verify"])
 
 
 @contextmanager

@@ -276,24 +276,40 @@ static void embed(const Model *model, const Batch *batch, const Scratch *scratch
     }
 }
 
+/* Logits of some rows of (..., hidden) behind the last layer: of those that `wanted` names, NULL: of the first ones. */
+static void run_head(const Model *model, const float *behind_layers, const int64_t *wanted, int rows,
+                     const Scratch *scratch, int *call, float *logits) {
+    int hidden = model->hidden;
+#pragma omp for
+    for (int row = 0; row < rows; row++) {
+        float *x = scratch->narrow + (int64_t)row * hidden;
+        const float *from = behind_layers + (wanted ? wanted[row] : row) * hidden;
+        normalize(from, model->output_norm, model->epsilon, hidden, x);
+        pack_row(&model->head, scratch, x, row, rows);
+    }
+    multiply(&model->head, scratch, call, rows, logits, 0);
+}
+
 void sequoia_layers(const Model *model, const Batch *batch, const Scratch *scratch, int32_t first, int32_t end,
                     float *logits) {
-    int hidden = model->hidden;
 #pragma omp parallel num_threads(model->num_threads)
     {
         int call = LINEARS_IN_LAYER * first;
         begin_products();
         if (first == 0) embed(model, batch, scratch);
         for (int layer = first; layer < end; layer++) run_layer(model, model->layers + layer, batch, scratch, &call);
-        if (end == model->num_layers && batch->num_wanted) {
-#pragma omp for
-            for (int row = 0; row < batch->num_wanted; row++) {
-                float *x = scratch->narrow + (int64_t)row * hidden;
-                normalize(scratch->residual + batch->wanted[row] * hidden, model->output_norm, model->epsilon, hidden, x);
-                pack_row(&model->head, scratch, x, row, batch->num_wanted);
-            }
-            multiply(&model->head, scratch, &call, batch->num_wanted, logits, 0);
-        }
+        if (logits && end == model->num_layers && batch->num_wanted)
+            run_head(model, scratch->residual, batch->wanted, batch->num_wanted, scratch, &call, logits);
+        end_products();
+    }
+}
+
+void sequoia_head(const Model *model, const float *behind_layers, int32_t rows, const Scratch *scratch, float *logits) {
+#pragma omp parallel num_threads(model->num_threads)
+    {
+        int call = 0;
+        begin_products();
+        run_head(model, behind_layers, NULL, rows, scratch, &call, logits);
         end_products();
     }
 }

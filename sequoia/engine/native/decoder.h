@@ -96,9 +96,13 @@ static inline __m512 exponential(__m512 x) {
 enum { LINEARS_IN_LAYER = 4 };
 
 /* A part of a forward: the layers from `first` up to `end`, before the first of all the embedding, behind the last of
- * all the logits. `scratch->taken` is all zeros before the first part, and `scratch` stays what it is between them. */
+ * all the logits, unless they are NULL. `scratch->taken` is all zeros before the first part, and `scratch` stays what it
+ * is between them. What the last layer makes of the tokens is then in `scratch->residual`. */
 void sequoia_layers(const Model *model, const Batch *batch, const Scratch *scratch, int32_t first, int32_t end,
                     float *logits);
+
+/* Logits, (rows, vocabulary) float32, of rows that were in `residual` behind the last layer, (rows, hidden). */
+void sequoia_head(const Model *model, const float *behind_layers, int32_t rows, const Scratch *scratch, float *logits);
 
 /* All of it. Logits, (wanted, vocabulary) float32. */
 void sequoia_forward(const Model *model, const Batch *batch, const Scratch *scratch, float *logits);

@@ -98,7 +98,8 @@ class NativeDecoder:
         num_threads: int,
         stream: BlockStream | None = None,
     ) -> None:
-        self._run_layers, self.shape, self._num_threads = library.sequoia_layers, weights.shape, num_threads
+        self._run_layers, self._run_head = library.sequoia_layers, library.sequoia_head
+        self.shape, self._num_threads = weights.shape, num_threads
         self._memory: list[object] = []
         self._bits, self._activation_bits, self._stream = bits, activation_bits, stream
         self._forms = LayerForms(weights.shape, bits, activation_bits)
@@ -125,6 +126,31 @@ class NativeDecoder:
 
     def forward(self, batch: PackedBatch, cache: KVCache) -> Tensor:
         """Write the batch's rows. Returns the logits asked for, (wanted tokens, padded vocabulary) float32."""
+        logits = torch.empty(len(batch.logit_tokens), self._vocab_size)
+        self._run(batch, logits)
+        return logits
+
+    def hidden_rows(self, batch: PackedBatch, cache: KVCache) -> Tensor:
+        """Write the batch's rows. Returns the tokens whose logits are asked for behind the last layer, float32."""
+        self._run(batch, None)
+        rows = self._scratch.residual(batch.num_tokens, self.shape.hidden)
+        return rows.index_select(0, batch.logit_tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of tokens behind the last layer, (tokens, hidden) -> (tokens, padded vocabulary) float32."""
+        hidden = hidden.contiguous()
+        logits, scratch = torch.empty(len(hidden), self._vocab_size), self._room(len(hidden), 0)
+        self._run_head(
+            ctypes.byref(self._model),
+            ctypes.c_void_p(hidden.data_ptr()),
+            ctypes.c_int32(len(hidden)),
+            ctypes.byref(scratch),
+            ctypes.c_void_p(logits.data_ptr()),
+        )
+        return logits
+
+    def _run(self, batch: PackedBatch, logits: Tensor | None) -> None:
+        """All layers, and logits where there is room for them."""
         seen = batch.seen_rows
         arrays = (
             batch.token_ids[0].numpy(),
@@ -139,7 +165,6 @@ class NativeDecoder:
         num_tokens, num_wanted = len(arrays[0]), len(arrays[-1])
         most_rows = int((seen.prefix_lens + np.diff(seen.own_starts)).max())
         wire = _Batch(num_tokens, num_wanted, *(array.ctypes.data for array in arrays), most_rows)
-        logits = torch.empty(num_wanted, self._vocab_size)
         scratch = self._room(num_tokens, most_rows)
         for first, end in self._parts():
             self._run_layers(
@@ -148,9 +173,8 @@ class NativeDecoder:
                 ctypes.byref(scratch),
                 ctypes.c_int32(first),
                 ctypes.c_int32(end),
-                ctypes.c_void_p(logits.data_ptr()),
+                None if logits is None else ctypes.c_void_p(logits.data_ptr()),
             )
-        return logits
 
     def _parts(self) -> Iterator[tuple[int, int]]:
         """The layers of a forward, from the first up to the end, as far as they are in memory at a time."""

@@ -29,6 +29,10 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
 
+    def residual(self, num_tokens: int, hidden: int) -> Tensor:
+        """What the last forward left there, (num_tokens, hidden); good until the next one."""
+        return self._buffers["residual"][: num_tokens * hidden].view(num_tokens, hidden)
+
     def room(self, *, taken: int, **sizes: int) -> ScratchAddresses:
         """At least so many numbers in each, and `taken` counters set to zero, each in a cache line of its own."""
         for name, size in (*sizes.items(), ("taken", taken * _CACHE_LINE)):

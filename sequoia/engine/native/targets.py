@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sequoia.engine.sampling import Choices, finite_peak
 from sequoia.engine.siblings import Ids, Reals, Target
+from sequoia.engine.tree_logits import Logits
 from sequoia.engine.verification import TargetRows
 from sequoia.rules import COUPLED, GREEDY
 from sequoia.sampling import Decoding, Sampling
@@ -105,7 +106,7 @@ class NativeRows(TargetRows):
         self,
         functions: _Functions,
         tree: TokenTree,
-        logits: Tensor,
+        logits: Logits,
         decoding: Decoding,
         committed: tuple[int, ...],
         choices: Choices,

@@ -23,7 +23,7 @@ class Demands:
 
     num_cache_rows: int  # of keys and values
     num_forward_tokens: int  # most in a forward
-    num_logits: int  # most tokens of a forward whose logits are wanted
+    num_logits: int  # most tokens whose logits are in memory
 
 
 def bytes_for_layers(model: LoadedModel, quantization: str, demands: Demands, limit: int, shape: DecoderShape) -> int:

@@ -38,12 +38,18 @@ class Offloaded(NamedTuple):
 
 
 def build_offloaded(
-    model: LoadedModel, arithmetic: Arithmetic, num_positions: int, cache_dir: Path, room: Room
+    model: LoadedModel,
+    arithmetic: Arithmetic,
+    num_positions: int,
+    cache_dir: Path,
+    room: Room,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Offloaded:
     """A decoder of a hollow model, its layers on disk but for those that there is `room` for.
 
-    Raises InvalidArgument naming `offload`, `engine`, `quantization` or `memory-limit` for what cannot be done,
-    FailedPrecondition naming `offload` for files that cannot be written or read.
+    `on_progress` hears (layers laid out, layers in all), when they are for the first time. Raises InvalidArgument
+    naming `offload`, `engine`, `quantization` or `memory-limit` for what cannot be done, FailedPrecondition naming
+    `offload` for files that cannot be written or read.
     """
     if not is_readable(model.module) or arithmetic.engine == "transformers":
         kind = model.module.config.model_type
@@ -54,11 +60,11 @@ def build_offloaded(
         raise InvalidArgument(f"{arithmetic.engine} cannot stream this model: {reason}; use auto", "engine")
     if reason:
         check_quantization(arithmetic, reason)
-        laid = _laid_out(model, num_positions, layer_tensors, "plain", cache_dir)
+        laid = _laid_out(model, num_positions, layer_tensors, "plain", cache_dir, on_progress)
         stream = _stream(laid, room)
         return Offloaded(build_lean(model, arithmetic, laid.weights, stream), stream)
     bits = BITS[arithmetic.quantization]
-    laid = _laid_out(model, num_positions, partial(pack_layer, bits=bits), f"panels{bits}", cache_dir)
+    laid = _laid_out(model, num_positions, partial(pack_layer, bits=bits), f"panels{bits}", cache_dir, on_progress)
     stream = _stream(laid, room)
     decoder = NativeDecoder(
         library(cache_dir),
@@ -71,10 +77,17 @@ def build_offloaded(
     return Offloaded(decoder, stream)
 
 
-def _laid_out(model: LoadedModel, num_positions: int, encode: Encode, form: str, cache_dir: Path) -> LaidOut:
+def _laid_out(
+    model: LoadedModel,
+    num_positions: int,
+    encode: Encode,
+    form: str,
+    cache_dir: Path,
+    on_progress: Callable[[int, int], None],
+) -> LaidOut:
     assert model.checkpoint is not None
     folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
-    return lay_out(model.module, model.checkpoint, num_positions, encode, folder)
+    return lay_out(model.module, model.checkpoint, num_positions, encode, folder, on_progress)
 
 
 def _stream(laid: LaidOut, room: Room) -> BlockStream:

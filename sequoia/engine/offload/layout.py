@@ -34,11 +34,17 @@ class LaidOut(NamedTuple):
 
 
 def lay_out(
-    module: PreTrainedModel, checkpoint: Checkpoint, num_positions: int, encode: Encode, folder: Path
+    module: PreTrainedModel,
+    checkpoint: Checkpoint,
+    num_positions: int,
+    encode: Encode,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
 ) -> LaidOut:
     """The layers of a readable module on the meta device as files in `folder`, by the first process that asks.
 
-    One layer is in memory at a time. Raises FailedPrecondition naming `offload` where the disk does not take them.
+    One layer is in memory at a time; `on_progress` hears (layers written, layers in all). Raises FailedPrecondition
+    naming `offload` where the disk does not take them.
     """
     body: Any = module.model
     checkpoint.fill(body.embed_tokens, "model.embed_tokens.")
@@ -53,7 +59,7 @@ def lay_out(
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             _LOG.info("laying the model out for offloading", extra={"folder": str(folder)})
-            _write(weights, body, checkpoint, encode, folder)
+            _write(weights, body, checkpoint, encode, folder, on_progress)
     return LaidOut(weights, files)
 
 
@@ -63,7 +69,14 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _write(weights: DecoderWeights, body: Any, checkpoint: Checkpoint, encode: Encode, folder: Path) -> None:
+def _write(
+    weights: DecoderWeights,
+    body: Any,
+    checkpoint: Checkpoint,
+    encode: Encode,
+    folder: Path,
+    on_progress: Callable[[int, int], None],
+) -> None:
     """Whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
         written = Path(scratch) / "layers"
@@ -75,6 +88,7 @@ def _write(weights: DecoderWeights, body: Any, checkpoint: Checkpoint, encode: E
                 write_block(written / f"{index:04d}.safetensors", tensors)
                 del tensors
                 _give_back()
+                on_progress(index + 1, len(body.layers))
         except OSError as error:
             free = shutil.disk_usage(scratch).free
             problem = f"layers cannot be written to {folder.parent}, where {free / 1e9:.1f} GB are free: {error}"

@@ -20,12 +20,13 @@ class Passed:
     num_passes: int = 0
     num_bytes: int = 0  # read from the slow tier
     read_seconds: float = 0.0  # in which the reader read
-    stall_seconds: float = 0.0  # in which the one who computes waited for it
+    pass_seconds: float = 0.0  # from a pass's beginning to its end
+    stall_seconds: float = 0.0  # of these, in which the one who computes waited for a block
 
     def __str__(self) -> str:
         rate = self.num_bytes / self.read_seconds / 1e9 if self.read_seconds else 0.0
         read = f"{self.num_passes} forwards, {self.num_bytes / 1e9:.1f} GB read in {self.read_seconds:.1f} s"
-        return f"{read} ({rate:.2f} GB/s), {self.stall_seconds:.1f} s waited for"
+        return f"{read} ({rate:.2f} GB/s); of {self.pass_seconds:.1f} s they waited {self.stall_seconds:.1f}"
 
 
 class BlockStream:
@@ -81,6 +82,7 @@ class BlockStream:
             self._reader.stop()
             self._reader = self._read()
         self._is_between_passes = False
+        begun = time.perf_counter()
         for index in range(len(self._blocks)):
             if index in self._resident:
                 yield self._resident[index]
@@ -91,6 +93,7 @@ class BlockStream:
             yield read.tensors
             self._reader.release(read)
         self.passed.num_passes += 1
+        self.passed.pass_seconds += time.perf_counter() - begun
         self._is_between_passes = True
 
     def _read(self) -> _Reader:
