@@ -18,7 +18,7 @@ Settings = TypeVar("Settings")
 ENGINES = ("auto", "native", "graphs", "lean", "transformers")
 QUANTIZATIONS = ("none", "int8", "int4")
 # Where a target's weights are while it works; see sequoia/engine/offload.
-OFFLOADS = ("none", "disk", "auto")
+OFFLOADS = ("none", "disk", "host", "auto")
 # What a draft worker serves that has no model: what a session's own tokens repeat.
 MODEL_FREE = "ngram"
 

@@ -32,7 +32,7 @@ __all__ = [
 Float = NDArray[np.float64]
 
 SCHEMA = "sequoia.tree_plan.v3"
-MAX_LEVELS = 16
+MAX_LEVELS = 32
 # Limits on a level's width that are tried, of those the draft's curve has.
 _MOST_WIDTHS = 6
 # Widths of dynamic trees that are tried: with one node a level there is hardly a choice.

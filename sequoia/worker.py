@@ -21,14 +21,14 @@ from filelock import FileLock
 from sequoia.config import num_bytes, num_cores
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.decoder import Decoder
-from sequoia.engine.decoders import Arithmetic, build_decoder
+from sequoia.engine.decoders import Arithmetic, build_decoder, why_not_native
 from sequoia.engine.executor import Engine, EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.offload.budget import Demands, bytes_for_layers
 from sequoia.engine.offload.decoder import build_offloaded
 from sequoia.engine.offload.stream import BlockStream
-from sequoia.engine.sources import resolve
+from sequoia.engine.sources import ModelFiles, resolve
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.engine.tree_logits import MOST_ROWS
 from sequoia.engine.warmup import measure_profile
@@ -56,7 +56,7 @@ class Worker:
     cache_dir: Path
     draft_ahead: str
     mixes_ngrams: bool
-    stream: BlockStream | None = None  # what an offloaded model's layers come from
+    stream: BlockStream[Any] | None = None  # what an offloaded model's layers come from
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
@@ -65,13 +65,10 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     torch.set_num_threads(num_threads)
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
     is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
-    model = load_model(
-        files,
-        dtype=config.dtype,
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        offload="none" if is_draft else config.offload,
-    )
+    model = _load_model(config, files, config.offload)
+    if is_draft and model.checkpoint is not None and why_not_native(model, files.cache_dir):
+        # Packed by torch, layers would be in memory twice for good.
+        model = _load_model(config, files, "none")
     context_length = _context_length(config, model)
     if model.vocabulary and not is_draft:
         reason = f"proposes {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
@@ -93,7 +90,19 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         num_logits = min(config.max_tree_size, MOST_ROWS)
         demands = Demands(cache.num_rows, config.prefill_chunk + config.max_tree_size, num_logits)
         room = partial(bytes_for_layers, model, quantization, demands, num_bytes(config.memory_limit or "0"))
-        decoder, stream = build_offloaded(model, arithmetic, slot_rows, files.cache_dir, room, announce_progress)
+        decoder, stream = build_offloaded(
+            model,
+            arithmetic,
+            slot_rows,
+            files.cache_dir,
+            room,
+            tier="disk" if model.device.type == "cpu" else "host",
+            num_resident=None if config.resident_layers < 0 else config.resident_layers,
+            on_progress=announce_progress,
+        )
+        if is_draft and not stream.is_resident:
+            problem = f"{stream.num_resident} of the draft's {stream.num_blocks} layers fit into memory"
+            raise InvalidArgument(f"{problem}, and all must; choose a smaller draft", "model")
     executor.engine = Engine(decoder, cache, model.device, model.dtype, vocabulary=model.vocabulary)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
@@ -120,7 +129,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         files.cache_dir,
         config.draft_ahead,
         mixes_ngrams=config.ngram == "on",
-        stream=stream,
+        stream=stream if stream and not stream.is_resident else None,
     )
 
 
@@ -218,7 +227,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         )
 
 
-def _offload_status(stream: BlockStream) -> worker_pb2.OffloadStatus:
+def _offload_status(stream: BlockStream[Any]) -> worker_pb2.OffloadStatus:
     passed = stream.passed
     return worker_pb2.OffloadStatus(
         num_layers=stream.num_blocks,
@@ -240,7 +249,20 @@ def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
 def _quantization(asked: str, model: LoadedModel, *, is_draft: bool) -> str:
     if asked != "auto":
         return asked
-    return "int8" if is_draft and model.device.type == "cpu" and model.dtype == torch.bfloat16 else "none"
+    if not is_draft or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+        return "none"
+    # Beside a target that is read from disk, a level's time counts for less than the memory it takes.
+    return "int8" if model.checkpoint is None else "int4"
+
+
+def _load_model(config: WorkerConfig, files: ModelFiles, offload: str) -> LoadedModel:
+    return load_model(
+        files,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        offload=offload,
+    )
 
 
 def _context_length(config: WorkerConfig, model: LoadedModel) -> int:
@@ -262,12 +284,13 @@ def device_id(device: torch.device) -> str:
 
 
 def _hardware_key(
-    model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder, stream: BlockStream | None
+    model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder, stream: BlockStream[Any] | None
 ) -> str:
     if model.device.type == "cuda":
         place = torch.cuda.get_device_name(model.device)
     else:
         place = f"cpu-{torch.backends.cpu.get_cpu_capability()}/{num_threads} threads"
     independent = "/deterministic" * (decoder.rows_are_independent and decoder.name != "native")
-    streamed = f"/{stream.num_resident} of {stream.num_blocks} layers in memory" if stream else ""
+    is_streamed = stream is not None and not stream.is_resident
+    streamed = f"/{stream.num_resident} of {stream.num_blocks} layers in memory" if stream and is_streamed else ""
     return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}{streamed}"

@@ -18,7 +18,8 @@ class WorkerConfig:
     engine: str = setting("auto", "what runs the layers; auto: the first that can", choices=ENGINES)
     quantization: str = setting(
         "auto",
-        "weights of the linear layers; auto: int8 for a draft in bfloat16 on the CPU, none for all others",
+        "weights of the linear layers; auto: int8 for a draft in bfloat16 on the CPU, int4 for one of an offloaded "
+        "model, none for all others",
         choices=("auto", *QUANTIZATIONS),
     )
     device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
@@ -27,13 +28,14 @@ class WorkerConfig:
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
     offload: str = setting(
         "none",
-        "verify worker: keep weights in files of the cache folder and stream them through memory in every forward; "
-        "auto: where they do not fit",
+        "keep weights on a slower tier and stream them through memory in every forward: in files of the cache folder "
+        "for a CPU (disk), in the host's memory for a GPU (host); auto: either, where they do not fit",
         choices=OFFLOADS,
     )
     memory_limit: str = setting(
-        "", "verify worker, offloaded: most memory of the process, as 2GiB; empty: what is free"
+        "", "offloaded: most memory of the process, on a GPU most of its memory, as 2GiB; empty: what is free"
     )
+    resident_layers: int = setting(-1, "offloaded: layers that stay in memory; -1: as many as fit")
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
     draft_ahead: str = setting(
@@ -61,7 +63,8 @@ class WorkerConfig:
             num_bytes(self.memory_limit or "0")
         except ValueError as error:
             raise ValueError(f"--memory-limit (SEQUOIA_MEMORY_LIMIT): {error}") from error
-        if self.memory_limit and self.offload == "none":
-            raise ValueError("--memory-limit (SEQUOIA_MEMORY_LIMIT) is for --offload disk or auto")
+        if self.offload == "none" and (self.memory_limit or self.resident_layers >= 0):
+            flag = "--memory-limit (SEQUOIA_MEMORY_LIMIT)" if self.memory_limit else "--resident-layers"
+            raise ValueError(f"{flag} is for --offload disk, host or auto")
         if self.context_length < 0 or self.num_threads < 0:
             raise ValueError("--context-length and --num-threads must not be negative")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,11 +55,11 @@ def build(
     resident_bytes: int,
     *,
     deterministic: bool = False,
+    **how: Any,
 ) -> Offloaded:
     model = load_model(resolve(str(folder)), dtype=dtype, device="cpu", offload="disk")
-    return build_offloaded(
-        model, Arithmetic(engine, quantization, deterministic=deterministic), 256, cache, lambda _: resident_bytes
-    )
+    arithmetic = Arithmetic(engine, quantization, deterministic=deterministic)
+    return build_offloaded(model, arithmetic, 256, cache, lambda _: resident_bytes, **how)
 
 
 def engine_of(offloaded: Offloaded, dtype: str) -> Engine:
@@ -93,8 +94,64 @@ def test_logits_are_those_of_the_model_in_memory(
         offloaded = build(folder, cache, dtype, engine, quantization, num_bytes)
         with offloaded.stream as stream:
             torch.testing.assert_close(tree_logits(engine_of(offloaded, dtype)), expected, rtol=0.0, atol=tolerance)
-            assert stream.passed.num_passes == 3
-            assert (stream.passed.num_bytes == 0) == (room == ROOM_FOR_ALL)
+            assert stream.is_resident == (room == ROOM_FOR_ALL)
+            assert stream.passed.num_passes == (1 if stream.is_resident else 3)
+            assert (stream.passed.num_bytes == 0) == stream.is_resident
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_in_the_hosts_memory_give_the_same_logits(folder: Path, tmp_path: Path, dtype: str) -> None:
+    expected = tree_logits(load_engine(folder, dtype=dtype, engine="lean"))
+    heard: list[tuple[int, int]] = []
+    for num_resident in (None, 0, 2):
+        offloaded = build(
+            folder,
+            tmp_path / "cache",
+            dtype,
+            "auto",
+            "none",
+            ROOM_FOR_ALL,
+            tier="host",
+            num_resident=num_resident,
+            on_progress=lambda *progress: heard.append(progress),
+        )
+        assert offloaded.decoder.name == "lean"
+        with offloaded.stream as stream:
+            tolerance = 2e-5 if dtype == "float32" else 0.05
+            torch.testing.assert_close(tree_logits(engine_of(offloaded, dtype)), expected, rtol=0.0, atol=tolerance)
+            assert stream.num_resident == (5 if num_resident is None else num_resident)
+            assert ("from the host's memory" in str(stream)) == (num_resident is not None)
+    assert heard == 3 * [(done, 5) for done in range(1, 6)]
+    assert not (tmp_path / "cache" / "offload").exists()
+
+
+def test_what_is_packed_piece_by_piece_and_fits_is_as_quick_as_a_model_in_memory(llama: Path, tmp_path: Path) -> None:
+    if not load_engine(llama, dtype="bfloat16").can_grow:
+        pytest.skip("no native engine here")
+    offloaded = build(llama, tmp_path / "cache", "bfloat16", "auto", "int4", ROOM_FOR_ALL)
+    with offloaded.stream:
+        assert engine_of(offloaded, "bfloat16").can_grow, "whole trees in a call"
+
+
+@pytest.mark.parametrize("num_resident", [0, 1])
+def test_as_many_layers_stay_as_were_asked_for(llama: Path, tmp_path: Path, num_resident: int) -> None:
+    cache = tmp_path / "cache"
+    with build(llama, cache, "float32", "auto", "none", ROOM_FOR_ALL, num_resident=num_resident).stream as stream:
+        assert stream.num_resident == num_resident
+
+
+def test_more_resident_layers_than_fit_are_refused(llama: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    with build(llama, cache, "float32", "auto", "none", ROOM_FOR_ALL).stream:
+        pass
+    with pytest.raises(InvalidArgument, match=r"resident-layers: 2 of 5 are more than the 1 that fit"):
+        build(llama, cache, "float32", "auto", "none", (NUM_BUFFERS + 1) * layer_bytes(cache), num_resident=2)
+
+
+@pytest.mark.parametrize(("tier", "reason"), [("host", "host is no tier of a model on cpu; use disk")])
+def test_a_tier_that_is_none_here_is_refused(llama: Path, tier: str, reason: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"offload: {reason}"):
+        load_model(resolve(str(llama)), dtype="auto", device="cpu", offload=tier)
 
 
 def test_a_checkpoint_in_several_files_is_read_as_one(llama: Path, tmp_path: Path) -> None:

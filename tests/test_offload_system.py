@@ -6,15 +6,19 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
+from engines import needs_native
 from rich.console import Console
 from tiny_models import build_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sequoia.cli import main
+from sequoia.cli.benchmarks.streaming import Streamed
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Client
@@ -22,6 +26,7 @@ from sequoia.config import num_bytes
 from sequoia.errors import Unavailable
 from sequoia.process_memory import anonymous_bytes
 from sequoia.topology import Topology
+from sequoia.v1 import worker_pb2_grpc
 from sequoia.worker_config import WorkerConfig
 
 NUM_LAYERS = 32
@@ -124,7 +129,34 @@ def test_a_draft_in_memory_speeds_up_a_target_on_disk_and_changes_nothing(large:
         plain, drafted = texts(client), texts(client, speculation=TREE)
         assert drafted == plain
         pair = client.describe_pair()
-        assert pair.verify.max_tree_size == pair.draft.max_tree_size == 512
+        assert pair.verify.max_tree_size == pair.draft.max_tree_size == 768
+
+
+@needs_native
+@pytest.mark.slow
+def test_without_a_draft_named_it_is_the_targets_own_weights_in_4_bits(large: Path) -> None:
+    with system(large, "bfloat16", offload="disk", memory_limit=LIMIT) as client:
+        pair = client.describe_pair()
+        assert (pair.draft.model, pair.draft.quantization) == (str(large), "int4")
+        assert "in memory" not in pair.draft.hardware_key, "all of it is"
+        assert texts(client, speculation=TREE) == texts(client)
+
+
+@pytest.mark.slow
+def test_a_worker_tells_what_its_forwards_take(large: Path) -> None:
+    asked = DeploymentSettings(str(large), dtype="float32", has_draft=False, offload="disk", memory_limit=LIMIT)
+    with (
+        Deployment(replace(asked, listen="127.0.0.1:0"), Steps(Console(quiet=True))) as deployment,
+        Client(deployment.address) as client,
+        grpc.insecure_channel(deployment.addresses["verify"]) as channel,
+    ):
+        worker = worker_pb2_grpc.WorkerServiceStub(channel)
+        before = Streamed.of(worker)
+        generation = client.generate(PROMPTS[0], max_tokens=8, temperature=0, ignore_eos=True)
+        passed = Streamed.of(worker).since(before)
+        assert passed.num_forwards == len(generation.token_ids) == 8
+        assert 0.0 <= passed.stall_seconds < passed.forward_seconds <= generation.usage.total_seconds
+        assert passed.bytes_of_forward > 0.2 * 2**28
 
 
 @pytest.mark.slow
@@ -153,8 +185,10 @@ def test_sizes(text: str, count: int) -> None:
 
 
 def test_a_limit_without_offloading_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"--memory-limit .* is for --offload disk or auto"):
+    with pytest.raises(ValueError, match=r"--memory-limit .* is for --offload disk, host or auto"):
         WorkerConfig(model="m", memory_limit="2GiB")
+    with pytest.raises(ValueError, match=r"--resident-layers is for --offload"):
+        WorkerConfig(model="m", resident_layers=3)
     flags = DeploymentSettings(memory_limit="2GiB").worker_flags("verify")
     assert (flags["offload"], flags["memory-limit"]) == ("none", "2GiB"), "it reaches the worker, which refuses it"
 

@@ -44,6 +44,7 @@ class DeploymentSettings:
     log_dir: Path | None = None
     offload: str = "none"  # where the target's weights are: none, disk or auto
     memory_limit: str | None = None  # of the offloaded target, as 2GiB
+    resident_layers: int | None = None  # of it; None: as many as fit
     draft_ahead: str | None = None  # auto, on or off; None: as the environment has it
 
     @property
@@ -81,8 +82,13 @@ class DeploymentSettings:
             flags["draft-ahead"] = self.draft_ahead
         if self.offload != "none":
             flags["max-tree-size"] = _OFFLOADED_TREE_SIZE
+        if name == "draft" and self._drafts_offloaded:
+            # It is packed without ever being in memory whole.
+            flags["offload"] = "disk" if self.offload == "disk" else "auto"
         if name == "verify" and (self.offload != "none" or self.memory_limit):
             flags |= {"offload": self.offload, "memory-limit": self.memory_limit or ""}
+        if name == "verify" and self.resident_layers is not None:
+            flags["resident-layers"] = self.resident_layers
         flags["quantization"] = self._draft_quantization if name == "draft" else self.target_quantization
         if flags["quantization"] in ("int8", "int4"):
             flags["device"] = "cpu"  # where there is a GPU, it is the target's
@@ -90,7 +96,12 @@ class DeploymentSettings:
 
     @property
     def _draft_quantization(self) -> str:
-        return self.draft_quantization or ("auto" if self.draft else "int8")
+        return self.draft_quantization or ("auto" if self.draft or self._drafts_offloaded else "int8")
+
+    @property
+    def _drafts_offloaded(self) -> bool:
+        """Whether the draft is the offloaded target's own weights."""
+        return self.offload != "none" and self.draft in (None, self.target)
 
 
 @dataclass(frozen=True, slots=True)

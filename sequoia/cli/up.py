@@ -45,7 +45,7 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     draft.add_argument(
         "--draft",
         metavar="MODEL",
-        help=f"default: the target's own weights, quantised to int8; {MODEL_FREE}: no model, what the text repeats",
+        help=f"default: the target's own weights, quantised; {MODEL_FREE}: no model, what the text repeats",
     )
     draft.add_argument("--no-draft", action="store_true", help="plain decoding only")
     parser.add_argument(
@@ -57,18 +57,20 @@ def add_model_arguments(parser: argparse.ArgumentParser | argparse._ArgumentGrou
     parser.add_argument(
         "--draft-quantization",
         choices=QUANTIZATIONS,
-        help="default: int8 on a CPU that computes in bfloat16, and without --draft; else none",
+        help="default: int4 for an offloaded target's own weights; int8 on a CPU that computes in bfloat16, and "
+        "without --draft; else none",
     )
     parser.add_argument(
         "--offload",
         default=DeploymentSettings.offload,
         choices=OFFLOADS,
-        help="stream the target's weights from files in the cache folder: always (disk), where they do not fit into "
-        "memory (auto), never (default %(default)s)",
+        help="stream the target's weights: from files in the cache folder (disk, for a CPU), from the host's memory "
+        "(host, for a GPU), where they do not fit into memory (auto), never (default %(default)s)",
     )
-    parser.add_argument(
-        "--memory-limit", metavar="SIZE", help="most memory of an offloaded target, as 2GiB (default: what is free)"
-    )
+    limit = "most memory of an offloaded target, as 2GiB, on a GPU of its memory (default: what is free)"
+    parser.add_argument("--memory-limit", metavar="SIZE", help=limit)
+    resident = "layers of an offloaded target that stay in memory (default: as many as fit)"
+    parser.add_argument("--resident-layers", type=int, metavar="N", help=resident)
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument(
         "--engine", default="auto", choices=ENGINES, help="what runs the layers (default auto: the first that can)"
@@ -112,6 +114,7 @@ def deployment_settings(arguments: argparse.Namespace, listen: str, redis_url: s
         draft_cores=arguments.draft_cores,
         offload=arguments.offload,
         memory_limit=arguments.memory_limit,
+        resident_layers=arguments.resident_layers,
         log_dir=arguments.log_dir,
     )
 

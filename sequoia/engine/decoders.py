@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def _transformers(model: LoadedModel, arithmetic: Arithmetic) -> Decoder:
 
 
 def build_lean(
-    model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights, stream: BlockStream | None = None
+    model: LoadedModel, arithmetic: Arithmetic, weights: DecoderWeights, stream: BlockStream[Any] | None = None
 ) -> LeanDecoder:
     """Of weights in memory, or of layers that are streamed."""
     if arithmetic.quantization == "int8":

@@ -43,7 +43,8 @@ class _Layer(NamedTuple):
 class LeanDecoder:
     """Any device and dtype. `pack` makes a linear layer's product, `attention` is a function of the registry.
 
-    With a `stream` its blocks are the layers, `layer_tensors` of each, packed again in every forward.
+    With a `stream` its blocks are the layers, `layer_tensors` of each, packed again in every forward unless all are in
+    memory.
     """
 
     name = "lean"
@@ -57,16 +58,18 @@ class LeanDecoder:
         pack: Callable[[LinearWeights], Multiply],
         attention: Attention,
         rows_are_independent: bool = False,
-        stream: BlockStream | None = None,
+        stream: BlockStream[Any] | None = None,
     ) -> None:
         self.shape, self.rows_are_independent = weights.shape, rows_are_independent
         self._embedding, self._output_norm = weights.embedding.detach(), weights.output_norm
         self._rotations = weights.rotations
         self._attention: Any = attention
         self._activation = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}[weights.shape.activation]
-        self._pack, self._kinds, self._stream = pack, weights.kinds, stream
+        self._pack, self._kinds = pack, weights.kinds
+        self._stream = None if stream is None or stream.is_resident else stream
+        layers = map(layer_of, stream.blocks()) if stream else weights.layers
         self._resident = (
-            [] if stream else [self._packed(*each) for each in zip(weights.layers, weights.kinds, strict=True)]
+            [] if self._stream else [self._packed(*each) for each in zip(layers, weights.kinds, strict=True)]
         )
         self._head = pack(weights.head)
 

@@ -55,7 +55,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a causal LM with its tokenizer.
 
-    offload: `none`; `disk`, without its weights, for a decoder that reads them later; `auto`, where they do not fit.
+    offload: `none`; `disk` for the CPU and `host` for a GPU, without its weights, for a decoder that reads them later;
+    `auto`, the same where they do not fit.
     dtype: auto, float32, bfloat16 or float16; device: auto, cpu or cuda. Raises InvalidArgument naming `model` for one
     that cannot be loaded or served, and naming `device` for what this machine lacks.
     """
@@ -116,17 +117,21 @@ def _load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig
 
 def _is_hollow(files: ModelFiles, offload: str, place: torch.device) -> bool:
     """Raises InvalidArgument naming `offload` or `model` for what the memory or the device does not allow."""
-    if place.type != "cpu":
-        if offload == "disk":
-            raise InvalidArgument(f"disk is for the CPU, and the model is to be on {place.type}", "offload")
-        return False
-    size, free = sum(path.stat().st_size for path in files.directory.glob("*.safetensors")), available_bytes()
-    if offload == "disk" or free is None or size < free:
-        return offload == "disk"
+    tier = "disk" if place.type == "cpu" else "host"
+    if offload not in ("none", "auto", tier):
+        raise InvalidArgument(f"{offload} is no tier of a model on {place.type}; use {tier}", "offload")
+    size, free = sum(path.stat().st_size for path in files.directory.glob("*.safetensors")), free_bytes(place)
+    if offload == tier or free is None or size < free:
+        return offload == tier
     if offload == "none":
         problem = f"{files.reference} has {size / 1e9:.1f} GB of weights, and {free / 1e9:.1f} GB of memory are free"
-        raise InvalidArgument(f"{problem}; free some, or serve it as a target with --offload disk", "model")
+        raise InvalidArgument(f"{problem}; free some, or serve it as a target with --offload {tier}", "model")
     return True
+
+
+def free_bytes(place: torch.device) -> int | None:
+    """Of the device's memory at this moment; None where it is not told."""
+    return torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else available_bytes()
 
 
 def _load_module(

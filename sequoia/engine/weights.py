@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -125,6 +125,21 @@ def layer_of(tensors: Mapping[str, Tensor]) -> LayerWeights:
     linears = {name: LinearWeights(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in _LINEARS}
     others = [field.name for field in fields(LayerWeights) if field.name not in _LINEARS]
     return LayerWeights(**linears, **{name: tensors.get(name) for name in others})  # type: ignore[arg-type]
+
+
+def on_device(weights: DecoderWeights, device: torch.device) -> DecoderWeights:
+    """All but the layers, which stay where they are; a head that is the embedding stays it."""
+    embedding, head = weights.embedding.to(device), weights.head
+    is_tied = head.weight.data_ptr() == weights.embedding.data_ptr()
+    return replace(
+        weights,
+        embedding=embedding,
+        output_norm=weights.output_norm.to(device),
+        head=LinearWeights(
+            embedding if is_tied else head.weight.to(device), None if head.bias is None else head.bias.to(device)
+        ),
+        rotations={kind: table.to(device) for kind, table in weights.rotations.items()},
+    )
 
 
 def take_weights(module: PreTrainedModel, num_positions: int) -> DecoderWeights:

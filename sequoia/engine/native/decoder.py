@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,8 @@ class NativeDecoder:
     """One C call a forward. A token's logits are the same bits whatever else is in the forward.
 
     `bits` of the weights: 16 (bfloat16), 8 or 4; with 8 and 4 inputs are integers of `activation_bits` (16 or 8). With
-    a `stream` its blocks are the layers, `pack_layer` of each, and a forward is a call for each of them.
+    a `stream` its blocks are the layers, `pack_layer` of each, and a forward is a call for each of them, unless all are
+    in memory.
     """
 
     name = "native"
@@ -96,24 +97,27 @@ class NativeDecoder:
         bits: int,
         activation_bits: int,
         num_threads: int,
-        stream: BlockStream | None = None,
+        stream: BlockStream[Any] | None = None,
     ) -> None:
         self._run_layers, self._run_head = library.sequoia_layers, library.sequoia_head
         self.shape, self._num_threads = weights.shape, num_threads
         self._memory: list[object] = []
-        self._bits, self._activation_bits, self._stream = bits, activation_bits, stream
+        self._bits, self._activation_bits, self._is_in_files = bits, activation_bits, stream is not None
+        self._stream = None if stream is None or stream.is_resident else stream
         self._forms = LayerForms(weights.shape, bits, activation_bits)
         self._layers = (Layer * weights.shape.num_layers)()
         for layer, kind in zip(self._layers, weights.kinds, strict=True):
             layer.rotations, layer.window = self._address(weights.rotations[kind.rotation]), kind.window or 0
-        if stream is None:
-            for layer, theirs in zip(self._layers, weights.layers, strict=True):
-                self._forms.point(layer, self._resident(theirs))
+        if self._stream is None:
+            residents = stream.blocks() if stream else map(self._packed, weights.layers)
+            for layer, tensors in zip(self._layers, residents, strict=True):
+                self._keep(tensors.values())
+                self._forms.point(layer, tensors)
         self._model = self._describe(weights)
         self._vocab_size = weights.head.weight.shape[0]
         self._scratch, self._grower = Scratch(), Grower(library, self._vocab_size)
         self._dynamic_grower = DynamicGrower(library, self._vocab_size)
-        self.grow = self._grow if stream is None else None
+        self.grow = self._grow if self._stream is None else None
         self.make_target = native_rows(library)
 
     def attach(self, cache: KVCache) -> None:
@@ -204,12 +208,10 @@ class NativeDecoder:
             taken=(4 * self.shape.num_layers + 1) * self._num_threads,
         )
 
-    def _resident(self, layer: LayerWeights) -> dict[str, Tensor]:
+    def _packed(self, layer: LayerWeights) -> Mapping[str, Tensor]:
         """Its tensors, in memory for good: what every forward reads in huge pages."""
         packed = pack_layer(layer, self._bits)
-        tensors = {name: in_huge_pages(each) if each.ndim > 1 else each for name, each in packed.items()}
-        self._keep(tensors.values())
-        return tensors
+        return {name: in_huge_pages(each) if each.ndim > 1 else each for name, each in packed.items()}
 
     def _describe(self, weights: DecoderWeights) -> _Model:
         shape = weights.shape
@@ -234,8 +236,8 @@ class NativeDecoder:
         )
 
     def _embedding(self, rows: Tensor) -> Tensor:
-        """Few rows of it are read: with a stream they stay where they are, on disk."""
-        return in_huge_pages(rows) if self._stream is None else rows
+        """Few rows of it are read: those of a model whose layers are in files stay where they are, on disk."""
+        return rows if self._is_in_files else in_huge_pages(rows)
 
     def _head(self, weights: LinearWeights) -> Linear:
         panels = in_memory(pack(weights, self._bits))

@@ -22,7 +22,7 @@ _ALIGNMENT = 4096
 _READ_BYTES = 8 << 20
 _HEADER = 8  # bytes of the length of a safetensors file's header
 # Where tensors begin: else every vector of weights would lie in two lines.
-_CACHE_LINE = 64
+CACHE_LINE = 64
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _GAP = "gap."  # what fills the space between tensors: the format allows no holes
 
@@ -33,7 +33,7 @@ def write_block(path: Path, tensors: Tensors) -> None:
     parts: list[Tensor] = []
     end = 0
     for name, tensor in tensors.items():
-        gap = torch.zeros(-end % _CACHE_LINE, dtype=torch.uint8)
+        gap = torch.zeros(-end % CACHE_LINE, dtype=torch.uint8)
         for part_name, part in ((f"{_GAP}{name}", gap), (name, tensor)):
             if part.numel():
                 offsets = [end, end := end + part.nbytes]
@@ -59,6 +59,9 @@ class Buffer:
         self.view = memoryview(self._memory)
         self.bytes = torch.frombuffer(self._memory, dtype=torch.uint8)
 
+    def release(self) -> None:
+        """Nobody reads it any more: on the CPU who computes has then computed."""
+
 
 class Block:
     """One file, open for direct reads (through the page cache where the file system has no other).
@@ -77,13 +80,24 @@ class Block:
             raise FailedPrecondition(f"{path} cannot be read: {error}; remove its folder", "offload") from error
 
     @property
+    def place(self) -> str:
+        """Where reads come from, in words."""
+        return f"read {'past' if self.is_direct else 'through'} the page cache"
+
+    def buffer(self, num_bytes: int) -> Buffer:
+        """For blocks of at most so many bytes."""
+        return Buffer(num_bytes)
+
+    @property
     def num_bytes(self) -> int:
         """Of the file."""
         return self._seen[0]
 
     def close(self) -> None:
-        """No read comes after."""
-        os.close(self._file)
+        """No read comes after. A second call does nothing."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
     def read(self, buffer: Buffer) -> Tensors:
         """Its tensors, views of the buffer that are good until it is read into again.
@@ -102,7 +116,7 @@ class Block:
                 position += count
         except OSError as error:
             raise Unavailable(f"{self._path} cannot be read: {error}", "offload") from error
-        return {name: _view(buffer.bytes, *place) for name, place in self._places.items()}
+        return {name: view(buffer.bytes, *place) for name, place in self._places.items()}
 
     def _state(self) -> tuple[int, int, int]:
         """What changes with the file."""
@@ -134,6 +148,7 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDONLY), False
 
 
-def _view(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+def view(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...], start: int) -> Tensor:
+    """A tensor in memory of bytes, from that one on."""
     num_bytes = dtype.itemsize * torch.Size(shape).numel()
     return memory[start : start + num_bytes].view(dtype).view(shape)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.decoders import BITS, Arithmetic, build_lean, check_quantization, why_not_native
@@ -16,9 +16,10 @@ from sequoia.engine.native.layers import pack_layer
 from sequoia.engine.native.library import library
 from sequoia.engine.offload.block import Block
 from sequoia.engine.offload.hollow import fill_buffers
-from sequoia.engine.offload.layout import Encode, LaidOut, lay_out
-from sequoia.engine.offload.stream import BlockStream
-from sequoia.engine.weights import DecoderShape, is_readable, layer_tensors
+from sequoia.engine.offload.host import HostBlock
+from sequoia.engine.offload.layout import HollowModel, OnProgress, lay_out
+from sequoia.engine.offload.stream import AnyBlock, B, BlockStream
+from sequoia.engine.weights import DecoderShape, is_readable, layer_tensors, on_device
 from sequoia.errors import InvalidArgument
 
 # Blocks that are read ahead, and the one in use.
@@ -34,7 +35,7 @@ class Offloaded(NamedTuple):
     """A decoder, and the stream that its layers come from."""
 
     decoder: Decoder
-    stream: BlockStream
+    stream: BlockStream[Any]
 
 
 def build_offloaded(
@@ -43,32 +44,42 @@ def build_offloaded(
     num_positions: int,
     cache_dir: Path,
     room: Room,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    tier: str = "disk",
+    num_resident: int | None = None,
+    on_progress: OnProgress = lambda done, total: None,
 ) -> Offloaded:
-    """A decoder of a hollow model, its layers on disk but for those that there is `room` for.
+    """A decoder of a hollow model, its layers on a slower tier but for those that there is `room` for.
 
-    `on_progress` hears (layers laid out, layers in all), when they are for the first time. Raises InvalidArgument
-    naming `offload`, `engine`, `quantization` or `memory-limit` for what cannot be done, FailedPrecondition naming
-    `offload` for files that cannot be written or read.
+    tier: `disk`, for a model on the CPU, or `host`, the host's memory. num_resident: layers in
+    fast memory; None: as many as there is room for. `on_progress` hears (layers prepared, layers in
+    all). Raises InvalidArgument naming `offload`, `engine`, `quantization` or `memory-limit` for what cannot be done,
+    FailedPrecondition naming `offload` for files that cannot be written or read.
     """
     if not is_readable(model.module) or arithmetic.engine == "transformers":
         kind = model.module.config.model_type
         raise InvalidArgument(f"the modules of transformers, which run {kind} models, cannot be streamed", "offload")
     fill_buffers(model.module)
-    reason = "lean was asked for" if arithmetic.engine == "lean" else why_not_native(model, cache_dir)
+    reason = _why_not_native(model, arithmetic, tier, cache_dir)
     if reason and arithmetic.engine not in ("auto", "lean"):
         raise InvalidArgument(f"{arithmetic.engine} cannot stream this model: {reason}; use auto", "engine")
     if reason:
         check_quantization(arithmetic, reason)
-        laid = _laid_out(model, num_positions, layer_tensors, "plain", cache_dir, on_progress)
-        stream = _stream(laid, room)
-        return Offloaded(build_lean(model, arithmetic, laid.weights, stream), stream)
+    assert model.checkpoint is not None
+    hollow = HollowModel(model.module, model.checkpoint, num_positions)
+    if tier == "host":
+        return _from_host(model, hollow, arithmetic, room, num_resident, on_progress)
     bits = BITS[arithmetic.quantization]
-    laid = _laid_out(model, num_positions, partial(pack_layer, bits=bits), f"panels{bits}", cache_dir, on_progress)
-    stream = _stream(laid, room)
+    form, encode = ("plain", layer_tensors) if reason else (f"panels{bits}", partial(pack_layer, bits=bits))
+    folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
+    stream = _stream(
+        list(map(Block, lay_out(hollow, encode, folder, on_progress))), room(hollow.weights.shape), num_resident
+    )
+    if reason:
+        return Offloaded(build_lean(model, arithmetic, hollow.weights, stream), stream)
     decoder = NativeDecoder(
         library(cache_dir),
-        laid.weights,
+        hollow.weights,
         bits=bits,
         activation_bits=8 if arithmetic.is_draft else 16,
         num_threads=arithmetic.num_threads,
@@ -77,33 +88,46 @@ def build_offloaded(
     return Offloaded(decoder, stream)
 
 
-def _laid_out(
+def _why_not_native(model: LoadedModel, arithmetic: Arithmetic, tier: str, cache_dir: Path) -> str:
+    if tier == "host":
+        return "from the host's memory lean reads layers only"
+    return "lean was asked for" if arithmetic.engine == "lean" else why_not_native(model, cache_dir)
+
+
+def _from_host(
     model: LoadedModel,
-    num_positions: int,
-    encode: Encode,
-    form: str,
-    cache_dir: Path,
-    on_progress: Callable[[int, int], None],
-) -> LaidOut:
-    assert model.checkpoint is not None
-    folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
-    return lay_out(model.module, model.checkpoint, num_positions, encode, folder, on_progress)
+    hollow: HollowModel,
+    arithmetic: Arithmetic,
+    room: Room,
+    num_resident: int | None,
+    on_progress: OnProgress,
+) -> Offloaded:
+    blocks: list[HostBlock] = []
+    hollow.encode(layer_tensors, lambda _, tensors: blocks.append(HostBlock(tensors, model.device)), on_progress)
+    stream = _stream(blocks, room(hollow.weights.shape), num_resident)
+    return Offloaded(build_lean(model, arithmetic, on_device(hollow.weights, model.device), stream), stream)
 
 
-def _stream(laid: LaidOut, room: Room) -> BlockStream:
-    resident_bytes = room(laid.weights.shape)
+def _stream(blocks: Sequence[AnyBlock[B]], num_bytes: int, num_resident: int | None) -> BlockStream[B]:
+    """With so many blocks in fast memory, or as many as that many bytes hold."""
     with ExitStack() as opened:
-        blocks = [Block(path) for path in laid.files]
         for block in blocks:
             opened.callback(block.close)
-        largest = max(block.num_bytes for block in blocks)
-        fitting = min(len(blocks), resident_bytes // largest)
-        # With room for all there is nothing to stream; else some of the room is for buffers.
-        num_resident = fitting if fitting == len(blocks) else max(0, fitting - NUM_BUFFERS)
-        if fitting < NUM_BUFFERS:
-            needed = NUM_BUFFERS * largest
-            problem = f"it leaves {resident_bytes / 2**20:.0f} MiB for layers, and streaming takes {needed / 2**20:.0f}"
-            raise InvalidArgument(f"{problem}; allow more, or shorter contexts and fewer slots", "memory-limit")
-        stream = BlockStream(blocks, num_resident=num_resident, num_buffers=NUM_BUFFERS)
+        stream = BlockStream(blocks, num_resident=_resident(blocks, num_bytes, num_resident), num_buffers=NUM_BUFFERS)
         opened.pop_all()
         return stream
+
+
+def _resident(blocks: Sequence[AnyBlock[B]], num_bytes: int, wanted: int | None) -> int:
+    """Raises InvalidArgument naming `memory-limit` or `resident-layers` where they do not fit."""
+    count, largest = len(blocks), max(block.num_bytes for block in blocks)
+    fitting = min(count, num_bytes // largest)
+    if fitting < min(count, NUM_BUFFERS):
+        needed = NUM_BUFFERS * largest
+        problem = f"it leaves {num_bytes / 2**20:.0f} MiB for layers, and streaming takes {needed / 2**20:.0f}"
+        raise InvalidArgument(f"{problem}; allow more, or shorter contexts and fewer slots", "memory-limit")
+    # With room for all there is nothing to stream; else some of the room is for buffers.
+    most = count if fitting == count else fitting - NUM_BUFFERS
+    if wanted is not None and wanted > most:
+        raise InvalidArgument(f"{wanted} of {count} are more than the {most} that fit", "resident-layers")
+    return most if wanted is None else wanted

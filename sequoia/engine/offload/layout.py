@@ -1,4 +1,4 @@
-"""A model laid out for streaming: a file for each layer, written once, as its decoder reads it."""
+"""A model laid out for streaming: layer by layer, as its decoder reads them; on disk a file each, written once."""
 
 from __future__ import annotations
 
@@ -10,57 +10,65 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sequoia.engine.offload.block import write_block
+from sequoia.engine.offload.block import Tensors, write_block
 from sequoia.engine.offload.checkpoint import Checkpoint
-from sequoia.engine.weights import DecoderWeights, LayerWeights, take_weights
+from sequoia.engine.weights import LayerWeights, take_weights
 from sequoia.errors import FailedPrecondition
 
 _LOG = logging.getLogger(__name__)
 
 Encode = Callable[[LayerWeights], Mapping[str, Tensor]]
+OnProgress = Callable[[int, int], None]  # (layers done, layers in all)
 
 
-class LaidOut(NamedTuple):
-    """What stays in memory, and where the layers are."""
+class HollowModel:
+    """A readable module on the meta device; all but its layers comes into memory at once.
 
-    weights: DecoderWeights  # its `layers` are not to be read
-    files: tuple[Path, ...]  # of the layers, in their order
-
-
-def lay_out(
-    module: PreTrainedModel,
-    checkpoint: Checkpoint,
-    num_positions: int,
-    encode: Encode,
-    folder: Path,
-    on_progress: Callable[[int, int], None],
-) -> LaidOut:
-    """The layers of a readable module on the meta device as files in `folder`, by the first process that asks.
-
-    One layer is in memory at a time; `on_progress` hears (layers written, layers in all). Raises FailedPrecondition
-    naming `offload` where the disk does not take them.
+    Raises InvalidArgument naming `model` for weights that are not there or cannot be read, here and with the layers.
     """
-    body: Any = module.model
-    checkpoint.fill(body.embed_tokens, "model.embed_tokens.")
-    checkpoint.fill(body.norm, "model.norm.")
-    if module.config.get_text_config().tie_word_embeddings:
-        module.get_output_embeddings().weight = body.embed_tokens.weight
-    else:
-        checkpoint.fill(module.get_output_embeddings(), "lm_head.")
-    weights = take_weights(module, num_positions)
-    files = tuple(folder / f"{index:04d}.safetensors" for index in range(weights.shape.num_layers))
+
+    def __init__(self, module: PreTrainedModel, checkpoint: Checkpoint, num_positions: int) -> None:
+        self._body: Any = module.model
+        self._checkpoint = checkpoint
+        checkpoint.fill(self._body.embed_tokens, "model.embed_tokens.")
+        checkpoint.fill(self._body.norm, "model.norm.")
+        if module.config.get_text_config().tie_word_embeddings:
+            module.get_output_embeddings().weight = self._body.embed_tokens.weight
+        else:
+            checkpoint.fill(module.get_output_embeddings(), "lm_head.")
+        self.weights = take_weights(module, num_positions)  # the layers of it are not to be read
+
+    @property
+    def num_layers(self) -> int:
+        """Of the model."""
+        return self.weights.shape.num_layers
+
+    def encode(self, encode: Encode, store: Callable[[int, Tensors], None], on_progress: OnProgress) -> None:
+        """Store one layer after another, by its index, each out of memory before the next one. Once only."""
+        for index, layer in enumerate(self._body.layers):
+            self._checkpoint.fill(layer, f"model.layers.{index}.")
+            store(index, {name: each.contiguous() for name, each in encode(next(self.weights.layers)).items()})
+            _give_back()
+            on_progress(index + 1, self.num_layers)
+
+
+def lay_out(model: HollowModel, encode: Encode, folder: Path, on_progress: OnProgress) -> list[Path]:
+    """A file for each layer in `folder`, written by the first process that asks.
+
+    Raises FailedPrecondition naming `offload` where the disk does not take them.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             _LOG.info("laying the model out for offloading", extra={"folder": str(folder)})
-            _write(weights, body, checkpoint, encode, folder, on_progress)
-    return LaidOut(weights, files)
+            _write(model, encode, folder, on_progress)
+    return [folder / _name(index) for index in range(model.num_layers)]
 
 
 def _give_back() -> None:
@@ -69,28 +77,19 @@ def _give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _write(
-    weights: DecoderWeights,
-    body: Any,
-    checkpoint: Checkpoint,
-    encode: Encode,
-    folder: Path,
-    on_progress: Callable[[int, int], None],
-) -> None:
+def _write(model: HollowModel, encode: Encode, folder: Path, on_progress: OnProgress) -> None:
     """Whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
         written = Path(scratch) / "layers"
         written.mkdir()
         try:
-            for index, layer in enumerate(body.layers):
-                checkpoint.fill(layer, f"model.layers.{index}.")
-                tensors = {name: each.contiguous() for name, each in encode(next(weights.layers)).items()}
-                write_block(written / f"{index:04d}.safetensors", tensors)
-                del tensors
-                _give_back()
-                on_progress(index + 1, len(body.layers))
+            model.encode(encode, lambda index, tensors: write_block(written / _name(index), tensors), on_progress)
         except OSError as error:
             free = shutil.disk_usage(scratch).free
             problem = f"layers cannot be written to {folder.parent}, where {free / 1e9:.1f} GB are free: {error}"
             raise FailedPrecondition(problem, "offload") from error
         os.replace(written, folder)
+
+
+def _name(index: int) -> str:
+    return f"{index:04d}.safetensors"

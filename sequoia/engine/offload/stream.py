@@ -9,8 +9,44 @@ from dataclasses import dataclass
 from itertools import cycle
 from queue import Queue
 from types import TracebackType
+from typing import Generic, Protocol, TypeVar
 
-from sequoia.engine.offload.block import Block, Buffer, Tensors
+from sequoia.engine.offload.block import Tensors
+
+
+class AnyBuffer(Protocol):
+    """Fast memory."""
+
+    def release(self) -> None:
+        """It may be read into again."""
+        ...
+
+
+B = TypeVar("B", bound=AnyBuffer)
+
+
+class AnyBlock(Protocol[B]):
+    """A part of a model on a slow tier."""
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def place(self) -> str:
+        """Where it is, in words."""
+        ...
+
+    def buffer(self, num_bytes: int) -> B:
+        """For blocks like this one, of at most so many bytes."""
+        ...
+
+    def read(self, buffer: B) -> Tensors:
+        """Its tensors, good until the buffer is read into again."""
+        ...
+
+    def close(self) -> None:
+        """No read comes after."""
+        ...
 
 
 @dataclass(slots=True)
@@ -29,22 +65,22 @@ class Passed:
         return f"{read} ({rate:.2f} GB/s); of {self.pass_seconds:.1f} s they waited {self.stall_seconds:.1f}"
 
 
-class BlockStream:
+class BlockStream(Generic[B]):
     """Passes over a model's blocks. A context manager: leaving it ends the reader and closes the files.
 
     `num_resident` blocks, spread evenly, are kept; the others share `num_buffers` buffers. Reading goes on from the
     end of a pass into the next one, so that what computes between passes costs no time.
     """
 
-    def __init__(self, blocks: Sequence[Block], *, num_resident: int, num_buffers: int = 3) -> None:
+    def __init__(self, blocks: Sequence[AnyBlock[B]], *, num_resident: int, num_buffers: int = 3) -> None:
         count = len(blocks)
         stays = [index * num_resident // count < (index + 1) * num_resident // count for index in range(count)]
         self.passed = Passed()
         self._blocks = blocks
-        self._resident = {index: blocks[index].read(Buffer(blocks[index].num_bytes)) for index in _where(stays)}
+        self._resident = {index: _kept(blocks[index]) for index in _where(stays)}
         self._streamed = [block for block, is_kept in zip(blocks, stays, strict=True) if not is_kept]
         largest = max((block.num_bytes for block in self._streamed), default=0)
-        self._buffers = [Buffer(largest) for _ in range(min(num_buffers, len(self._streamed)))]
+        self._buffers = [each.buffer(largest) for each in self._streamed[:num_buffers]]
         self._reader = self._read()
         self._is_between_passes = True
 
@@ -58,18 +94,24 @@ class BlockStream:
         """Of these, in memory for good."""
         return len(self._resident)
 
-    def __str__(self) -> str:
-        place = "past the page cache" if all(block.is_direct for block in self._blocks) else "through the page cache"
-        return f"{self.num_resident} of {self.num_blocks} layers in memory, others read {place}: {self.passed}"
+    @property
+    def is_resident(self) -> bool:
+        """Whether nothing is streamed."""
+        return not self._streamed
 
-    def __enter__(self) -> BlockStream:
+    def __str__(self) -> str:
+        places = " and ".join(sorted({block.place for block in self._streamed}))
+        others = f", others {places}: {self.passed}" if places else ""
+        return f"{self.num_resident} of {self.num_blocks} layers in memory{others}"
+
+    def __enter__(self) -> BlockStream[B]:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._reader.stop()
-        for block in self._blocks:
+        for block in self._streamed:
             block.close()
 
     def blocks(self) -> Iterator[Tensors]:
@@ -96,39 +138,40 @@ class BlockStream:
         self.passed.pass_seconds += time.perf_counter() - begun
         self._is_between_passes = True
 
-    def _read(self) -> _Reader:
+    def _read(self) -> _Reader[B]:
         return _Reader(self._streamed, self._buffers, self.passed)
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class _Read(Generic[B]):
     """A block that is in memory."""
 
     tensors: Tensors
-    buffer: Buffer
+    buffer: B
 
 
-class _Reader:
+class _Reader(Generic[B]):
     """The thread that reads: round and round, as far ahead as there are buffers."""
 
-    def __init__(self, blocks: Sequence[Block], buffers: Sequence[Buffer], passed: Passed) -> None:
+    def __init__(self, blocks: Sequence[AnyBlock[B]], buffers: Sequence[B], passed: Passed) -> None:
         self._blocks, self._passed = blocks, passed
-        self._free: Queue[Buffer | None] = Queue()
-        self._ready: Queue[_Read | Exception] = Queue()
+        self._free: Queue[B | None] = Queue()
+        self._ready: Queue[_Read[B] | Exception] = Queue()
         for buffer in buffers:
             self._free.put(buffer)
         self._thread = threading.Thread(target=self._run, name="offload", daemon=True)
         self._thread.start()
 
-    def next(self) -> _Read:
+    def next(self) -> _Read[B]:
         """The next block, when it is there."""
         found = self._ready.get()
         if isinstance(found, Exception):
             raise found
         return found
 
-    def release(self, read: _Read) -> None:
+    def release(self, read: _Read[B]) -> None:
         """Its buffer may be read into."""
+        read.buffer.release()
         self._free.put(read.buffer)
 
     def stop(self) -> None:
@@ -151,6 +194,13 @@ class _Reader:
             self._passed.read_seconds += time.perf_counter() - started
             self._passed.num_bytes += block.num_bytes
             self._ready.put(_Read(tensors, buffer))
+
+
+def _kept(block: AnyBlock[B]) -> Tensors:
+    """In memory for good, and only there."""
+    tensors = block.read(block.buffer(block.num_bytes))
+    block.close()
+    return tensors
 
 
 def _where(flags: Sequence[bool]) -> list[int]:
