@@ -10,7 +10,7 @@ import uvloop
 
 from coordinator.learning import Learning
 from coordinator.metrics import serve_metrics
-from coordinator.servicer import CoordinatorServicer
+from coordinator.servicer import CoordinatorServicer, Patience
 from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
 from coordinator.workers import Workers
@@ -26,8 +26,8 @@ from sequoia.v1 import coordinator_pb2_grpc
 class CoordinatorConfig:
     """Owns the committed tokens of every request and runs the loop between a draft and a verify worker."""
 
-    verify: str = setting(MISSING, "address of the verify worker")
-    draft: str = setting("", "address of the draft worker; empty: plain decoding")
+    verify: str = setting(MISSING, "addresses of the verify workers, with commas; all serve the same model")
+    draft: str = setting("", "addresses of the draft workers, with commas; empty: plain decoding")
     redis: str = setting("", "URL of the Redis that holds tree plans; empty: the built-in tree")
     listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
     rule: str = setting(
@@ -36,13 +36,17 @@ class CoordinatorConfig:
         choices=tuple(each.name for each in SAMPLED_RULES),
     )
     draft_timeout_seconds: float = setting(5.0, "longest wait for a tree before the step is decoded plainly, seconds")
+    failover_seconds: float = setting(30.0, "longest wait of a running request for a verify worker, seconds")
+    max_waiting: int = setting(64, "requests that wait for a slot at a time; those beyond are told to try again")
     plan_refresh_seconds: float = setting(2.0, "time between two looks for new plans, seconds")
     metrics_port: int = setting(0, "port of Prometheus' /metrics, on all addresses; 0: none")
     start_timeout_seconds: float = setting(120.0, "longest wait for the verify worker at start, seconds")
     log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
-        for name in ("draft_timeout_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
+        if self.max_waiting < 0:
+            raise ValueError("--max-waiting (SEQUOIA_MAX_WAITING) must not be negative")
+        for name in ("draft_timeout_seconds", "failover_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be above 0")
 
@@ -59,7 +63,7 @@ def main() -> None:
 
 async def _serve(config: CoordinatorConfig) -> None:
     async with (
-        Workers(config.verify, config.draft, config.start_timeout_seconds) as workers,
+        Workers(config.verify, config.draft, config.start_timeout_seconds, config.max_waiting) as workers,
         TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
         Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):
@@ -67,7 +71,8 @@ async def _serve(config: CoordinatorConfig) -> None:
         speculator, rule = Speculator(plans, workers), RULES[config.rule]
         if config.metrics_port:
             serve_metrics(speculator, config.metrics_port)
-        servicer = CoordinatorServicer(workers, speculator, learning, config.draft_timeout_seconds, rule)
+        patience = Patience(config.draft_timeout_seconds, config.failover_seconds)
+        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from coordinator.explanation import explain
@@ -30,14 +32,22 @@ _log = logging.getLogger(__name__)
 _MOST_SECONDS = 3600.0
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long a request waits for its workers, in seconds."""
+
+    draft: float  # for a tree
+    failover: float  # for a verify worker, while none is there
+
+
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One handler a request."""
 
     def __init__(
-        self, workers: Workers, speculator: Speculator, learning: Learning, draft_timeout_seconds: float, rule: Rule
+        self, workers: Workers, speculator: Speculator, learning: Learning, patience: Patience, rule: Rule
     ) -> None:
         self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
-        self._draft_timeout_seconds = draft_timeout_seconds
+        self._patience = patience
         self._codec = TextCodec.from_files(workers.tokenizer)
 
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
@@ -67,12 +77,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             response = coordinator_pb2.DescribePairResponse(
                 verify=workers.verify_description,
                 draft=workers.draft_description,
-                verify_rtt_seconds=await workers.verify.round_trip_seconds(),
+                verify_rtt_seconds=await workers.verify.measure_round_trip(),
                 plans_json=[found.plan.to_json() for found in self._speculator.plans.in_force()],
                 default_rule=rule_to_wire(self._rule),
             )
-            if workers.draft is not None and workers.draft_description is not None:
-                response.draft_rtt_seconds = await workers.draft.round_trip_seconds()
+            if workers.draft_description is not None:
+                response.draft_rtt_seconds = await workers.draft.measure_round_trip()
         return response
 
     async def Explain(self, message: coordinator_pb2.ExplainRequest, context: Any) -> coordinator_pb2.ExplainResponse:
@@ -84,25 +94,22 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
         workers = self._workers
-        opening = Opening(request.decoding, timeout_seconds)
+        opening = Opening(request.decoding, time.monotonic() + timeout_seconds)
         draft = None
         # With speculation off the draft never hears of the request; otherwise when there is a tree to grow.
         is_off = request.mode == coordinator_pb2.SPECULATION_MODE_OFF
-        if not is_off and workers.draft is not None and workers.draft_description is not None:
-            draft = DraftStream(
-                workers.draft,
-                opening,
-                self._draft_timeout_seconds,
-                has_own_device=workers.draft_has_own_device,
-            )
-        verify = VerifyStream(workers.verify, opening)
+        if not is_off and workers.draft_description is not None:
+            device_id = workers.verify_description.device_id
+            draft = DraftStream(workers.draft, opening, self._patience.draft, verify_device_id=device_id)
+        verify = VerifyStream(workers.verify, opening, self._patience.failover)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
         session = Session(transcript, verify, draft, speculation)
         try:
-            with self._speculator:
-                yield session
+            async with workers.verify.admitted():
+                with self._speculator:
+                    yield session
         finally:
             session.close()
             self._learning.learn(request, session.report, self._speculator.acceptance(request))

@@ -13,6 +13,7 @@ from coordinator.report import Report
 from coordinator.speculation import Choice, RequestSpeculation
 from coordinator.streams import DraftStream, VerifyStream
 from coordinator.transcript import Step, Transcript
+from sequoia.errors import InvalidArgument, Unavailable
 from sequoia.v1 import draft_pb2, verify_pb2
 
 # Plain steps the verify worker runs by itself while the draft is lost or late: few, for it is looked for after them.
@@ -67,23 +68,38 @@ class Session:
 
     async def _step(self) -> Answers:
         """One target forward: over a tree where there is one, plain decoding otherwise."""
-        prefix_len, most = len(self._transcript.token_ids) - 1, self._transcript.num_tokens_left - 1
+        most = self._transcript.num_tokens_left - 1
         if self._verify.num_plain_steps_left:
-            return None, await self._verify.step(prefix_len, None, 0)
+            return await self._verified(None, 0)
         self._choose(most + 1)
         shape = self._choice.shape
         if self._draft is None or shape == PLAIN:
-            return None, await self._verify.step(prefix_len, None, min(most, self._choice.num_plain_steps))
+            return await self._verified(None, min(most, self._choice.num_plain_steps))
         draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
         if draft is None:
             self.report.fell_back(self._draft.reason)
-            num_plain_steps = 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS)
-            return None, await self._verify.step(prefix_len, None, num_plain_steps)
+            return await self._verified(None, 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS))
         self.report.drafted(draft)
         self._speculation.drafted(draft.ahead)
+        return await self._verified(draft, 0)
+
+    async def _verified(self, draft: draft_pb2.DraftResponse | None, num_plain_steps: int) -> Answers:
+        """The verdict on a draft's tree or on a plain step; a plain one, from elsewhere, where the worker is lost or
+        refuses the tree: the committed tokens are all that a session is.
+        """
         # A draft that has nothing to propose answers with the root alone, which is plain decoding.
-        tree = draft.tree if len(draft.tree.token_ids) > 1 else None
-        return draft, await self._verify.step(prefix_len, tree, 0)
+        tree = draft.tree if draft is not None and len(draft.tree.token_ids) > 1 else None
+        token_ids = self._transcript.token_ids
+        try:
+            return draft, await self._verify.step(len(token_ids) - 1, tree, num_plain_steps)
+        except Unavailable as error:
+            self.report.fell_back(str(error))
+        except InvalidArgument as error:
+            if self._draft is None or tree is None:
+                raise
+            self._draft.refuse(f"refused ({error})")
+            self.report.fell_back(self._draft.reason)
+        return None, await self._verify.open(token_ids)
 
     def _choose(self, max_levels: int) -> None:
         choice = self._speculation.choose(len(self._transcript.token_ids))

@@ -1,4 +1,4 @@
-"""A request's streams to the two workers: one that must answer, one that may."""
+"""A request's streams to two workers: one that must answer, on whichever worker, and one that may."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from coordinator.workers import WorkerLink
-from sequoia.errors import Internal, SequoiaError, Unavailable
+from coordinator.workers import Member, Pool
+from sequoia.errors import Cancelled, DeadlineExceeded, ResourceExhausted, SequoiaError, Unavailable
 from sequoia.rpc import error_from
 from sequoia.sampling import Decoding
 from sequoia.topology import TreeShape
@@ -22,7 +22,10 @@ from sequoia.wire import rule_to_wire, sampling_to_wire, shape_to_wire
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 
-_REOPEN_AFTER_SECONDS = 1.0
+# Between two looks for a worker that takes a session.
+_LOOK_SECONDS = 0.05
+# A verify stream that ends so is lost, and its session goes on elsewhere.
+_LOST = (Unavailable, Cancelled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,12 @@ class Opening:
     """What a session needs, besides its tokens, to start on a worker or to start there again."""
 
     decoding: Decoding
-    timeout_seconds: float
+    deadline: float  # of the request, by the monotonic clock
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline."""
+        return self.deadline - time.monotonic()
 
     def fields(self, token_ids: Sequence[int]) -> dict[str, Any]:
         """The fields that both workers' opening messages have."""
@@ -43,21 +51,38 @@ class Opening:
 
 
 class VerifyStream:
-    """The session on the verify worker. Raises SequoiaError when it is lost."""
+    """The session on a verify worker: the one with the most room, and when that is lost, another one.
 
-    def __init__(self, link: WorkerLink, opening: Opening) -> None:
-        stub = verify_pb2_grpc.VerifyServiceStub(link.channel)
-        self._address = link.address
-        self._opening = opening
-        self._call = stub.Verify(timeout=opening.timeout_seconds)
+    Where none is there, one is waited for, `failover_seconds` at most. Raises SequoiaError.
+    """
+
+    def __init__(self, pool: Pool, opening: Opening, failover_seconds: float) -> None:
+        self._pool, self._opening, self._failover_seconds = pool, opening, failover_seconds
+        self._member: Member | None = None
+        self._call: grpc.aio.StreamStreamCall[verify_pb2.VerifyRequest, verify_pb2.VerifyResponse] | None = None
         self._step = 0
         self.num_plain_steps_left = 0
         self.num_bytes = 0
 
     async def open(self, token_ids: Sequence[int]) -> verify_pb2.VerifyResponse:
-        """Prefill and the first verdict."""
-        message = verify_pb2.VerifyOpen(**self._opening.fields(token_ids))
-        return await self._ask(verify_pb2.VerifyRequest(open=message))
+        """Prefill and a first verdict, or the next one where the session was elsewhere before.
+
+        Raises Unavailable where no worker takes it, ResourceExhausted where none has room for it.
+        """
+        message = verify_pb2.VerifyRequest(open=verify_pb2.VerifyOpen(**self._opening.fields(token_ids)))
+        problem: SequoiaError | None = None
+        give_up = time.monotonic() + self._failover_seconds
+        while True:
+            self.close()
+            if (member := self._pool.best()) is not None:
+                self._enter(member)
+                try:
+                    return await self._ask(message)
+                except (Unavailable, ResourceExhausted) as error:
+                    problem = error
+            if time.monotonic() >= give_up:
+                raise problem or self._pool.nobody()
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def step(
         self, prefix_len: int, tree: tree_pb2.TokenTree | None, num_plain_steps: int
@@ -73,42 +98,53 @@ class VerifyStream:
         return await self._ask(verify_pb2.VerifyRequest(step=message))
 
     def close(self) -> None:
-        """End the session; the worker frees its KV slot."""
-        self._call.cancel()
+        """End the session, if there is one; the worker frees its KV slot."""
+        if self._call is not None and self._member is not None:
+            self._call.cancel()
+            self._member.num_sessions -= 1
+            self._call = self._member = None
+
+    def _enter(self, member: Member) -> None:
+        stub = verify_pb2_grpc.VerifyServiceStub(member.link.channel)
+        self._call = stub.Verify(timeout=max(0.0, self._opening.seconds_left))
+        self._member, self._step, self.num_plain_steps_left = member, 0, 0
+        member.num_sessions += 1
 
     async def _ask(self, request: verify_pb2.VerifyRequest | None) -> verify_pb2.VerifyResponse:
+        assert self._call is not None
+        assert self._member is not None
+        member, started = self._member, time.monotonic()
         try:
             response = await _exchange(self._call, request)
-        except Unavailable as error:
-            raise Unavailable(f"the verify worker at {self._address} is lost ({error})") from error
+        except _LOST as error:
+            member.failed(str(error))
+            raise Unavailable(f"the verify worker at {member.link.address} is lost ({error})") from error
         self.num_bytes += response.ByteSize() + (request.ByteSize() if request else 0)
         if request is None:
             self._step += 1
         if response.step != self._step:
-            raise Internal(f"the verify worker answered step {response.step} instead of {self._step}")
+            member.failed("answers another step than it was asked")
+            raise Unavailable(f"{member.link.address} answered step {response.step} instead of {self._step}")
+        member.replied(time.monotonic() - started)
         self.num_plain_steps_left = response.num_plain_steps_left
         return response
 
 
 class DraftStream:
-    """The session on the draft worker. Never raises and never holds a step up for longer than `reply_timeout_seconds`.
+    """The session on a draft worker. Never raises and never holds a step up for longer than `reply_timeout_seconds`.
 
-    Whatever goes wrong is a missing tree: the step is decoded plainly, and the session is opened again from the
-    committed tokens. `reason` tells what happened last.
+    Whatever goes wrong is a missing tree: the step is decoded plainly, and the session is opened again, elsewhere where
+    there is another worker, from the committed tokens. `reason` tells what happened last.
     """
 
-    def __init__(
-        self, link: WorkerLink, opening: Opening, reply_timeout_seconds: float, *, has_own_device: bool
-    ) -> None:
-        self._has_own_device = has_own_device
-        self._stub = draft_pb2_grpc.DraftServiceStub(link.channel)
-        self._opening = opening
+    def __init__(self, pool: Pool, opening: Opening, reply_timeout_seconds: float, *, verify_device_id: str) -> None:
+        self._pool, self._opening, self._verify_device_id = pool, opening, verify_device_id
         self._reply_timeout_seconds = reply_timeout_seconds
+        self._member: Member | None = None
         self._call: grpc.aio.StreamStreamCall[draft_pb2.DraftRequest, draft_pb2.DraftResponse] | None = None
         self._pending: asyncio.Task[draft_pb2.DraftResponse] | None = None
-        self._acknowledged = 0
+        self._acknowledged = self._num_sent = 0
         self._step = 0
-        self._reopen_at = 0.0
         self.num_bytes = 0
         self.reason = ""
 
@@ -118,41 +154,56 @@ class DraftStream:
         return self._call is not None and self._pending is not None and not self._step
 
     def open(self, token_ids: Sequence[int]) -> None:
-        """Start opening the session; nothing waits for it."""
-        message = draft_pb2.DraftOpen(**self._opening.fields(token_ids), has_own_device=self._has_own_device)
-        self._call = self._stub.Draft(timeout=self._opening.timeout_seconds)
-        self._step = 0
+        """Start opening the session where there is room; nothing waits for it."""
+        if (member := self._pool.best()) is None or member.description is None:
+            return
+        message = draft_pb2.DraftOpen(
+            **self._opening.fields(token_ids),
+            has_own_device=member.description.device_id != self._verify_device_id,
+        )
+        stub = draft_pb2_grpc.DraftServiceStub(member.link.channel)
+        self._call, self._member = stub.Draft(timeout=max(0.0, self._opening.seconds_left)), member
+        member.num_sessions += 1
+        self._step, self._acknowledged, self._num_sent = 0, 0, len(token_ids)
         self._ask(draft_pb2.DraftRequest(open=message))
 
     async def tree_or_none(self, committed: Sequence[int], shape: TreeShape) -> draft_pb2.DraftResponse | None:
         """A tree for the next step, or None: the draft is not ready, late, or lost."""
-        if self._call is None:
-            if time.monotonic() >= self._reopen_at:
-                self.reason = self.reason or "draft: opening"
-                self.open(committed)
+        if self._call is None or self._member is None:
+            self.reason = self.reason or "draft: opening"
+            self.open(committed)
             return None
         if self._pending is not None and not self._take_late_reply():
             return None
         self._step += 1
+        self._num_sent = len(committed)
         message = draft_pb2.DraftStep(
             step=self._step,
             base_len=self._acknowledged,
             token_ids=committed[self._acknowledged :],
             **shape_to_wire(shape),
         )
-        pending = self._ask(draft_pb2.DraftRequest(step=message))
-        await asyncio.wait((pending,), timeout=self._reply_timeout_seconds)
+        pending, started = self._ask(draft_pb2.DraftRequest(step=message)), time.monotonic()
+        patience = self._member.patience_seconds(self._reply_timeout_seconds)
+        await asyncio.wait((pending,), timeout=patience)
         if not pending.done():
-            self.reason = f"draft: no tree within {self._reply_timeout_seconds:g} s"
+            self.reason = f"draft: no tree within {patience:.3g} s"
             return None
+        self._member.replied(time.monotonic() - started)
         return self._reply(pending)
+
+    def refuse(self, reason: str) -> None:
+        """The last tree was none: whoever sends such trees is no draft."""
+        self._lose(f"draft: {reason}")
 
     def close(self) -> None:
         """End the session; the worker frees its KV slot."""
         if self._pending is not None and not self._pending.cancel() and not self._pending.cancelled():
             self._pending.exception()  # nobody is left to hear of it
-        if self._call is not None:
+        if self._call is not None and self._member is not None:
             self._call.cancel()
+            self._member.num_sessions -= 1
+        self._call = self._member = self._pending = None
 
     def _take_late_reply(self) -> bool:
         """Whether the drafter is free again. A tree that came too late is dropped; what it acknowledged stays."""
@@ -173,20 +224,22 @@ class DraftStream:
         try:
             response = pending.result()
         except SequoiaError as error:
-            self._lose(f"draft: lost ({error.code.name}: {error})")
+            # Of a request that ran out of time the draft is innocent.
+            is_late = isinstance(error, DeadlineExceeded)
+            self._lose(f"draft: lost ({error.code.name}: {error})", is_at_fault=not is_late)
             return None
-        if response.step != self._step:
-            self._lose(f"draft: lost (answered step {response.step} instead of {self._step})")
+        if response.step != self._step or response.num_committed > self._num_sent:
+            told = f"step {response.step} of {response.num_committed} tokens"
+            self._lose(f"draft: lost (answered {told} instead of {self._step} of {self._num_sent})")
             return None
         self._acknowledged = response.num_committed
         self.num_bytes += response.ByteSize()
         return response
 
-    def _lose(self, reason: str) -> None:
-        assert self._call is not None
-        self._call.cancel()
-        self._call, self._acknowledged = None, 0
-        self._reopen_at = time.monotonic() + _REOPEN_AFTER_SECONDS
+    def _lose(self, reason: str, *, is_at_fault: bool = True) -> None:
+        if self._member is not None and is_at_fault:
+            self._member.failed(reason)
+        self.close()
         self.reason = reason
 
 
@@ -210,5 +263,5 @@ async def _end_of(call: grpc.aio.StreamStreamCall[Request, Response]) -> Sequoia
     """The error behind a stream that has ended."""
     code, details, metadata = await call.code(), await call.details(), await call.trailing_metadata()
     if code is grpc.StatusCode.OK:
-        return Internal("the worker ended the stream")
+        return Unavailable("the worker ended the stream")
     return error_from(grpc.aio.AioRpcError(code, grpc.aio.Metadata(), metadata, details))

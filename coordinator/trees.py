@@ -24,8 +24,11 @@ _log = logging.getLogger(__name__)
 class Pair(Protocol):
     """The workers at this moment."""
 
-    verify_description: WorkerDescription
-    draft_description: WorkerDescription | None
+    @property
+    def verify_description(self) -> WorkerDescription: ...
+
+    @property
+    def draft_description(self) -> WorkerDescription | None: ...
 
 
 class FoundPlan(NamedTuple):

@@ -29,9 +29,13 @@ class FailedPrecondition(SequoiaError):
 
 
 class ResourceExhausted(SequoiaError):
-    """No capacity at this moment: try again later."""
+    """No capacity at this moment: try again later, after `retry_seconds` where they are known."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, field: str = "", *, retry_seconds: float | None = None) -> None:
+        super().__init__(message, field)
+        self.retry_seconds = retry_seconds
 
 
 class Unavailable(SequoiaError):

@@ -11,12 +11,12 @@ from contextlib import asynccontextmanager
 from typing import Any, NoReturn, Protocol
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, SequoiaError
+from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, ResourceExhausted, SequoiaError
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +142,11 @@ async def _abort(context: Context, error: SequoiaError) -> NoReturn:
         detail = any_pb2.Any()
         detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
         status.details.append(detail)
+    if isinstance(error, ResourceExhausted) and error.retry_seconds is not None:
+        detail = any_pb2.Any()
+        delay = duration_pb2.Duration(nanos=round(error.retry_seconds * 1e9) % 10**9, seconds=int(error.retry_seconds))
+        detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        status.details.append(detail)
     await context.abort(error.code, str(error), ((_STATUS_DETAILS, status.SerializeToString()),))
 
 
@@ -149,15 +154,13 @@ def error_from(error: grpc.RpcError) -> SequoiaError:
     """The SequoiaError that a failed call stands for: the peer's own, or one for its status code."""
     kind = ERROR_BY_CODE.get(error.code(), SequoiaError)
     metadata: Any = error.trailing_metadata() or ()
-    for key, value in metadata:
-        if key == _STATUS_DETAILS and (violation := _first_violation(value)):
-            return kind(violation.description, violation.field)
-    return kind(error.details() or error.code().name)
-
-
-def _first_violation(status: bytes) -> error_details_pb2.BadRequest.FieldViolation | None:
+    status = next((value for key, value in metadata if key == _STATUS_DETAILS), b"")
+    message, field, retry = error.details() or error.code().name, "", error_details_pb2.RetryInfo()
     for detail in status_pb2.Status.FromString(status).details:
         request = error_details_pb2.BadRequest()
         if detail.Unpack(request) and request.field_violations:
-            return request.field_violations[0]
-    return None
+            message, field = request.field_violations[0].description, request.field_violations[0].field
+        detail.Unpack(retry)
+    if kind is ResourceExhausted and retry.HasField("retry_delay"):
+        return ResourceExhausted(message, field, retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9)
+    return kind(message, field)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import pytest
+from google.protobuf import json_format
 from tiny_models import build_tokenizer
 
 from coordinator.session import Session
@@ -14,12 +17,13 @@ from coordinator.speculation import Choice
 from coordinator.streams import DraftStream, Opening, VerifyStream
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Transcript
-from coordinator.workers import WorkerLink
-from sequoia.rpc import Context, Server
+from coordinator.workers import Pool
+from sequoia.errors import InvalidArgument
+from sequoia.rpc import Context, Server, error_border
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology
-from sequoia.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc
+from sequoia.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc, worker_pb2
 from sequoia.v1.worker_pb2 import TokenizerFiles
 
 PROMPT = (5, 6, 7)
@@ -53,14 +57,20 @@ class AlwaysTree:
     def choose(self, num_tokens: int) -> Choice:
         return Choice(Topology.chain(3))
 
+    def drafted(self, ahead: int) -> None:
+        """Nobody counts."""
+
+    def observe(self, *observed: object, **how: object) -> None:
+        """Nobody learns."""
+
 
 @pytest.fixture
 async def workers() -> Workers:
     return Workers()
 
 
-@pytest.fixture
-async def address(workers: Workers) -> AsyncIterator[str]:
+@asynccontextmanager
+async def serving(workers: Any) -> AsyncIterator[str]:
     server = Server("127.0.0.1:0")
     draft_pb2_grpc.add_DraftServiceServicer_to_server(workers, server.grpc_server)
     verify_pb2_grpc.add_VerifyServiceServicer_to_server(workers, server.grpc_server)
@@ -68,33 +78,42 @@ async def address(workers: Workers) -> AsyncIterator[str]:
     await server.stop(0)
 
 
+@asynccontextmanager
+async def pool_of(address: str) -> AsyncIterator[Pool]:
+    """Of the one worker, which plays both parts."""
+    pool = Pool([address], worker_pb2.WORKER_ROLE_VERIFY, lambda found: None)
+    [member] = pool.members
+    member.found(worker_pb2.WorkerDescription(instance_id="a", num_slots=4, device_id="there"))
+    yield pool
+    await member.link.channel.close()
+
+
 @pytest.fixture
-async def link(address: str) -> AsyncIterator[WorkerLink]:
-    link = WorkerLink(address)
-    yield link
-    await link.channel.close()
+async def pool(workers: Workers) -> AsyncIterator[Pool]:
+    async with serving(workers) as address, pool_of(address) as pool:
+        yield pool
 
 
-def session(link: WorkerLink, *, has_own_device: bool) -> Session:
+def session(pool: Pool, *, has_own_device: bool) -> Session:
     codec = TextCodec.from_files(
         TokenizerFiles(tokenizer_json=build_tokenizer(400).backend_tokenizer.to_str().encode())
     )
     sampling = Sampling(temperature=0.0)
-    opening = Opening(Decoding(GREEDY, sampling, len(PROMPT)), timeout_seconds=30.0)
+    opening = Opening(Decoding(GREEDY, sampling, len(PROMPT)), time.monotonic() + 30.0)
     return Session(
         Transcript(PROMPT, 10, sampling, TextStream(codec, ())),
-        VerifyStream(link, opening),
-        DraftStream(link, opening, 5.0, has_own_device=has_own_device),
+        VerifyStream(pool, opening, 1.0),
+        DraftStream(pool, opening, 5.0, verify_device_id="here" if has_own_device else "there"),
         AlwaysTree(),  # type: ignore[arg-type]
     )
 
 
 @pytest.mark.parametrize("has_own_device", [True, False])
 async def test_prefill_of_both_overlaps_and_the_drafts_is_not_awaited(
-    workers: Workers, link: WorkerLink, has_own_device: bool
+    workers: Workers, pool: Pool, has_own_device: bool
 ) -> None:
     """The first token comes although the drafter has not answered, and not before it has got the prompt."""
-    running = session(link, has_own_device=has_own_device)
+    running = session(pool, has_own_device=has_own_device)
     async with asyncio.timeout(20), aclosing(running.run()) as steps:
         first = await anext(steps)
     running.close()
@@ -102,3 +121,58 @@ async def test_prefill_of_both_overlaps_and_the_drafts_is_not_awaited(
     opening = workers.draft_opening.result()
     assert tuple(opening.token_ids) == PROMPT
     assert opening.has_own_device == has_own_device
+
+
+class Nonsense(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):
+    """The drafter answers with what it is told to; the verifier refuses trees, as if they were none."""
+
+    def __init__(self, answer: draft_pb2.DraftResponse) -> None:
+        self._answer = answer
+        self.openings: list[tuple[int, ...]] = []
+
+    async def Draft(
+        self, requests: AsyncIterator[draft_pb2.DraftRequest], context: Context
+    ) -> AsyncIterator[draft_pb2.DraftResponse]:
+        async for request in requests:
+            if request.WhichOneof("kind") == "open":
+                yield draft_pb2.DraftResponse(num_committed=len(request.open.token_ids))
+            else:
+                answer = draft_pb2.DraftResponse(step=request.step.step)
+                answer.MergeFrom(self._answer)
+                yield answer
+
+    async def Verify(
+        self, requests: AsyncIterator[verify_pb2.VerifyRequest], context: Context
+    ) -> AsyncIterator[verify_pb2.VerifyResponse]:
+        async with error_border(context):
+            async for request in requests:
+                if request.WhichOneof("kind") == "open":
+                    self.openings.append(tuple(request.open.token_ids))
+                elif request.step.HasField("tree"):
+                    raise InvalidArgument("is no tree", "tree.parents")
+                step, verdict = request.step.step, verify_pb2.Verdict(bonus_token_id=40)
+                for left in range(request.step.num_plain_steps, -1, -1):
+                    yield verify_pb2.VerifyResponse(step=step, verdict=verdict, num_plain_steps_left=left)
+                    step += 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        ({"num_committed": 4, "tree": {"token_ids": [40, 1], "topology": {"parents": [0, 9]}}}, "is no tree"),
+        ({"num_committed": 10**6, "tree": {"token_ids": [40]}}, "step 1 of 1000000 tokens instead of 1 of"),
+        ({"step": 77, "num_committed": 4}, "answered step 77"),
+    ],
+    ids=["a tree that is none", "tokens that it was not told", "another step"],
+)
+async def test_a_draft_that_answers_nonsense_costs_no_text(answer: dict[str, Any], reason: str) -> None:
+    workers = Nonsense(json_format.ParseDict(answer, draft_pb2.DraftResponse()))
+    async with serving(workers) as address, pool_of(address) as pool:
+        running = session(pool, has_own_device=True)
+        async with asyncio.timeout(20), aclosing(running.run()) as steps:
+            tokens = [token async for step in steps for token in step.token_ids]
+        running.close()
+    assert tokens == 10 * [40]
+    assert reason in running.report.message.fallback_reason
+    assert all(opening == PROMPT + (len(opening) - len(PROMPT)) * (40,) for opening in workers.openings)
+    assert [each.num_sessions for each in pool.members] == [0]

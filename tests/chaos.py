@@ -1,0 +1,219 @@
+"""Requests of which each meets a fault: `python tests/chaos.py --requests 500 --seed 1`.
+
+Every answer must be the undisturbed one, none may hang, and no worker may hold a slot in the end. Prints how often each
+fault was survived, and exits with 1 when one was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from queue import Empty, Queue
+from typing import Any
+
+from cluster import Cluster
+from rich.console import Console
+from tiny_models import write_perturbed_model, write_tiny_model
+
+from sequoia.cli.steps import Steps
+from sequoia.errors import SequoiaError
+from sequoia.topology import Topology
+
+_TREE = Topology((-1, 0, 0, 1, 1, 3))
+_PROMPTS = [list(range(start, start + length)) for start, length in ((40, 30), (60, 5), (90, 120), (20, 64))]
+_HOW: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0.8, "seed": 11},
+    {"temperature": 1.0, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.1},
+    {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 1},
+]
+_NUM_TOKENS = 300
+_LONGEST_SECONDS = 60.0
+
+
+@dataclass
+class Outcome:
+    """What a run came to."""
+
+    survived: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    slowest_seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        survived = dict(sorted(self.survived.items()))
+        return {"survived": survived, "problems": self.problems, "slowest_seconds": round(self.slowest_seconds, 2)}
+
+
+class Chaos:
+    """Faults on a cluster whose dead workers are started again at once, as an orchestrator does."""
+
+    def __init__(self, cluster: Cluster, seed: int) -> None:
+        self._cluster, self._random, self._lock = cluster, random.Random(seed), threading.Lock()
+        self._expected: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._ended: Queue[str] = Queue()
+        self.outcome = Outcome()
+        links = ("cut", "reset", "halve", "repeat", "stall")
+        self._faults: dict[str, Callable[[str], None]] = {
+            **{name: lambda worker, name=name: self._break_link(worker, name) for name in links},  # type: ignore[misc]
+            "kill": self._kill,
+            "terminate": self._terminate,
+            "pause": self._pause,
+        }
+
+    def run(self, num_requests: int, num_clients: int, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
+        """All requests, some at a time."""
+        for prompt in range(len(_PROMPTS)):
+            for how in range(len(_HOW)):
+                self._expected[prompt, how] = self._undisturbed(prompt, how)
+        with ThreadPoolExecutor(num_clients) as pool:
+            running = [pool.submit(self._one, self._random.random()) for _ in range(num_requests)]
+            while not all(each.done() for each in running):
+                self._restart()
+                on_progress(sum(each.done() for each in running))
+            for each in running:
+                each.result()
+        self._restart()
+        try:
+            for name in (*self._cluster.names("verify"), *self._cluster.names("draft")):
+                self._wait_until_serving(name)
+            self._cluster.wait_until_free(30)
+        except AssertionError as error:
+            self.outcome.problems.append(f"in the end: {error}")
+        return self.outcome
+
+    def _restart(self) -> None:
+        """Those that have ended. On the main thread: a process dies with the thread that started it."""
+        with suppress(Empty):
+            while True:
+                self._cluster.begin(self._ended.get(timeout=0.05))
+
+    def _undisturbed(self, prompt: int, how: int) -> tuple[int, ...]:
+        asked = {"max_tokens": _NUM_TOKENS, "ignore_eos": True, "speculation": "off", **_HOW[how]}
+        return self._cluster.client.generate(_PROMPTS[prompt], **asked).token_ids
+
+    def _one(self, seed: float) -> None:
+        """A request, and a fault at some place of its answer."""
+        choose = random.Random(seed)
+        prompt, how = choose.randrange(len(_PROMPTS)), choose.randrange(len(_HOW))
+        fault, role = choose.choice([*self._faults, "cancel"]), choose.choice(("verify", "draft"))
+        name = fault if fault == "cancel" else f"{fault} {role}"
+        speculation: Any = choose.choice((_TREE, _TREE, "auto", "off"))
+        started = time.monotonic()
+        try:
+            found = self._ask(prompt, how, speculation, fault, role, choose)
+        except SequoiaError as error:
+            self._note(name, f"{type(error).__name__}: {error}", started)
+            return
+        expected = self._expected[prompt, how]
+        if fault == "cancel":
+            expected = expected[: len(found)]
+        problem = "" if found == expected else f"{len(found)} tokens, another text from {_parting(found, expected)}"
+        self._note(name, problem, started)
+
+    def _ask(
+        self, prompt: int, how: int, speculation: Any, fault: str, role: str, choose: random.Random
+    ) -> tuple[int, ...]:
+        asked = {"max_tokens": _NUM_TOKENS, "ignore_eos": True, "speculation": speculation, **_HOW[how]}
+        stream, token_ids = self._cluster.client.stream(_PROMPTS[prompt], **asked), list[int]()
+        place, is_due = choose.randrange(_NUM_TOKENS * 3 // 4), True
+        for chunk in stream:
+            token_ids += chunk.token_ids
+            if is_due and len(token_ids) > place:
+                is_due = False
+                if fault == "cancel":
+                    stream.close()
+                    break
+                self._faults[fault](choose.choice(self._cluster.names(role)))
+        return tuple(token_ids)
+
+    def _note(self, name: str, problem: str, started: float) -> None:
+        seconds = time.monotonic() - started
+        if not problem and seconds > _LONGEST_SECONDS:
+            problem = f"took {seconds:.0f} s"
+        with self._lock:
+            self.outcome.slowest_seconds = max(self.outcome.slowest_seconds, seconds)
+            if problem:
+                self.outcome.problems.append(f"{name}: {problem}")
+            else:
+                self.outcome.survived[name] += 1
+
+    def _break_link(self, worker: str, how: str) -> None:
+        link = self._cluster.links[worker]
+        link.stall(0.7) if how == "stall" else getattr(link, how)()
+
+    def _kill(self, worker: str) -> None:
+        self._end(worker, self._cluster.kill)
+
+    def _terminate(self, worker: str) -> None:
+        def end(name: str) -> None:
+            self._cluster.terminate(name)
+            self._cluster.wait(name)
+
+        self._end(worker, end)
+
+    def _end(self, worker: str, end: Callable[[str], None]) -> None:
+        with self._lock:
+            if self._cluster.num_slots_used(worker) is None:
+                return  # it has not come back from the last time
+            end(worker)
+            self._ended.put(worker)
+
+    def _pause(self, worker: str) -> None:
+        with self._lock:
+            if self._cluster.num_slots_used(worker) is None:
+                return
+            self._cluster.signal(worker, signal.SIGSTOP)
+            time.sleep(0.5)
+            self._cluster.signal(worker, signal.SIGCONT)
+
+    def _wait_until_serving(self, worker: str) -> None:
+        deadline = time.monotonic() + 60
+        while self._cluster.num_slots_used(worker) is None:
+            assert time.monotonic() < deadline, f"{worker} does not serve"
+            time.sleep(0.1)
+
+
+def _parting(found: tuple[int, ...], expected: tuple[int, ...]) -> int:
+    pairs = zip(found, expected, strict=False)
+    return next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(found), len(expected)))
+
+
+def run(num_requests: int, seed: int, folder: Path, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
+    """On a fresh cluster of tiny float32 models, three clients at a time."""
+    write_tiny_model(folder / "target", "llama")
+    write_perturbed_model(folder / "target", folder / "draft")
+    (folder / "logs").mkdir()
+    with Cluster({"verify": folder / "target", "draft": folder / "draft"}, folder / "logs") as cluster:
+        return Chaos(cluster, seed).run(num_requests, 3, on_progress)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Requests of which each meets a fault.")
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder, Steps(Console(stderr=True)).step("requests") as on_progress:
+        outcome = run(
+            arguments.requests, arguments.seed, Path(folder), lambda done: on_progress(done, arguments.requests)
+        )
+    print(json.dumps(outcome.to_dict(), indent=2))
+    return 1 if outcome.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Several workers of each role behind one coordinator, real processes, each behind a link that can fail."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import grpc
+from faulty_link import FaultyLink
+
+from sequoia.cli.process import ServerProcess, wait_until_serving
+from sequoia.client import Client
+from sequoia.rpc import open_sync_channel
+from sequoia.v1 import worker_pb2, worker_pb2_grpc
+
+_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "100"}
+_MODULES = {"verify": "verify_worker.server", "draft": "draft_worker.server"}
+
+
+class Cluster:
+    """A context manager; `client` asks its coordinator. Workers are `verify0`, `verify1`, ..., `draft0`, ..."""
+
+    def __init__(
+        self, models: dict[str, Path], log_dir: Path, *, num_verify: int = 2, num_draft: int = 2, **flags: object
+    ) -> None:
+        self._models, self._log_dir, self._flags = models, log_dir, flags
+        counts = {"verify": num_verify, "draft": num_draft}
+        self._roles = {f"{role}{index}": role for role, count in counts.items() for index in range(count)}
+        self._addresses = {name: f"127.0.0.1:{_free_port()}" for name in self._roles}
+        self._processes: dict[str, ServerProcess] = {}
+        self._stack = ExitStack()
+        self.links: dict[str, FaultyLink] = {}
+
+    def __enter__(self) -> Cluster:
+        self._stack.callback(self._stop)
+        try:
+            for name, address in self._addresses.items():
+                self.links[name] = self._stack.enter_context(FaultyLink(address))
+            self.start(*self._roles)
+            pools = {role: ",".join(self.links[each].address for each in self.names(role)) for role in _MODULES}
+            flags = {"listen": "127.0.0.1:0", "failover-seconds": 30, **pools, **self._flags}
+            self._processes["coordinator"] = ServerProcess(
+                "coordinator", "coordinator.server", flags, _ENVIRONMENT, self._log_dir
+            )
+            list(wait_until_serving([self._processes["coordinator"]]))
+            self.client = Client(self._processes["coordinator"].address, timeout_seconds=120)
+            self._stack.callback(self.client.close)
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def names(self, role: str) -> list[str]:
+        """The workers of a role."""
+        return [name for name, its in self._roles.items() if its == role]
+
+    def start(self, *names: str) -> None:
+        """Start workers, again where they had been, and wait until they serve."""
+        self.begin(*names)
+        list(wait_until_serving([self._processes[name] for name in names]))
+
+    def begin(self, *names: str) -> None:
+        """Start workers and do not wait."""
+        for name in names:
+            role = self._roles[name]
+            flags = {"model": self._models[role], "listen": self._addresses[name], "dtype": "float32", "num-threads": 1}
+            self._processes[name] = ServerProcess(name, _MODULES[role], flags, _ENVIRONMENT, self._log_dir)
+
+    def kill(self, name: str) -> None:
+        """As a crash does."""
+        self._processes[name].kill()
+
+    def terminate(self, name: str) -> None:
+        """As an operator does; does not wait."""
+        self._processes[name].terminate()
+
+    def wait(self, name: str) -> None:
+        """Until it has ended by itself."""
+        self._processes[name].wait()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """SIGSTOP and SIGCONT above all."""
+        os.kill(self._processes[name].pid, number)
+
+    def num_slots_used(self, name: str) -> int | None:
+        """Of a worker; None where it does not answer."""
+        with open_sync_channel(self._addresses[name]) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            try:
+                return stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=5).num_slots_used
+            except grpc.RpcError:
+                return None
+
+    def busy(self, role: str) -> str:
+        """The worker that has a session now."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for name in self.names(role):
+                if self.num_slots_used(name):
+                    return name
+        raise AssertionError(f"no {role} worker has a session")
+
+    def wait_until_free(self, seconds: float = 10) -> None:
+        """Until no worker holds a slot: raises AssertionError otherwise."""
+        deadline = time.monotonic() + seconds
+        while any(used := {name: self.num_slots_used(name) for name in self._roles}.values()):
+            assert time.monotonic() < deadline, used
+
+    def log(self, name: str) -> str:
+        """What it has written."""
+        return (self._log_dir / f"{name}.log").read_text()
+
+    def _stop(self) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.stdout.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port

@@ -1,0 +1,174 @@
+"""Workers that die, hang, leave and answer nonsense: the client's text is the undisturbed one."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cluster import Cluster
+from tiny_models import write_perturbed_model, write_tiny_model
+
+from sequoia.errors import ResourceExhausted, Unavailable
+from sequoia.topology import Topology
+
+PROMPT = list(range(40, 70))
+TREE = Topology((-1, 0, 0, 1, 1, 3))
+GREEDY: dict[str, Any] = {"temperature": 0}
+SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 11, "repetition_penalty": 1.1}
+HOW = pytest.mark.parametrize("how", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+NUM_TOKENS = 400
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("llama")
+    write_tiny_model(folder / "target", "llama")
+    write_perturbed_model(folder / "target", folder / "draft")
+    return {"verify": folder / "target", "draft": folder / "draft"}
+
+
+@pytest.fixture(scope="module")
+def cluster(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(models, tmp_path_factory.mktemp("logs")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def single(models: dict[str, Path], tmp_path: Path) -> Iterator[Cluster]:
+    """One worker of each role, for a test that may break it."""
+    with Cluster(models, tmp_path, num_verify=1, num_draft=1, **{"failover-seconds": 15}) as cluster:
+        yield cluster
+
+
+def ask(cluster: Cluster, **how: Any) -> tuple[int, ...]:
+    return cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, **how).token_ids
+
+
+def disturbed(cluster: Cluster, disturb: Any, **how: Any) -> tuple[tuple[int, ...], Any]:
+    """All tokens of a stream in whose middle something happens, and its last chunk."""
+    stream = cluster.client.stream(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, speculation=TREE, **how)
+    token_ids: list[int] = []
+    while len(token_ids) < 30:
+        token_ids += next(stream).token_ids
+    disturb()
+    for chunk in stream:
+        token_ids += chunk.token_ids
+    return tuple(token_ids), chunk
+
+
+@HOW
+@pytest.mark.parametrize("end", ["kill", "terminate"])
+def test_a_verify_worker_that_ends_costs_no_text(cluster: Cluster, how: dict[str, Any], end: str) -> None:
+    expected = ask(cluster, speculation="off", **how)
+    gone: list[str] = []
+
+    def disturb() -> None:
+        gone.append(cluster.busy("verify"))
+        getattr(cluster, end)(gone[0])
+
+    found, last = disturbed(cluster, disturb, **how)
+    cluster.wait(gone[0])
+    assert found == expected
+    if end == "kill":
+        # One that is asked to end lets its sessions end, for some seconds.
+        assert "is lost" in last.generation.speculation.fallback_reason
+    cluster.wait_until_free()
+    cluster.start(*gone)
+
+
+@HOW
+@pytest.mark.parametrize("fault", ["cut", "reset", "halve", "repeat"])
+@pytest.mark.parametrize("role", ["verify", "draft"])
+def test_a_link_that_breaks_costs_no_text(cluster: Cluster, how: dict[str, Any], fault: str, role: str) -> None:
+    expected = ask(cluster, speculation="off", **how)
+    found, _ = disturbed(cluster, lambda: getattr(cluster.links[cluster.busy(role)], fault)(), **how)
+    assert found == expected
+    cluster.wait_until_free()
+
+
+def test_another_draft_takes_over(cluster: Cluster) -> None:
+    expected = ask(cluster, speculation="off", **GREEDY)
+    gone: list[str] = []
+
+    def disturb() -> None:
+        gone.append(cluster.busy("draft"))
+        cluster.kill(gone[0])
+
+    found, last = disturbed(cluster, disturb, **GREEDY)
+    assert found == expected
+    figures = last.generation.speculation
+    assert 0 < figures.num_fallback_steps < figures.num_drafted_steps
+    cluster.start(*gone)
+
+
+def test_a_lone_verify_worker_is_waited_for(single: Cluster) -> None:
+    expected = ask(single, speculation="off", **GREEDY)
+
+    def disturb() -> None:
+        single.kill("verify0")
+        single.begin("verify0")
+
+    found, _ = disturbed(single, disturb, **GREEDY)
+    assert found == expected
+
+
+def test_one_that_does_not_come_back_ends_the_request_by_name(single: Cluster) -> None:
+    started = time.monotonic()
+    with pytest.raises(Unavailable, match="is lost|no verify worker is there"):
+        disturbed(single, lambda: single.kill("verify0"), **GREEDY)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.slow
+def test_a_verify_worker_that_hangs_is_left(cluster: Cluster) -> None:
+    expected = ask(cluster, speculation="off", **GREEDY)
+    hung: list[str] = []
+
+    def disturb() -> None:
+        hung.append(cluster.busy("verify"))
+        cluster.signal(hung[0], signal.SIGSTOP)
+
+    try:
+        found, _ = disturbed(cluster, disturb, **GREEDY)
+    finally:
+        cluster.signal(hung[0], signal.SIGCONT)
+    assert found == expected
+
+
+def test_requests_wait_for_a_slot_and_too_many_are_told_when_to_try_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("cluster")._ENVIRONMENT, "SEQUOIA_NUM_SLOTS", "1")
+    with Cluster(models, tmp_path, num_verify=1, num_draft=1, **{"max-waiting": 2}) as cluster:
+        expected = ask(cluster, speculation="off", **GREEDY)
+        with ThreadPoolExecutor(3) as pool:
+            waiting = [pool.submit(ask, cluster, speculation="off", **GREEDY) for _ in range(3)]
+            refused = None
+            while refused is None and not all(each.done() for each in waiting):
+                try:
+                    cluster.client.generate(PROMPT, max_tokens=1, temperature=0)
+                except ResourceExhausted as error:
+                    refused = error
+            assert [each.result() for each in waiting] == 3 * [expected]
+        assert refused is not None
+        assert refused.field == "queue"
+        assert refused.retry_seconds == 1.0
+        cluster.wait_until_free()
+
+
+def test_a_worker_with_another_model_is_not_let_in(single: Cluster, models: dict[str, Path], tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "other", "llama", seed=5)
+    single.kill("verify0")
+    single._models = {**models, "verify": tmp_path / "other"}
+    single.start("verify0")
+    deadline = time.monotonic() + 20
+    while "is not what the pool serves" not in single.log("coordinator"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises(Unavailable, match=r"no verify worker is there \(.* is not what the pool serves"):
+        ask(single, **GREEDY)
