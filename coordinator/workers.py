@@ -81,20 +81,14 @@ class Member:
         self.num_sessions = 0  # of this coordinator
         self.problem = ""  # what keeps it from being used
         self._instance_id = ""
-        self._num_failures = 0
-        self._paused_until = 0.0
+        self._pause = self._paused_until = 0.0  # how long it is left alone, 0 when it answered last, and until when
         self._reply_seconds: deque[float] = deque(maxlen=_NUM_REPLIES)
 
     @property
     def is_usable(self) -> bool:
         """Whether a session may be opened on it."""
-        is_probing = self._num_failures > 0 and self.num_sessions > 0
+        is_probing = self._pause > 0.0 and self.num_sessions > 0
         return self.description is not None and time.monotonic() >= self._paused_until and not is_probing
-
-    @property
-    def num_free(self) -> int:
-        """Sessions that it still takes, as far as this coordinator knows."""
-        return self.description.num_slots - self.num_sessions if self.description else 0
 
     @property
     def load(self) -> tuple[float, float]:
@@ -105,7 +99,7 @@ class Member:
     def found(self, description: worker_pb2.WorkerDescription) -> None:
         """It is there and belongs here. Another process than before begins without failures."""
         if description.instance_id != self._instance_id:
-            self._instance_id, self._num_failures, self._paused_until = description.instance_id, 0, 0.0
+            self._instance_id, self._pause, self._paused_until = description.instance_id, 0.0, 0.0
             _log.info("worker found", extra={"address": self.link.address, "model": description.model})
         elif self.problem:
             _log.info("worker is back", extra={"address": self.link.address})
@@ -119,14 +113,13 @@ class Member:
 
     def failed(self, reason: str) -> None:
         """It was lost, or answered nonsense."""
-        pause = min(_FIRST_PAUSE_SECONDS * 2**self._num_failures, _LONGEST_PAUSE_SECONDS)
-        self._num_failures += 1
+        pause = self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS) if self._pause else _FIRST_PAUSE_SECONDS
         self._paused_until = time.monotonic() + pause
         _log.warning("worker failed", extra={"address": self.link.address, "reason": reason, "pause_seconds": pause})
 
     def replied(self, seconds: float) -> None:
         """It answered a step, after so many seconds."""
-        self._num_failures = 0
+        self._pause = 0.0
         self._reply_seconds.append(seconds)
 
     def patience_seconds(self, most: float) -> float:

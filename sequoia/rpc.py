@@ -6,17 +6,18 @@ import asyncio
 import json
 import logging
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn, Protocol
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, ResourceExhausted, SequoiaError
+from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
 
 _log = logging.getLogger(__name__)
 
@@ -60,11 +61,45 @@ def open_sync_channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
 
 
+class _ReadsRequests(grpc.aio.ServerInterceptor):
+    """Refuses a request that cannot be read by name; gRPC itself answers UNKNOWN.
+
+    Messages of a stream are read by their handler, inside its error border.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: grpc.HandlerCallDetails
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        parse, behaviour = (
+            handler.request_deserializer,
+            handler.unary_stream or handler.unary_unary,
+        )  # coroutines, all of them
+
+        def read(raw: bytes) -> Any:
+            try:
+                return parse(raw)
+            except DecodeError as error:
+                return error
+
+        async def checked(request: Any, context: Any) -> Any:
+            if isinstance(request, DecodeError):
+                await _abort(context, _unreadable(request))
+            return await behaviour(request, context)
+
+        make = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return make(checked, read, handler.response_serializer)
+
+
 class Server:
     """A gRPC server with health and reflection. Add servicers to `grpc_server`, then `start`, `serve`, `stop`."""
 
     def __init__(self, listen: str) -> None:
-        self.grpc_server = grpc.aio.server(options=_SERVER_OPTIONS)
+        self.grpc_server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(_ReadsRequests(),))
         self._listen = listen
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
@@ -128,11 +163,18 @@ async def error_border(context: Context) -> AsyncIterator[None]:
         yield
     except SequoiaError as error:
         await _abort(context, error)
+    except DecodeError as error:
+        await _abort(context, _unreadable(error))
     except grpc.aio.AbortError:
         raise
     except Exception as error:  # noqa: BLE001
         _log.exception("handler failed")
         await _abort(context, Internal(f"{type(error).__name__}: {error}"))
+
+
+def _unreadable(error: DecodeError) -> InvalidArgument:
+    """Bytes that are not the message they should be."""
+    return InvalidArgument(f"it cannot be read: {error}", "message")
 
 
 async def _abort(context: Context, error: SequoiaError) -> NoReturn:
@@ -151,10 +193,16 @@ async def _abort(context: Context, error: SequoiaError) -> NoReturn:
 
 
 def error_from(error: grpc.RpcError) -> SequoiaError:
-    """The SequoiaError that a failed call stands for: the peer's own, or one for its status code."""
+    """The SequoiaError that a failed call stands for: the peer's own, or one for its status code.
+
+    INTERNAL and UNKNOWN without our details are gRPC's own, of connections that broke in the middle of a frame.
+    """
     kind = ERROR_BY_CODE.get(error.code(), SequoiaError)
     metadata: Any = error.trailing_metadata() or ()
-    status = next((value for key, value in metadata if key == _STATUS_DETAILS), b"")
+    status = next((value for key, value in metadata if key == _STATUS_DETAILS), None)
+    if status is None:
+        is_grpcs_own = error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+        status, kind = b"", Unavailable if is_grpcs_own else kind
     message, field, retry = error.details() or error.code().name, "", error_details_pb2.RetryInfo()
     for detail in status_pb2.Status.FromString(status).details:
         request = error_details_pb2.BadRequest()

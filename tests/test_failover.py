@@ -119,7 +119,7 @@ def test_a_lone_verify_worker_is_waited_for(single: Cluster) -> None:
 
 def test_one_that_does_not_come_back_ends_the_request_by_name(single: Cluster) -> None:
     started = time.monotonic()
-    with pytest.raises(Unavailable, match="is lost|no verify worker is there"):
+    with pytest.raises(Unavailable, match=r"is lost|no verify worker is there"):
         disturbed(single, lambda: single.kill("verify0"), **GREEDY)
     assert time.monotonic() - started < 30
 

@@ -18,6 +18,10 @@ from sequoia.worker import Worker
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
 
 
+# Plain steps count on from a step, in 64 bits.
+_LAST_STEP = 2**63
+
+
 class _Wanted(NamedTuple):
     """What a message asks for."""
 
@@ -59,6 +63,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     async def _step(self, session: VerifySession, context: Any, request: verify_pb2.VerifyStep) -> None:
         if request.prefix_len != session.prefix_len:
             raise InvalidArgument(f"this session holds {session.prefix_len} rows before the root", "prefix_len")
+        if request.step > _LAST_STEP:
+            raise InvalidArgument(f"is {request.step}; it must be {_LAST_STEP} or less", "step")
         tree = self._tree(session, request)
         await self._run_on(session, context, _Wanted(request.step, tree, request.num_plain_steps))
 

@@ -1,0 +1,134 @@
+"""A pool of workers: who gets the next session, who is left alone, who waits. Time is the test's."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from coordinator.workers import Member, Pool
+from sequoia.errors import ResourceExhausted, Unavailable
+from sequoia.v1 import worker_pb2
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("coordinator.workers.time.monotonic", clock.monotonic)
+    return clock
+
+
+@pytest.fixture
+async def pool() -> Pool:
+    return Pool(["a:1", "b:1"], worker_pb2.WORKER_ROLE_VERIFY, lambda found: None, most_waiting=2)
+
+
+def worker(instance_id: str, num_slots: int = 2) -> worker_pb2.WorkerDescription:
+    return worker_pb2.WorkerDescription(instance_id=instance_id, num_slots=num_slots)
+
+
+async def test_the_next_session_goes_where_most_is_free(pool: Pool) -> None:
+    assert pool.best() is None
+    assert isinstance(pool.nobody(), Unavailable)
+    small, large = pool.members
+    small.found(worker("s", 1))
+    assert pool.best() is small
+    large.found(worker("l", 4))
+    large.num_sessions = 3
+    assert pool.best() is small
+    small.num_sessions = 1
+    assert pool.best() is large
+
+
+async def test_one_that_failed_is_left_alone_longer_and_longer_until_it_answers(pool: Pool, clock: Clock) -> None:
+    member = pool.members[0]
+    member.found(worker("s"))
+    for pause in (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, *2000 * [8.0]):
+        member.failed("lost")
+        clock.now += pause - 0.01
+        assert not member.is_usable
+        clock.now += 0.02
+        assert member.is_usable
+    member.num_sessions = 1
+    assert not member.is_usable, "one session tries"
+    member.replied(0.1)
+    assert member.is_usable
+    member.failed("lost")
+    member.found(worker("s"))
+    assert not member.is_usable, "the same process"
+    member.found(worker("t"))
+    assert member.is_usable, "another one begins afresh"
+
+
+async def test_patience_follows_from_the_last_replies(pool: Pool) -> None:
+    member: Member = pool.members[0]
+    assert member.patience_seconds(5.0) == 5.0
+    for _ in range(20):
+        member.replied(0.2)
+    assert member.patience_seconds(5.0) == pytest.approx(0.8)
+    member.replied(3.0)
+    assert member.patience_seconds(5.0) == 5.0
+    for _ in range(40):
+        member.replied(0.001)
+    assert member.patience_seconds(5.0) == 0.25
+
+
+async def test_sessions_wait_in_order_and_too_many_are_refused(pool: Pool) -> None:
+    pool.members[0].found(worker("s", 1))
+    order: list[int] = []
+
+    async def session(number: int) -> None:
+        async with pool.admitted():
+            order.append(number)
+            await asyncio.sleep(0)
+
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(pool.admitted())
+        waiting = [asyncio.create_task(session(number)) for number in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(ResourceExhausted, match="queue: all 1 slots are in use and 2 requests wait"):
+            await session(7)
+        assert order == []
+    await asyncio.gather(*waiting)
+    assert order == [0, 1]
+
+
+@pytest.mark.parametrize("is_admitted", [False, True], ids=["waiting", "just admitted"])
+async def test_one_that_gives_up_waiting_leaves_its_place(pool: Pool, is_admitted: bool) -> None:
+    pool.members[0].found(worker("s", 1))
+
+    async def session() -> None:
+        async with pool.admitted():
+            pass
+
+    async with AsyncExitStack() as first:
+        await first.enter_async_context(pool.admitted())
+        gives_up, stays = asyncio.create_task(session()), asyncio.create_task(session())
+        await asyncio.sleep(0)
+        if is_admitted:
+            await first.aclose()
+        gives_up.cancel()
+    async with asyncio.timeout(1):
+        await stays
+        async with pool.admitted():
+            pass
+
+
+async def test_a_worker_that_appears_lets_the_next_one_in(pool: Pool) -> None:
+    pool.members[0].found(worker("s", 1))
+    async with pool.admitted():
+        waiting = asyncio.create_task(pool.admitted().__aenter__())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        pool.members[1].found(worker("t", 1))
+        pool._admit()
+        await asyncio.wait_for(waiting, 1)
