@@ -11,7 +11,7 @@ from sequoia.rules import COUPLED, ParameterError, Rule, choose_rule
 from sequoia.sampling import MAX_STOP_TOKENS, Decoding, Sampling
 from sequoia.topology import TreeShape
 from sequoia.v1 import coordinator_pb2, sampling_pb2, worker_pb2
-from sequoia.wire import rule_name, sampling_from_wire, shape_from_wire
+from sequoia.wire import rule_name, sampling_from_wire, shape_from_wire, tokens_from_wire
 
 DEFAULT_MAX_TOKENS = 256
 # Of a seed drawn here: every JSON reader keeps that many.
@@ -28,6 +28,7 @@ class Request:
     decoding: Decoding
     mode: coordinator_pb2.SpeculationMode
     shape: TreeShape | None
+    generated: tuple[int, ...] = ()  # tokens that the answer has already
 
 
 def parse_request(
@@ -53,7 +54,20 @@ def parse_request(
     prompt = _prompt(message, codec, target)
     # Generation ends at the context limit, whatever was asked for.
     max_tokens = min(max_tokens, target.context_length - len(prompt))
-    return Request(prompt, max_tokens, stops, Decoding(rule, sampling, len(prompt)), mode, shape)
+    generated = _generated(message, target, max_tokens)
+    return Request(prompt, max_tokens, stops, Decoding(rule, sampling, len(prompt)), mode, shape, generated)
+
+
+def _generated(
+    message: coordinator_pb2.GenerateRequest, target: worker_pb2.WorkerDescription, max_tokens: int
+) -> tuple[int, ...]:
+    if not message.generated_token_ids:
+        return ()
+    generated = tokens_from_wire(message.generated_token_ids, target.vocab_size, "generated_token_ids")
+    if len(generated) >= max_tokens:
+        problem = f"{len(generated)} tokens are all of {max_tokens}: nothing is left"
+        raise InvalidArgument(problem, "generated_token_ids")
+    return generated
 
 
 def _rule_and_sampling(

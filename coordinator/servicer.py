@@ -62,7 +62,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
                 aclosing(session.run()) as steps,
             ):
-                num_tokens = 0
+                num_tokens = len(request.generated)
                 async for step in steps:
                     num_tokens += len(step.token_ids)
                     await context.write(_response(request_id, request, session, step, num_tokens))
@@ -104,6 +104,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         verify = VerifyStream(workers.verify, opening, self._patience.failover)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
+        transcript.resume(request.generated)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
         session = Session(transcript, verify, draft, speculation)
         try:

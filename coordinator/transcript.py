@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coordinator.text import TextStream
+from sequoia.errors import InvalidArgument
 from sequoia.sampling import Sampling
 from sequoia.v1 import coordinator_pb2, sampling_pb2
 
@@ -31,6 +32,13 @@ class Transcript:
         self.num_prompt_tokens = len(prompt)
         self._max_tokens, self._min_tokens = max_tokens, sampling.min_tokens
         self._stop_token_ids, self._text = frozenset(sampling.stop_token_ids), text
+
+    def resume(self, token_ids: Sequence[int]) -> None:
+        """Take tokens whose text the client has. Raises InvalidArgument naming them when the answer ends there."""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            if self._take(token_id)[1] is not None:
+                raise InvalidArgument("the answer ends within them: nothing is left", "generated_token_ids")
 
     @property
     def num_completion_tokens(self) -> int:

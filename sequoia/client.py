@@ -14,16 +14,19 @@ left out takes the server's default. Every failure is a class of `sequoia.errors
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Generator
 from types import TracebackType
 from typing import Unpack
 
 import grpc
 
-from sequoia.errors import InvalidArgument, SequoiaError, Unavailable
+from sequoia.attempts import Attempts, failure_at
+from sequoia.errors import InvalidArgument
 from sequoia.generation import Answer, Chunk, Generation, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
-from sequoia.rpc import error_from, open_channel, open_sync_channel
+from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.speculation_figures import SpeculationFigures, StageSeconds
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
@@ -50,13 +53,18 @@ DEFAULT_ADDRESS = "127.0.0.1:50600"
 
 
 class Client:
-    """A connection to a coordinator, for use from any thread. `timeout_seconds` is the default deadline of a call."""
+    """A connection to a coordinator, for use from any thread. `timeout_seconds` is the default deadline of a call.
+
+    `address` may be several, with commas: the first is asked, the next where one is lost. An answer that has begun goes
+    on there behind what was received: the same text where a seed or temperature 0 decides it, the same law otherwise.
+    Its figures of speculation are then those of the last part.
+    """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
-        self._address = address
+        self._addresses = _split(address)
         self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._channel = open_sync_channel(address)
-        self._stub = CoordinatorServiceStub(self._channel)
+        self._channels = [open_sync_channel(each) for each in self._addresses]
+        self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
 
     def __enter__(self) -> Client:
         return self
@@ -66,7 +74,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -97,9 +106,9 @@ class Client:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         try:
-            return self._stub.DescribePair(pb.DescribePairRequest(), timeout=timeout)
+            return self._stubs[0].DescribePair(pb.DescribePairRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
+            raise failure_at(error, self._addresses[0]) from error
 
     def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
@@ -107,30 +116,32 @@ class Client:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         try:
-            return self._stub.Explain(build_explain(temperature, rule), timeout=timeout)
+            return self._stubs[0].Explain(build_explain(temperature, rule), timeout=timeout)
         except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
+            raise failure_at(error, self._addresses[0]) from error
 
     def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer) -> Generator[Chunk]:
-        call = self._stub.Generate(request, timeout=timeout_seconds)
-        try:
-            for response in call:
-                yield answer.add(response)
-        except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
-        finally:
-            call.cancel()
-        answer.finished()
+        attempts = Attempts(self._addresses, request, timeout_seconds, answer)
+        while answer.generation is None:
+            call = self._stubs[attempts.place].Generate(attempts.request, timeout=attempts.seconds_left)
+            try:
+                for response in call:
+                    yield answer.add(response)
+                answer.finished()
+            except grpc.RpcError as error:
+                time.sleep(attempts.failed(error))
+            finally:
+                call.cancel()
 
 
 class AsyncClient:
     """`Client` for asyncio. Make it where the event loop runs."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
-        self._address = address
+        self._addresses = _split(address)
         self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._channel = open_channel(address)
-        self._stub = CoordinatorServiceStub(self._channel)
+        self._channels = [open_channel(each) for each in self._addresses]
+        self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -142,7 +153,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def generate(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -173,9 +185,9 @@ class AsyncClient:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         try:
-            return await self._stub.DescribePair(pb.DescribePairRequest(), timeout=timeout)
+            return await self._stubs[0].DescribePair(pb.DescribePairRequest(), timeout=timeout)
         except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
+            raise failure_at(error, self._addresses[0]) from error
 
     async def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
@@ -183,30 +195,31 @@ class AsyncClient:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         try:
-            return await self._stub.Explain(build_explain(temperature, rule), timeout=timeout)
+            return await self._stubs[0].Explain(build_explain(temperature, rule), timeout=timeout)
         except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
+            raise failure_at(error, self._addresses[0]) from error
 
     async def _chunks(
         self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer
     ) -> AsyncGenerator[Chunk]:
-        call = self._stub.Generate(request, timeout=timeout_seconds)
-        try:
-            async for response in call:
-                yield answer.add(response)
-        except grpc.RpcError as error:
-            raise _failure(error, self._address) from error
-        finally:
-            call.cancel()
-        answer.finished()
+        attempts = Attempts(self._addresses, request, timeout_seconds, answer)
+        while answer.generation is None:
+            call = self._stubs[attempts.place].Generate(attempts.request, timeout=attempts.seconds_left)
+            try:
+                async for response in call:
+                    yield answer.add(response)
+                answer.finished()
+            except grpc.RpcError as error:
+                await asyncio.sleep(attempts.failed(error))
+            finally:
+                call.cancel()
 
 
-def _failure(error: grpc.RpcError, address: str) -> SequoiaError:
-    """The error as ours; one that never left this machine says where nobody answered."""
-    failure = error_from(error)
-    if isinstance(failure, Unavailable) and failure.message.startswith("failed to connect"):
-        return Unavailable(f"no coordinator answers at {address}; is `sequoia up` running? ({failure.message})")
-    return failure
+def _split(addresses: str) -> tuple[str, ...]:
+    found = tuple(dict.fromkeys(filter(None, (each.strip() for each in addresses.split(",")))))
+    if not found:
+        raise InvalidArgument("none is given", "address")
+    return found
 
 
 def _checked_timeout(timeout_seconds: float | None, default: float | None = None) -> float:

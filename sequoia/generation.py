@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from sequoia.errors import Internal
 from sequoia.speculation_figures import SpeculationFigures, figures_from_wire
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
+from sequoia.v1 import sampling_pb2
 from sequoia.wire import logprobs_from_wire, rule_name
 
 
@@ -88,9 +90,26 @@ class Answer:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_prompt_tokens: int = 0
     generation: Generation | None = None
+    rule: sampling_pb2.Rule | None = None  # in effect, once it is known
+    seed: int | None = None
+    started: float = field(default_factory=time.monotonic)
+    first_token_seconds: float | None = None
+    is_resumed: bool = False
+
+    def resume(self, request: pb.GenerateRequest) -> None:
+        """Make the request ask for what is missing."""
+        self.is_resumed = True
+        request.generated_token_ids[:] = self.token_ids
+        if self.rule is not None:
+            request.speculation.rule = self.rule
+        if self.seed is not None:
+            request.sampling.seed = self.seed
 
     def add(self, response: pb.GenerateResponse) -> Chunk:
         self.num_prompt_tokens = self.num_prompt_tokens or response.num_prompt_tokens
+        self.rule, self.seed = response.rule, response.seed if response.HasField("seed") else None
+        if response.token_ids and self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.started
         self.text += response.text
         self.token_ids += response.token_ids
         logprobs = tuple(map(logprobs_from_wire, response.logprobs))
@@ -113,14 +132,18 @@ class Answer:
             usage=Usage(
                 num_prompt_tokens=self.num_prompt_tokens,
                 num_completion_tokens=finish.num_completion_tokens,
-                time_to_first_token_seconds=finish.time_to_first_token_seconds,
-                total_seconds=finish.total_seconds,
+                time_to_first_token_seconds=self._own(finish.time_to_first_token_seconds, self.first_token_seconds),
+                total_seconds=self._own(finish.total_seconds, time.monotonic() - self.started),
             ),
             speculation=figures_from_wire(finish.speculation),
             rule=rule_name(response.rule),
-            seed=response.seed if response.HasField("seed") else None,
+            seed=self.seed,
             logprobs=tuple(self.logprobs),
         )
+
+    def _own(self, told: float, measured: float | None) -> float:
+        """What the coordinator tells, unless it knows of a part only."""
+        return measured if self.is_resumed and measured is not None else told
 
 
 def _logprobs_to_dict(logprobs: TokenLogprobs) -> dict[str, Any]:

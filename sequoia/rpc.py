@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import json
 import logging
 import signal
@@ -87,7 +88,10 @@ class _ReadsRequests(grpc.aio.ServerInterceptor):
         async def checked(request: Any, context: Any) -> Any:
             if isinstance(request, DecodeError):
                 await _abort(context, _unreadable(request))
-            return await behaviour(request, context)
+            if not inspect.isasyncgenfunction(behaviour):
+                return await behaviour(request, context)
+            async for response in behaviour(request, context):
+                await context.write(response)
 
         make = (
             grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
@@ -190,6 +194,12 @@ async def _abort(context: Context, error: SequoiaError) -> NoReturn:
         detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
         status.details.append(detail)
     await context.abort(error.code, str(error), ((_STATUS_DETAILS, status.SerializeToString()),))
+
+
+def has_details(error: grpc.RpcError) -> bool:
+    """Whether a peer has said what failed; else the connection, or a deadline, has."""
+    metadata: Any = error.trailing_metadata() or ()
+    return any(key == _STATUS_DETAILS for key, _ in metadata)
 
 
 def error_from(error: grpc.RpcError) -> SequoiaError:

@@ -87,7 +87,7 @@ class Chaos:
                 each.result()
         self._restart()
         try:
-            for name in (*self._cluster.names("verify"), *self._cluster.names("draft")):
+            for name in self._cluster.all_names:
                 self._wait_until_serving(name)
             self._cluster.wait_until_free(30)
         except AssertionError as error:
@@ -108,7 +108,7 @@ class Chaos:
         """A request, and a fault at some place of its answer."""
         choose = random.Random(seed)
         prompt, how = choose.randrange(len(_PROMPTS)), choose.randrange(len(_HOW))
-        fault, role = choose.choice([*self._faults, "cancel"]), choose.choice(("verify", "draft"))
+        fault, role = choose.choice([*self._faults, "cancel"]), choose.choice(("verify", "draft", "coordinator"))
         name = fault if fault == "cancel" else f"{fault} {role}"
         speculation: Any = choose.choice((_TREE, _TREE, "auto", "off"))
         started = time.monotonic()
@@ -166,14 +166,14 @@ class Chaos:
 
     def _end(self, worker: str, end: Callable[[str], None]) -> None:
         with self._lock:
-            if self._cluster.num_slots_used(worker) is None:
+            if not self._cluster.is_serving(worker):
                 return  # it has not come back from the last time
             end(worker)
             self._ended.put(worker)
 
     def _pause(self, worker: str) -> None:
         with self._lock:
-            if self._cluster.num_slots_used(worker) is None:
+            if not self._cluster.is_serving(worker):
                 return
             self._cluster.signal(worker, signal.SIGSTOP)
             time.sleep(0.5)
@@ -181,7 +181,7 @@ class Chaos:
 
     def _wait_until_serving(self, worker: str) -> None:
         deadline = time.monotonic() + 60
-        while self._cluster.num_slots_used(worker) is None:
+        while not self._cluster.is_serving(worker):
             assert time.monotonic() < deadline, f"{worker} does not serve"
             time.sleep(0.1)
 
@@ -196,7 +196,8 @@ def run(num_requests: int, seed: int, folder: Path, on_progress: Callable[[int],
     write_tiny_model(folder / "target", "llama")
     write_perturbed_model(folder / "target", folder / "draft")
     (folder / "logs").mkdir()
-    with Cluster({"verify": folder / "target", "draft": folder / "draft"}, folder / "logs") as cluster:
+    models = {"verify": folder / "target", "draft": folder / "draft"}
+    with Cluster(models, folder / "logs", num_coordinators=2) as cluster:
         return Chaos(cluster, seed).run(num_requests, 3, on_progress)
 
 

@@ -1,4 +1,4 @@
-"""Several workers of each role behind one coordinator, real processes, each behind a link that can fail."""
+"""Several processes of each role, real ones, each behind a link that can fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import grpc
 from faulty_link import FaultyLink
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from sequoia.cli.process import ServerProcess, wait_until_serving
 from sequoia.client import Client
@@ -18,17 +19,25 @@ from sequoia.rpc import open_sync_channel
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "100"}
-_MODULES = {"verify": "verify_worker.server", "draft": "draft_worker.server"}
+_WORKERS = ("verify", "draft")
+_MODULES = {**{role: f"{role}_worker.server" for role in _WORKERS}, "coordinator": "coordinator.server"}
 
 
 class Cluster:
-    """A context manager; `client` asks its coordinator. Workers are `verify0`, `verify1`, ..., `draft0`, ..."""
+    """A context manager; `client` asks its coordinators. Names are `verify0`, `draft0`, `coordinator0`, ..."""
 
     def __init__(
-        self, models: dict[str, Path], log_dir: Path, *, num_verify: int = 2, num_draft: int = 2, **flags: object
+        self,
+        models: dict[str, Path],
+        log_dir: Path,
+        *,
+        num_verify: int = 2,
+        num_draft: int = 2,
+        num_coordinators: int = 1,
+        **flags: object,
     ) -> None:
         self._models, self._log_dir, self._flags = models, log_dir, flags
-        counts = {"verify": num_verify, "draft": num_draft}
+        counts = {"verify": num_verify, "draft": num_draft, "coordinator": num_coordinators}
         self._roles = {f"{role}{index}": role for role, count in counts.items() for index in range(count)}
         self._addresses = {name: f"127.0.0.1:{_free_port()}" for name in self._roles}
         self._processes: dict[str, ServerProcess] = {}
@@ -40,15 +49,9 @@ class Cluster:
         try:
             for name, address in self._addresses.items():
                 self.links[name] = self._stack.enter_context(FaultyLink(address))
-            self.start(*self._roles)
-            pools = {role: ",".join(self.links[each].address for each in self.names(role)) for role in _MODULES}
-            flags = {"listen": "127.0.0.1:0", "failover-seconds": 30, **pools, **self._flags}
-            self._processes["coordinator"] = ServerProcess(
-                "coordinator", "coordinator.server", flags, _ENVIRONMENT, self._log_dir
-            )
-            list(wait_until_serving([self._processes["coordinator"]]))
-            self.client = Client(self._processes["coordinator"].address, timeout_seconds=120)
-            self._stack.callback(self.client.close)
+            self.start(*self.names("verify"), *self.names("draft"))
+            self.start(*self.names("coordinator"))
+            self.client = self._stack.enter_context(Client(self._reached_at("coordinator"), timeout_seconds=120))
         except BaseException:
             self._stack.close()
             raise
@@ -56,6 +59,11 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def all_names(self) -> list[str]:
+        """Of all roles."""
+        return list(self._roles)
 
     def names(self, role: str) -> list[str]:
         """The workers of a role."""
@@ -69,8 +77,12 @@ class Cluster:
     def begin(self, *names: str) -> None:
         """Start workers and do not wait."""
         for name in names:
-            role = self._roles[name]
-            flags = {"model": self._models[role], "listen": self._addresses[name], "dtype": "float32", "num-threads": 1}
+            role, flags = self._roles[name], {"listen": self._addresses[name]}
+            if role == "coordinator":
+                pools = {each: self._reached_at(each) for each in _WORKERS}
+                flags |= {"failover-seconds": 30, **pools, **self._flags}
+            else:
+                flags |= {"model": self._models[role], "dtype": "float32", "num-threads": 1}
             self._processes[name] = ServerProcess(name, _MODULES[role], flags, _ENVIRONMENT, self._log_dir)
 
     def kill(self, name: str) -> None:
@@ -88,6 +100,16 @@ class Cluster:
     def signal(self, name: str, number: signal.Signals) -> None:
         """SIGSTOP and SIGCONT above all."""
         os.kill(self._processes[name].pid, number)
+
+    def is_serving(self, name: str) -> bool:
+        """Whether it answers, and says so."""
+        with open_sync_channel(self._addresses[name]) as channel:
+            try:
+                health = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            except grpc.RpcError:
+                return False
+        serving: bool = health.status == health_pb2.HealthCheckResponse.SERVING
+        return serving
 
     def num_slots_used(self, name: str) -> int | None:
         """Of a worker; None where it does not answer."""
@@ -110,12 +132,16 @@ class Cluster:
     def wait_until_free(self, seconds: float = 10) -> None:
         """Until no worker holds a slot: raises AssertionError otherwise."""
         deadline = time.monotonic() + seconds
-        while any(used := {name: self.num_slots_used(name) for name in self._roles}.values()):
+        workers = [*self.names("verify"), *self.names("draft")]
+        while any((used := {name: self.num_slots_used(name) for name in workers}).values()):
             assert time.monotonic() < deadline, used
 
     def log(self, name: str) -> str:
         """What it has written."""
         return (self._log_dir / f"{name}.log").read_text()
+
+    def _reached_at(self, role: str) -> str:
+        return ",".join(self.links[each].address for each in self.names(role))
 
     def _stop(self) -> None:
         for process in self._processes.values():

@@ -9,12 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from cluster import Cluster
 from tiny_models import write_perturbed_model, write_tiny_model
 
-from sequoia.errors import ResourceExhausted, Unavailable
+from sequoia.errors import InvalidArgument, ResourceExhausted, Unavailable
+from sequoia.options import build_request
+from sequoia.rpc import error_from, open_sync_channel
 from sequoia.topology import Topology
+from sequoia.v1 import coordinator_pb2_grpc
 
 PROMPT = list(range(40, 70))
 TREE = Topology((-1, 0, 0, 1, 1, 3))
@@ -34,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def cluster(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(models, tmp_path_factory.mktemp("logs")) as cluster:
+    with Cluster(models, tmp_path_factory.mktemp("logs"), num_coordinators=2) as cluster:
         yield cluster
 
 
@@ -47,6 +51,10 @@ def single(models: dict[str, Path], tmp_path: Path) -> Iterator[Cluster]:
 
 def ask(cluster: Cluster, **how: Any) -> tuple[int, ...]:
     return cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, **how).token_ids
+
+
+def ask_text(cluster: Cluster, **how: Any) -> str:
+    return cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, **how).text
 
 
 def disturbed(cluster: Cluster, disturb: Any, **how: Any) -> tuple[tuple[int, ...], Any]:
@@ -89,6 +97,54 @@ def test_a_link_that_breaks_costs_no_text(cluster: Cluster, how: dict[str, Any],
     found, _ = disturbed(cluster, lambda: getattr(cluster.links[cluster.busy(role)], fault)(), **how)
     assert found == expected
     cluster.wait_until_free()
+
+
+@HOW
+@pytest.mark.parametrize("end", ["kill", "terminate", "cut", "reset", "halve"])
+def test_a_coordinator_that_is_lost_costs_no_text(cluster: Cluster, how: dict[str, Any], end: str) -> None:
+    stop = cluster.client.generate(PROMPT, max_tokens=NUM_TOKENS, ignore_eos=True, speculation="off", **how).text[-9:]
+    expected = ask(cluster, speculation="off", stop=[stop], **how)
+
+    def disturb() -> None:
+        if end in ("kill", "terminate"):
+            getattr(cluster, end)("coordinator0")
+        else:
+            getattr(cluster.links["coordinator0"], end)()
+
+    found, last = disturbed(cluster, disturb, stop=[stop], **how)
+    if end in ("kill", "terminate"):
+        cluster.wait("coordinator0")
+        cluster.start("coordinator0")
+    assert found == expected
+    whole = last.generation
+    assert (whole.token_ids, whole.usage.num_completion_tokens) == (expected, len(expected))
+    assert whole.text == ask_text(cluster, speculation="off", stop=[stop], **how)
+    cluster.wait_until_free()
+
+
+def test_an_unseeded_answer_goes_on_by_its_rule_and_seed(cluster: Cluster) -> None:
+    found, last = disturbed(cluster, cluster.links["coordinator0"].reset, temperature=0.8)
+    whole = last.generation
+    assert whole.rule == "coupled"
+    assert found == ask(cluster, temperature=0.8, seed=whole.seed)
+
+
+@pytest.mark.parametrize(
+    ("generated", "problem"),
+    [
+        ([10**6], "outside the vocabulary"),
+        ([5] * NUM_TOKENS, "nothing is left"),
+        ([40, 1], "the answer ends within them"),
+    ],
+)
+def test_what_cannot_be_gone_on_with_is_refused(cluster: Cluster, generated: list[int], problem: str) -> None:
+    request = build_request(PROMPT, {"max_tokens": NUM_TOKENS})
+    request.generated_token_ids[:] = generated
+    with open_sync_channel(cluster.links["coordinator0"].address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(coordinator_pb2_grpc.CoordinatorServiceStub(channel).Generate(request))
+    found = error_from(caught.value)
+    assert (type(found), found.field) == (InvalidArgument, "generated_token_ids")
+    assert problem in found.message
 
 
 def test_another_draft_takes_over(cluster: Cluster) -> None:
@@ -147,17 +203,14 @@ def test_requests_wait_for_a_slot_and_too_many_are_told_when_to_try_again(
     with Cluster(models, tmp_path, num_verify=1, num_draft=1, **{"max-waiting": 2}) as cluster:
         expected = ask(cluster, speculation="off", **GREEDY)
         with ThreadPoolExecutor(3) as pool:
+            cluster.signal("verify0", signal.SIGSTOP)
             waiting = [pool.submit(ask, cluster, speculation="off", **GREEDY) for _ in range(3)]
-            refused = None
-            while refused is None and not all(each.done() for each in waiting):
-                try:
-                    cluster.client.generate(PROMPT, max_tokens=1, temperature=0)
-                except ResourceExhausted as error:
-                    refused = error
+            time.sleep(1.0)
+            with pytest.raises(ResourceExhausted, match="queue: all 1 slots are in use and 2 requests wait") as refused:
+                ask(cluster, **GREEDY)
+            cluster.signal("verify0", signal.SIGCONT)
             assert [each.result() for each in waiting] == 3 * [expected]
-        assert refused is not None
-        assert refused.field == "queue"
-        assert refused.retry_seconds == 1.0
+        assert refused.value.retry_seconds == 1.0
         cluster.wait_until_free()
 
 
@@ -167,7 +220,7 @@ def test_a_worker_with_another_model_is_not_let_in(single: Cluster, models: dict
     single._models = {**models, "verify": tmp_path / "other"}
     single.start("verify0")
     deadline = time.monotonic() + 20
-    while "is not what the pool serves" not in single.log("coordinator"):
+    while "is not what the pool serves" not in single.log("coordinator0"):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     with pytest.raises(Unavailable, match=r"no verify worker is there \(.* is not what the pool serves"):

@@ -17,7 +17,6 @@ from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, v
 from sequoia.worker import Worker
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
 
-
 # Plain steps count on from a step, in 64 bits.
 _LAST_STEP = 2**63
 
