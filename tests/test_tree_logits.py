@@ -24,7 +24,11 @@ from verify_worker.verifier import VerifyLimits, VerifySession
 
 PROMPT = tuple(range(20, 50))
 VOCABULARY = 250
-DTYPES = ["float32", pytest.param("bfloat16", marks=needs_native)]
+ENGINES = [
+    {"dtype": "float32"},
+    pytest.param({"dtype": "bfloat16"}, marks=needs_native),
+    {"dtype": "float32", "reads_once": True},  # as on a GPU
+]
 
 
 def random_topology(size: int, seed: int) -> Topology:
@@ -45,9 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=ENGINES, ids=["lean", "native", "reads once"])
 def engine(request: pytest.FixtureRequest, folder: Path) -> Engine:
-    return load_engine(folder, dtype=request.param)
+    return load_engine(folder, **request.param)
 
 
 def drawn_tree(seed: int) -> TokenTree:
@@ -114,7 +118,7 @@ def with_text(tree: TokenTree, root: int, text: tuple[int, ...]) -> TokenTree:
 
 def verdicts(engine: Engine, decoding: Decoding, seed: int, text: tuple[int, ...], *, can_wait: bool) -> list[Verdict]:
     """Of a tree with that text in it where there is one, else of a drawn tree; and of a plain step after it."""
-    limits = VerifyLimits(16, VOCABULARY, engine.make_target, can_wait)
+    limits = VerifyLimits(16, VOCABULARY, engine.make_target_later, engine.make_target_later if can_wait else None)
     choices = RandomChoices(np.random.default_rng(seed))
     with engine.cache.slot() as slot:
         session = VerifySession(slot, PROMPT, decoding, choices, limits)
@@ -125,7 +129,7 @@ def verdicts(engine: Engine, decoding: Decoding, seed: int, text: tuple[int, ...
 
 def plain_text(engine: Engine, decoding: Decoding, seed: int, count: int) -> tuple[int, ...]:
     choices = RandomChoices(np.random.default_rng(seed))
-    limits = VerifyLimits(16, VOCABULARY, engine.make_target)
+    limits = VerifyLimits(16, VOCABULARY, engine.make_target_later)
     with engine.cache.slot() as slot:
         session = VerifySession(slot, PROMPT, decoding, choices, limits)
         return tuple(run(engine, session.verify(session.root_only)).bonus_token_id for _ in range(count))

@@ -35,7 +35,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     def __init__(self, worker: Worker) -> None:
         self._limits = worker.description
         engine = worker.executor.engine
-        limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, engine.can_wait)
+        later = engine.make_target_later if engine.can_wait else None
+        limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, later)
         self._verifier = Verifier(worker.executor, limits)
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:

@@ -27,7 +27,7 @@ class VerifyLimits:
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the logits has no probability
     make_target: MakeTarget = TargetRows
-    can_wait: bool = False  # whether the engine makes logits of large trees where they are looked at
+    make_target_later: MakeTarget | None = None  # for logits of large trees, made where they are looked at; None: never
 
 
 class VerifySession:
@@ -61,11 +61,11 @@ class VerifySession:
         num_fed = len(pending) // chunk * chunk
         yield from feed(self._slot, pending[:num_fed], chunk)
         chain = pending[num_fed:]
-        later = self._limits.can_wait and tree.topology.size > MOST_AT_ONCE
-        answer = yield tree_segment(self._slot, chain, tree, logits_later=later)
-        vocab_size = self._limits.vocab_size
+        later = self._limits.make_target_later if tree.topology.size > MOST_AT_ONCE else None
+        answer = yield tree_segment(self._slot, chain, tree, logits_later=later is not None)
+        vocab_size, make_target = self._limits.vocab_size, later or self._limits.make_target
         rows = TreeLogits(tree.topology, answer, vocab_size) if later else answer[:, :vocab_size]
-        verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices, self._limits.make_target)
+        verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices, make_target)
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)
         return verdict

@@ -68,7 +68,7 @@ class Engine:
     @property
     def can_wait(self) -> bool:
         """Whether logits can be made later."""
-        return self._decoder.hidden_rows is not None and self._vocabulary is None and not self.reads_once
+        return self._decoder.hidden_rows is not None and self._vocabulary is None
 
     @torch.inference_mode()
     def forward_some(self, segments: Sequence[Segment]) -> list[Tensor | HiddenRows]:
@@ -98,6 +98,11 @@ class Engine:
     def make_target(self) -> MakeTarget:
         """How trees are verified: as the decoder has it, or all nodes at once, or those that are visited."""
         return self._decoder.make_target or (TargetTable if self.reads_once else TargetRows)
+
+    @property
+    def make_target_later(self) -> MakeTarget:
+        """The same for logits that come later: only nodes that are visited. A device is then read for each of them."""
+        return self._decoder.make_target or TargetRows
 
     @torch.inference_mode()
     def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
