@@ -54,7 +54,13 @@ class Outcome:
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
         survived = dict(sorted(self.survived.items()))
-        return {"survived": survived, "problems": self.problems, "slowest_seconds": round(self.slowest_seconds, 2)}
+        return {
+            "survived": survived,
+            "num_survived": self.survived.total(),
+            "problems": self.problems[:20],
+            "num_problems": len(self.problems),
+            "slowest_seconds": round(self.slowest_seconds, 2),
+        }
 
 
 class Chaos:
@@ -166,8 +172,9 @@ class Chaos:
 
     def _end(self, worker: str, end: Callable[[str], None]) -> None:
         with self._lock:
-            if not self._cluster.is_serving(worker):
-                return  # it has not come back from the last time
+            needed = self._cluster.names("coordinator") if worker.startswith("coordinator") else [worker]
+            if not all(map(self._cluster.is_serving, needed)):
+                return  # it has not come back from the last time; and without a coordinator nobody is there to ask
             end(worker)
             self._ended.put(worker)
 
