@@ -124,6 +124,7 @@ def _response(
         num_prompt_tokens=len(request.prompt),
         text=step.text,
         token_ids=step.token_ids,
+        num_tokens_before=num_tokens - len(step.token_ids),
         logprobs=step.logprobs,
         rule=rule_to_wire(request.decoding.rule),
         seed=request.decoding.sampling.seed,

@@ -7,11 +7,11 @@ import time
 import grpc
 
 from sequoia.errors import Cancelled, SequoiaError, Unavailable
-from sequoia.generation import Answer
+from sequoia.generation import Answer, OutOfStep
 from sequoia.rpc import error_from, has_details
 from sequoia.v1 import coordinator_pb2 as pb
 
-# An answer that has begun is tried again for that long, a coordinator that nobody answers at is not.
+# An answer that has begun, or that several coordinators may give, is tried again for that long after its last piece.
 _RETRY_SECONDS = 20.0
 _PAUSE_SECONDS = 0.1
 
@@ -29,7 +29,8 @@ class Attempts:
         self._deadline = time.monotonic() + seconds
         self._num_calls = self._num_fruitless = 0
         self._num_tokens = 0
-        self._give_up = 0.0
+        # Where nobody is at the only address, that is told at once.
+        self._give_up = time.monotonic() + _RETRY_SECONDS if len(addresses) > 1 else 0.0
         self.request = request
 
     @property
@@ -42,15 +43,17 @@ class Attempts:
         """Until the caller's deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def failed(self, error: grpc.RpcError) -> float:
+    def failed(self, error: grpc.RpcError | OutOfStep) -> float:
         """Prepare the next call. Returns the seconds to wait before it; raises a SequoiaError where none is of use."""
-        failure = failure_at(error, self._addresses[self.place])
+        is_told = isinstance(error, grpc.RpcError) and has_details(error)
+        address = self._addresses[self.place]
+        failure = failure_at(error, address) if isinstance(error, grpc.RpcError) else Unavailable(f"{address}: {error}")
         self._num_calls += 1
         if len(self._answer.token_ids) > self._num_tokens:
             self._num_tokens, self._num_fruitless = len(self._answer.token_ids), 0
             self._give_up = time.monotonic() + _RETRY_SECONDS
         self._num_fruitless += 1
-        is_lost = not has_details(error) and isinstance(failure, Unavailable | Cancelled)
+        is_lost = not is_told and isinstance(failure, Unavailable | Cancelled)
         may_retry = is_lost and time.monotonic() < self._give_up
         may_ask_another = isinstance(failure, Unavailable) and self._num_fruitless < len(self._addresses)
         if not (may_retry or may_ask_another):

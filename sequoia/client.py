@@ -24,7 +24,7 @@ import grpc
 
 from sequoia.attempts import Attempts, failure_at
 from sequoia.errors import InvalidArgument
-from sequoia.generation import Answer, Chunk, Generation, Usage
+from sequoia.generation import Answer, Chunk, Generation, OutOfStep, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
 from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.speculation_figures import SpeculationFigures, StageSeconds
@@ -128,7 +128,7 @@ class Client:
                 for response in call:
                     yield answer.add(response)
                 answer.finished()
-            except grpc.RpcError as error:
+            except (grpc.RpcError, OutOfStep) as error:
                 time.sleep(attempts.failed(error))
             finally:
                 call.cancel()
@@ -209,7 +209,7 @@ class AsyncClient:
                 async for response in call:
                     yield answer.add(response)
                 answer.finished()
-            except grpc.RpcError as error:
+            except (grpc.RpcError, OutOfStep) as error:
                 await asyncio.sleep(attempts.failed(error))
             finally:
                 call.cancel()

@@ -81,6 +81,10 @@ class Chunk:
     logprobs: tuple[TokenLogprobs, ...] = ()
 
 
+class OutOfStep(Exception):
+    """A piece of an answer that does not follow what was received before it."""
+
+
 @dataclass(slots=True)
 class Answer:
     """The responses of one call so far, folded into what the caller sees."""
@@ -106,6 +110,9 @@ class Answer:
             request.sampling.seed = self.seed
 
     def add(self, response: pb.GenerateResponse) -> Chunk:
+        """The next piece. Raises OutOfStep for one that is not."""
+        if response.HasField("num_tokens_before") and response.num_tokens_before != len(self.token_ids):
+            raise OutOfStep(f"a piece came behind {response.num_tokens_before} tokens, not {len(self.token_ids)}")
         self.num_prompt_tokens = self.num_prompt_tokens or response.num_prompt_tokens
         self.rule, self.seed = response.rule, response.seed if response.HasField("seed") else None
         if response.token_ids and self.first_token_seconds is None:

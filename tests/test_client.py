@@ -339,6 +339,45 @@ async def test_an_answer_without_a_finish_is_an_error(client: AsyncClient, coord
         await client.generate("hi")
 
 
+async def test_a_piece_that_comes_twice_is_noticed_and_the_answer_goes_on_behind_the_first(
+    client: AsyncClient, coordinator: ScriptedCoordinator
+) -> None:
+    first = pb.GenerateResponse(text="Hel", token_ids=[10], num_tokens_before=0, rule=RULE_COUPLED, seed=9)
+    rest = [pb.GenerateResponse.FromString(each.SerializeToString()) for each in PIECES[1:]]
+    for number, piece in zip((1, 4), rest, strict=True):
+        piece.num_tokens_before = number
+    coordinator.pieces = [first, first]
+    pieces = client.stream("hi", temperature=0.5)
+    assert (await anext(pieces)).text == "Hel"
+    coordinator.pieces = rest
+    assert [piece.text async for piece in pieces] == ["lo wor", "ld"]
+    again = coordinator.requests[1]
+    assert again.generated_token_ids == [10]
+    assert (again.speculation.rule, again.sampling.seed) == (RULE_COUPLED, 9)
+
+
+async def test_the_next_coordinator_is_asked_where_one_is_not_there(
+    coordinator: ScriptedCoordinator, address: str
+) -> None:
+    async with AsyncClient(f"127.0.0.1:1, {address}") as client:
+        assert (await client.generate("hi")).text == "Hello world"
+
+
+async def test_what_a_coordinator_refuses_another_one_is_not_asked(
+    coordinator: ScriptedCoordinator, address: str
+) -> None:
+    coordinator.pieces, coordinator.failure = [], InvalidArgument("is 3", "sampling.top_p")
+    async with AsyncClient(f"{address},127.0.0.1:1") as client:
+        with pytest.raises(InvalidArgument):
+            await client.generate("hi")
+    assert len(coordinator.requests) == 1
+
+
+def test_no_address_is_refused() -> None:
+    with pytest.raises(InvalidArgument, match="address: none is given"):
+        Client(" , ")
+
+
 async def test_the_deadline_ends_the_call(client: AsyncClient, coordinator: ScriptedCoordinator, address: str) -> None:
     coordinator.hangs = True
     with pytest.raises(DeadlineExceeded):

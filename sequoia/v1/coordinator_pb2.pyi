@@ -94,7 +94,7 @@ class Speculation(_message.Message):
     def __init__(self, mode: _Optional[_Union[SpeculationMode, str]] = ..., topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish", "logprobs", "rule", "seed")
+    __slots__ = ("request_id", "num_prompt_tokens", "text", "token_ids", "finish", "logprobs", "rule", "seed", "num_tokens_before")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -103,6 +103,7 @@ class GenerateResponse(_message.Message):
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_BEFORE_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     num_prompt_tokens: int
     text: str
@@ -111,7 +112,8 @@ class GenerateResponse(_message.Message):
     logprobs: _containers.RepeatedCompositeFieldContainer[_sampling_pb2.TokenLogprobs]
     rule: _sampling_pb2.Rule
     seed: int
-    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., seed: _Optional[int] = ...) -> None: ...
+    num_tokens_before: int
+    def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., seed: _Optional[int] = ..., num_tokens_before: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("reason", "num_completion_tokens", "speculation", "time_to_first_token_seconds", "total_seconds")
