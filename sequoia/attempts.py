@@ -43,8 +43,11 @@ class Attempts:
         """Until the caller's deadline."""
         return max(0.0, self._deadline - time.monotonic())
 
-    def failed(self, error: grpc.RpcError | OutOfStep) -> float:
-        """Prepare the next call. Returns the seconds to wait before it; raises a SequoiaError where none is of use."""
+    def failed(self, error: grpc.RpcError | OutOfStep, *, is_closed: bool = False) -> float:
+        """Prepare the next call. Returns the seconds to wait before it; raises a SequoiaError where none is of use.
+
+        `is_closed`: the caller has closed its connection, so that nobody is lost.
+        """
         is_told = isinstance(error, grpc.RpcError) and has_details(error)
         address = self._addresses[self.place]
         failure = failure_at(error, address) if isinstance(error, grpc.RpcError) else Unavailable(f"{address}: {error}")
@@ -56,7 +59,7 @@ class Attempts:
         is_lost = not is_told and isinstance(failure, Unavailable | Cancelled)
         may_retry = is_lost and time.monotonic() < self._give_up
         may_ask_another = isinstance(failure, Unavailable) and self._num_fruitless < len(self._addresses)
-        if not (may_retry or may_ask_another):
+        if is_closed or not (may_retry or may_ask_another):
             raise failure from error
         self._answer.resume(self.request)
         return _PAUSE_SECONDS if self._num_fruitless >= len(self._addresses) else 0.0

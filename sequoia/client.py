@@ -61,7 +61,7 @@ class Client:
     """
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
-        self._addresses = _split(address)
+        self._addresses, self._is_closed = _split(address), False
         self._timeout_seconds = _checked_timeout(timeout_seconds)
         self._channels = [open_sync_channel(each) for each in self._addresses]
         self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
@@ -74,6 +74,7 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
+        self._is_closed = True
         for channel in self._channels:
             channel.close()
 
@@ -129,7 +130,7 @@ class Client:
                     yield answer.add(response)
                 answer.finished()
             except (grpc.RpcError, OutOfStep) as error:
-                time.sleep(attempts.failed(error))
+                time.sleep(attempts.failed(error, is_closed=self._is_closed))
             finally:
                 call.cancel()
 
@@ -138,7 +139,7 @@ class AsyncClient:
     """`Client` for asyncio. Make it where the event loop runs."""
 
     def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
-        self._addresses = _split(address)
+        self._addresses, self._is_closed = _split(address), False
         self._timeout_seconds = _checked_timeout(timeout_seconds)
         self._channels = [open_channel(each) for each in self._addresses]
         self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
@@ -153,6 +154,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
+        self._is_closed = True
         for channel in self._channels:
             await channel.close()
 
@@ -210,7 +212,7 @@ class AsyncClient:
                     yield answer.add(response)
                 answer.finished()
             except (grpc.RpcError, OutOfStep) as error:
-                await asyncio.sleep(attempts.failed(error))
+                await asyncio.sleep(attempts.failed(error, is_closed=self._is_closed))
             finally:
                 call.cancel()
 

@@ -13,7 +13,7 @@ import pytest
 
 from sequoia import AsyncClient, Client
 from sequoia.client import Chunk, Message
-from sequoia.errors import DeadlineExceeded, Internal, InvalidArgument, SequoiaError, Unavailable
+from sequoia.errors import Cancelled, DeadlineExceeded, Internal, InvalidArgument, SequoiaError, Unavailable
 from sequoia.rpc import Context, Server, error_border
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
@@ -370,6 +370,21 @@ async def test_what_a_coordinator_refuses_another_one_is_not_asked(
     async with AsyncClient(f"{address},127.0.0.1:1") as client:
         with pytest.raises(InvalidArgument):
             await client.generate("hi")
+    assert len(coordinator.requests) == 1
+
+
+async def test_closing_the_client_ends_its_streams(coordinator: ScriptedCoordinator, address: str) -> None:
+    coordinator.pieces, coordinator.hangs = PIECES[:2], True
+
+    def use(client: Client) -> None:
+        chunks = client.stream("hi")
+        next(chunks)
+        next(chunks)
+        client.close()
+        with pytest.raises(Cancelled):
+            next(chunks)
+
+    await in_thread(address, use)
     assert len(coordinator.requests) == 1
 
 
