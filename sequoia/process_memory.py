@@ -24,8 +24,23 @@ def anonymous_bytes(process_id: int) -> int | None:
 
 
 def available_bytes() -> int | None:
-    """What the machine could give to new processes; None where it does not tell."""
-    return _read(Path("/proc/meminfo"), "MemAvailable")
+    """What the machine, and the container that this process is in, could give; None where neither tells."""
+    known = [_read(Path("/proc/meminfo"), "MemAvailable"), container_bytes()]
+    return min((each for each in known if each is not None), default=None)
+
+
+def container_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the control group's limit leaves, files that can be dropped left out; None without a limit (version 2)."""
+    try:
+        [path] = [line.rstrip()[3:] for line in own.read_text().splitlines() if line.startswith("0::")]
+        # In a container the group's own path is often not there, and its files are at the root.
+        folder = next(each for each in (root / path.lstrip("/"), root) if (each / "memory.max").exists())
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        left = int(limit) - int(used) + int(counts.get("inactive_file", 0))
+    except (OSError, ValueError, StopIteration):
+        return None
+    return max(0, left)
 
 
 def _field(process_id: int, name: str) -> int | None:

@@ -17,7 +17,7 @@ from sequoia.cli.benchmarks.arm_figures import figures_of
 from sequoia.cli.benchmarks.arm_measuring import ArmAnswer, Sample
 from sequoia.cli.benchmarks.offload import tables
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
-from sequoia.cli.benchmarks.raw_disk import RawDisk
+from sequoia.cli.benchmarks.raw_tiers import RawCopy, RawDisk
 from sequoia.cli.benchmarks.streaming import OffloadFigures, Streamed, WatchedArm
 from sequoia.client import StageSeconds
 from sequoia.v1 import worker_pb2
@@ -108,6 +108,10 @@ def test_a_raw_disk_reads_its_files_whole(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "preadv", counting)
     assert RawDisk(paths).bytes_per_second() > 0
     assert sum(counts) == (20 << 20) + 5_000
+
+
+def test_a_raw_copy_has_a_rate() -> None:
+    assert RawCopy("cpu").bytes_per_second() > 1e8
 
 
 @pytest.mark.parametrize(("flags", "field"), [(["--no-draft"], "no-draft"), (["--offload", "none"], "offload")])

@@ -60,7 +60,7 @@ BENCHMARKS = {
     ),
     "offload": Benchmark(
         "sequoia.cli.benchmarks.offload",
-        "a target that is streamed from disk, plain and with the plan in turn, against what the disk allows",
+        "a target that is streamed, plain and with the plan in turn, against what the disk or the host's memory allows",
     ),
     "planner": Benchmark("sequoia.cli.benchmarks.planner", "how long the planner takes to find its trees"),
     "plans": Benchmark("sequoia.cli.benchmarks.plans", "what plans promise and what they keep, on a running system"),

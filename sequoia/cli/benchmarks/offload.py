@@ -1,4 +1,4 @@
-"""`sequoia bench offload`: a target streamed from disk, plain and with the plan, against what the disk allows."""
+"""`sequoia bench offload`: a target that is streamed, plain and with the plan, against what its tier allows."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from sequoia.cli.benchmarks.arm_measuring import measure
 from sequoia.cli.benchmarks.asking import Asking, add_asking, asking
 from sequoia.cli.benchmarks.bench_system import planned_system
 from sequoia.cli.benchmarks.own_arms import PLAN, OwnArm, plan_in_force, ways
-from sequoia.cli.benchmarks.raw_disk import RawDisk
-from sequoia.cli.benchmarks.streaming import ArmStreaming, OffloadFigures, WatchedArm
+from sequoia.cli.benchmarks.raw_tiers import RawCopy, RawDisk
+from sequoia.cli.benchmarks.streaming import ArmStreaming, OffloadFigures, RawTier, WatchedArm
 from sequoia.cli.figures import new_table
 from sequoia.cli.shape_names import in_short
 from sequoia.cli.steps import Steps
@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         worker = worker_pb2_grpc.WorkerServiceStub(channel)
         target = client.describe_pair().verify
-        disk = RawDisk(_layer_files(target.model_revision))
-        figures = [_compare(client, worker, disk, asked, each, steps) for each in temperatures]
+        is_on_cpu = target.hardware_key.startswith("cpu")
+        raw = RawDisk(_layer_files(target.model_revision)) if is_on_cpu else RawCopy("cuda")
+        figures = [_compare(client, worker, raw, asked, each, steps) for each in temperatures]
     if arguments.json:
         print(json.dumps({"target": target.hardware_key, "temperatures": [each.to_dict() for each in figures]}))
     else:
@@ -73,7 +74,7 @@ def tables(figures: Sequence[OffloadFigures]) -> list[Table]:
 def _compare(
     client: Client,
     worker: worker_pb2_grpc.WorkerServiceStub,
-    disk: RawDisk,
+    raw: RawTier,
     asked: Asking,
     temperature: float,
     steps: Steps,
@@ -83,7 +84,7 @@ def _compare(
     prompts = {each: asked.form(each) for each in asked.prompts}
     found = ways(plan, (PLAN,), ())
     arms = [
-        WatchedArm(OwnArm(name, temperature, how, client, prompts), worker, disk)
+        WatchedArm(OwnArm(name, temperature, how, client, prompts), worker, raw)
         for name, how in found.items()
         if how is not None
     ]
@@ -139,7 +140,7 @@ def _forward_table(figures: Sequence[OffloadFigures]) -> Table:
             table.add_row(f"{each.temperature:g}", *_forward_cells(arm, each.raw_bytes_per_second))
     table.caption = (
         "draft: of a step; forward: of the target, those of prompts among them; GB/s: by the time of forwards, which "
-        "reading goes on between; raw: direct reads of the same files between the answers, the median"
+        "reading goes on between; raw: only reading the same files, or copying, between the answers, the median"
     )
     return table
 

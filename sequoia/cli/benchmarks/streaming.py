@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 from sequoia.cli.benchmarks.arm_figures import ArmFigures
 from sequoia.cli.benchmarks.arm_measuring import Arm, ArmAnswer
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
-from sequoia.cli.benchmarks.raw_disk import RawDisk
 from sequoia.errors import InvalidArgument
 from sequoia.planner import PricedTree
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
@@ -54,17 +53,25 @@ class Streamed:
         return self.num_bytes / self.forward_seconds
 
 
-class WatchedArm:
-    """An arm of ours whose target's forwards are counted, each answer behind a look at what the disk gives."""
+class RawTier(Protocol):
+    """The tier itself."""
 
-    def __init__(self, arm: Arm, worker: worker_pb2_grpc.WorkerServiceStub, disk: RawDisk) -> None:
-        self.name, self._arm, self._worker, self._disk = arm.name, arm, worker, disk
+    def bytes_per_second(self) -> float:
+        """That it gives at this moment to whoever only reads."""
+        ...
+
+
+class WatchedArm:
+    """An arm of ours whose target's forwards are counted, each answer behind a look at what the tier gives."""
+
+    def __init__(self, arm: Arm, worker: worker_pb2_grpc.WorkerServiceStub, tier: RawTier) -> None:
+        self.name, self._arm, self._worker, self._tier = arm.name, arm, worker, tier
         self.streamed: list[Streamed] = []
         self.raw: list[float] = []  # bytes per second
 
     def answer(self, prompt: BenchPrompt, max_tokens: int) -> ArmAnswer:
         """As the arm has it."""
-        self.raw.append(self._disk.bytes_per_second())
+        self.raw.append(self._tier.bytes_per_second())
         before = Streamed.of(self._worker)
         answer = self._arm.answer(prompt, max_tokens)
         self.streamed.append(Streamed.of(self._worker).since(before))

@@ -1,4 +1,4 @@
-"""What a disk gives to whoever only reads: files from end to end, past the page cache, one read after the other."""
+"""What a slow tier gives to whoever only reads: a disk its files from end to end, the host's memory to a device."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 _READ_BYTES = 8 << 20
+_COPY_BYTES, _NUM_COPIES = 256 << 20, 4
 
 
 class RawDisk:
-    """Reads some files whole. Where the file system has no direct reads the page cache has a part in it."""
+    """Reads some files whole, one read after the other, past the page cache where the file system has direct reads."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = tuple(files)
@@ -36,6 +37,24 @@ class RawDisk:
         finally:
             os.close(file)
         return position
+
+
+class RawCopy:
+    """Copies pinned memory to a device, over and over. Never run on CUDA; on the CPU a copy in memory."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._device = torch.device(device)
+        self._source = torch.zeros(_COPY_BYTES, dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+        self._target = torch.empty_like(self._source, device=self._device)
+
+    def bytes_per_second(self) -> float:
+        """Of some copies, one after the other."""
+        started = time.perf_counter()
+        for _ in range(_NUM_COPIES):
+            self._target.copy_(self._source)  # waits for the device
+        return _NUM_COPIES * _COPY_BYTES / (time.perf_counter() - started)
 
 
 def _open(path: Path) -> int:
