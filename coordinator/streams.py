@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import grpc
@@ -183,13 +184,14 @@ class DraftStream:
             token_ids=committed[self._acknowledged :],
             **shape_to_wire(shape),
         )
-        pending, started = self._ask(draft_pb2.DraftRequest(step=message)), time.monotonic()
+        pending = self._ask(draft_pb2.DraftRequest(step=message))
+        # Late ones count too: a draft that has become slower is waited for as long as it then takes.
+        pending.add_done_callback(partial(_record, self._member, time.monotonic()))
         patience = self._member.patience_seconds(self._reply_timeout_seconds)
         await asyncio.wait((pending,), timeout=patience)
         if not pending.done():
             self.reason = f"draft: no tree within {patience:.3g} s"
             return None
-        self._member.replied(time.monotonic() - started)
         return self._reply(pending)
 
     def refuse(self, reason: str) -> None:
@@ -241,6 +243,11 @@ class DraftStream:
             self._member.failed(reason)
         self.close()
         self.reason = reason
+
+
+def _record(member: Member, started: float, pending: asyncio.Task[draft_pb2.DraftResponse]) -> None:
+    if not pending.cancelled() and pending.exception() is None:
+        member.replied(time.monotonic() - started)
 
 
 async def _exchange(call: grpc.aio.StreamStreamCall[Request, Response], request: Request | None) -> Response:

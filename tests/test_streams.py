@@ -23,7 +23,7 @@ from sequoia.rpc import Context, Server, error_border
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology
-from sequoia.v1 import draft_pb2, draft_pb2_grpc, verify_pb2, verify_pb2_grpc, worker_pb2
+from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, verify_pb2, verify_pb2_grpc, worker_pb2
 from sequoia.v1.worker_pb2 import TokenizerFiles
 
 PROMPT = (5, 6, 7)
@@ -176,3 +176,43 @@ async def test_a_draft_that_answers_nonsense_costs_no_text(answer: dict[str, Any
     assert reason in running.report.message.fallback_reason
     assert all(opening == PROMPT + (len(opening) - len(PROMPT)) * (40,) for opening in workers.openings)
     assert [each.num_sessions for each in pool.members] == [0]
+
+
+class Slow(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):
+    """The drafter takes 0.4 s a tree; the verifier accepts none, after 0.05 s."""
+
+    async def Draft(
+        self, requests: AsyncIterator[draft_pb2.DraftRequest], context: Context
+    ) -> AsyncIterator[draft_pb2.DraftResponse]:
+        num_committed = 0
+        async for request in requests:
+            step = request.step
+            num_committed = step.base_len + len(step.token_ids) if step.step else len(request.open.token_ids)
+            await asyncio.sleep(0.4 if step.step else 0.0)
+            tree = tree_pb2.TokenTree(topology=tree_pb2.Topology(parents=[-1, 0]), token_ids=[40, 1])
+            yield draft_pb2.DraftResponse(step=step.step, num_committed=num_committed, tree=tree)
+
+    async def Verify(
+        self, requests: AsyncIterator[verify_pb2.VerifyRequest], context: Context
+    ) -> AsyncIterator[verify_pb2.VerifyResponse]:
+        async for request in requests:
+            for left in range(request.step.num_plain_steps, -1, -1):
+                await asyncio.sleep(0.05)
+                step = request.step.step + request.step.num_plain_steps - left
+                verdict = verify_pb2.Verdict(bonus_token_id=40)
+                yield verify_pb2.VerifyResponse(step=step, verdict=verdict, num_plain_steps_left=left)
+
+
+async def test_a_draft_that_has_become_slower_is_waited_for_after_it_was_late_once() -> None:
+    async with serving(Slow()) as address, pool_of(address) as pool:
+        running = session(pool, has_own_device=True)
+        [member] = pool.members
+        for _ in range(32):
+            member.replied(0.01)
+        assert member.patience_seconds(5.0) < 0.4
+        async with asyncio.timeout(20), aclosing(running.run()) as steps:
+            assert len([step async for step in steps]) == 10
+        running.close()
+    report = running.report.message
+    assert report.num_fallback_steps > 0
+    assert report.num_drafted_steps > 0
