@@ -73,7 +73,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     if model.vocabulary and not is_draft:
         reason = f"proposes {model.vocabulary.num_known} of {model.vocabulary.size} tokens, so it can only be a draft"
         raise InvalidArgument(f"{model.reference} {reason}", "model")
-    quantization = _quantization(config.quantization, model, is_draft=is_draft)
+    quantization = _quantization(config, model, is_draft=is_draft)
     arithmetic = Arithmetic(
         engine=config.engine,
         quantization=quantization,
@@ -246,13 +246,16 @@ def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
     return 1 + MOST_GUESSES if is_ahead else 1
 
 
-def _quantization(asked: str, model: LoadedModel, *, is_draft: bool) -> str:
-    if asked != "auto":
-        return asked
-    if not is_draft or model.device.type != "cpu" or model.dtype != torch.bfloat16:
+def _quantization(config: WorkerConfig, model: LoadedModel, *, is_draft: bool) -> str:
+    if config.quantization != "auto":
+        return config.quantization
+    if not is_draft or model.device.type != "cpu":
         return "none"
-    # Beside a target that is read from disk, a level's time counts for less than the memory it takes.
-    return "int8" if model.checkpoint is None else "int4"
+    if model.checkpoint is not None:
+        # Beside a target that is read from disk, a level's time counts for less than the memory it takes.
+        return "int4"
+    # What is offloaded as a target is as a draft to be less than that.
+    return "int8" if model.dtype == torch.bfloat16 or config.offload != "none" else "none"
 
 
 def _load_model(config: WorkerConfig, files: ModelFiles, offload: str) -> LoadedModel:

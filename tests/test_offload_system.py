@@ -143,6 +143,13 @@ def test_without_a_draft_named_it_is_the_targets_own_weights_in_4_bits(large: Pa
 
 
 @pytest.mark.slow
+def test_where_4_bits_cannot_be_had_it_has_8(large: Path) -> None:
+    with system(large, "float32", offload="disk", memory_limit=LIMIT) as client:
+        assert client.describe_pair().draft.quantization == "int8"
+        assert texts(client, speculation=TREE) == texts(client)
+
+
+@pytest.mark.slow
 def test_a_worker_tells_what_its_forwards_take(large: Path) -> None:
     asked = DeploymentSettings(str(large), dtype="float32", has_draft=False, offload="disk", memory_limit=LIMIT)
     with (
