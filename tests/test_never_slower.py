@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 from conftest import System
 
 from coordinator.streams import DraftStream, Opening
-from coordinator.workers import WorkerLink
+from coordinator.workers import Pool
 from sequoia.client import Generation
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology
 from sequoia.v1 import draft_pb2
+from sequoia.v1.worker_pb2 import WORKER_ROLE_DRAFT
 
 PROMPT = list(range(40, 70))
 TREE = Topology((-1, 0, 0, 1, 1, 3))
@@ -59,16 +61,21 @@ async def tree(stream: DraftStream, committed: list[int]) -> draft_pb2.DraftResp
 
 async def test_the_draft_catches_up_after_an_off_period(tiny_system: System, undisturbed: Generation) -> None:
     text = [*PROMPT, *undisturbed.token_ids]
-    link = WorkerLink(tiny_system.deployment.processes["draft"].address)
-    opening = Opening(Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT)), 60.0)
-    off_for_a_while, fresh = (DraftStream(link, opening, 20.0, has_own_device=False) for _ in range(2))
+    pool = Pool([tiny_system.deployment.processes["draft"].address], WORKER_ROLE_DRAFT, lambda found: None)
+    [member] = pool.members
+    description = (await pool.meet(member, 10.0)).worker
+    opening = Opening(Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT)), time.monotonic() + 60.0)
+    off_for_a_while, fresh = (
+        DraftStream(pool, opening, 20.0, verify_device_id=description.device_id) for _ in range(2)
+    )
     await tree(off_for_a_while, text[:40])
     late = await off_for_a_while.tree_or_none(text[:400], TREE)
     assert late is not None
     assert list(late.tree.token_ids) == list((await tree(fresh, text[:400])).tree.token_ids)
     off_for_a_while.close()
     fresh.close()
-    await link.channel.close()
+    assert member.num_sessions == 0
+    await member.link.channel.close()
 
 
 def test_explain_tells_what_was_realised(tiny_system: System, undisturbed: Generation) -> None:
