@@ -125,11 +125,20 @@ def test_what_leaves_nothing_to_compare_is_refused(
 
 @pytest.mark.slow
 def test_a_real_run(capfd: pytest.CaptureFixture[str], large: Path) -> None:  # noqa: F811
-    flags = ["--quick", "--max-tokens=8", "--temperature=0", "--temperature=0.6", "--num-threads=1", "--json"]
+    flags = [
+        "--quick",
+        "--max-tokens=8",
+        "--temperature=0",
+        "--temperature=0.6",
+        "--num-threads=1",
+        "--json",
+        "--resident-layers=2",
+    ]
     assert main(["bench", "offload", f"--target={large}", f"--memory-limit={LIMIT}", *flags]) == 0
     cool, warm = json.loads(capfd.readouterr().out)["temperatures"]
     for found in (cool, warm):
         assert found["off"]["tokens_per_step"] == 1.0
         assert found["num_prompts_that_differ"] == 0
         assert 0.0 < found["ceiling"] < 64.0
-        assert found["off"]["streamed"]["num_forwards"] == 5 * 8
+        # One a token, and some more where a prompt is longer than a chunk.
+        assert 5 < found["off"]["streamed"]["num_forwards"] <= 5 * 8 + 10
