@@ -104,11 +104,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         verify = VerifyStream(workers.verify, opening, self._patience.failover)
         stream = TextStream(self._codec, request.stops)
         transcript = Transcript(request.prompt, request.max_tokens, request.decoding.sampling, stream)
-        transcript.resume(request.generated)
+        if request.generated:
+            # As with a long prompt: the other requests go on.
+            await asyncio.to_thread(transcript.resume, request.generated)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
         session = Session(transcript, verify, draft, speculation)
         try:
-            async with workers.verify.admitted():
+            async with workers.verify.admission():
                 with self._speculator:
                     yield session
         finally:

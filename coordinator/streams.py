@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
-from coordinator.workers import Member, Pool
+from coordinator.member import Member
+from coordinator.pool import Pool
 from sequoia.errors import Cancelled, DeadlineExceeded, ResourceExhausted, SequoiaError, Unavailable
 from sequoia.rpc import error_from
 from sequoia.sampling import Decoding

@@ -65,6 +65,13 @@ class Attempts:
         return _PAUSE_SECONDS if self._num_fruitless >= len(self._addresses) else 0.0
 
 
+def ask_another(error: grpc.RpcError, addresses: tuple[str, ...], place: int) -> None:
+    """Raises the failure of the coordinator at that place as ours, unless the next one may do better."""
+    failure = failure_at(error, addresses[place])
+    if not isinstance(failure, Unavailable) or place + 1 == len(addresses):
+        raise failure from error
+
+
 def failure_at(error: grpc.RpcError, address: str) -> SequoiaError:
     """The error as ours; one that never left this machine says where nobody answered."""
     failure = error_from(error)

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from types import TracebackType
-from typing import Unpack
+from typing import TypeVar, Unpack
 
 import grpc
 
-from sequoia.attempts import Attempts, failure_at
+from sequoia.attempts import Attempts, ask_another
 from sequoia.errors import InvalidArgument
 from sequoia.generation import Answer, Chunk, Generation, OutOfStep, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 DEFAULT_ADDRESS = "127.0.0.1:50600"
+Response = TypeVar("Response")
 
 
 class Client:
@@ -106,20 +107,24 @@ class Client:
     def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        try:
-            return self._stubs[0].DescribePair(pb.DescribePairRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise failure_at(error, self._addresses[0]) from error
+        return self._first(lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout))
 
     def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
     ) -> pb.ExplainResponse:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        try:
-            return self._stubs[0].Explain(build_explain(temperature, rule), timeout=timeout)
-        except grpc.RpcError as error:
-            raise failure_at(error, self._addresses[0]) from error
+        request = build_explain(temperature, rule)
+        return self._first(lambda stub: stub.Explain(request, timeout=timeout))
+
+    def _first(self, ask: Callable[[CoordinatorServiceStub], Response]) -> Response:
+        """The answer of the first coordinator that is there."""
+        for place, stub in enumerate(self._stubs):
+            try:
+                return ask(stub)
+            except grpc.RpcError as error:
+                ask_another(error, self._addresses, place)
+        raise AssertionError("the last failure is raised")
 
     def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer) -> Generator[Chunk]:
         attempts = Attempts(self._addresses, request, timeout_seconds, answer)
@@ -186,20 +191,24 @@ class AsyncClient:
     async def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        try:
-            return await self._stubs[0].DescribePair(pb.DescribePairRequest(), timeout=timeout)
-        except grpc.RpcError as error:
-            raise failure_at(error, self._addresses[0]) from error
+        return await self._first(lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout))
 
     async def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
     ) -> pb.ExplainResponse:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        try:
-            return await self._stubs[0].Explain(build_explain(temperature, rule), timeout=timeout)
-        except grpc.RpcError as error:
-            raise failure_at(error, self._addresses[0]) from error
+        request = build_explain(temperature, rule)
+        return await self._first(lambda stub: stub.Explain(request, timeout=timeout))
+
+    async def _first(self, ask: Callable[[CoordinatorServiceStub], Awaitable[Response]]) -> Response:
+        """As `Client` has it."""
+        for place, stub in enumerate(self._stubs):
+            try:
+                return await ask(stub)
+            except grpc.RpcError as error:
+                ask_another(error, self._addresses, place)
+        raise AssertionError("the last failure is raised")
 
     async def _chunks(
         self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer

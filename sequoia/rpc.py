@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, NoReturn, Protocol
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -36,9 +36,9 @@ _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.max_receive_message_length", MAX_RESPONSE_BYTES),
-    # A peer that was cut off or restarted is soon there again; calls in between would fail at once.
+    # A peer that was cut off or restarted is soon there again; calls in between would fail at once. (The option that is
+    # called min_reconnect_backoff is the time that a connection may take: a far peer needs more than this.)
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 2_000),
 )
 _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -77,10 +77,8 @@ class _ReadsRequests(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_streaming:
             return handler
-        parse, behaviour = (
-            handler.request_deserializer,
-            handler.unary_stream or handler.unary_unary,
-        )  # coroutines, all of them
+        parse = handler.request_deserializer
+        behaviour = handler.unary_stream if handler.response_streaming else handler.unary_unary
 
         def read(raw: bytes) -> Any:
             try:
@@ -96,10 +94,9 @@ class _ReadsRequests(grpc.aio.ServerInterceptor):
             async for response in behaviour(request, context):
                 await context.write(response)
 
-        make = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return make(checked, read, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(checked, read, handler.response_serializer)
+        return grpc.unary_unary_rpc_method_handler(checked, read, handler.response_serializer)
 
 
 class Server:
@@ -193,16 +190,16 @@ async def _abort(context: Context, error: SequoiaError) -> NoReturn:
         status.details.append(detail)
     if isinstance(error, ResourceExhausted) and error.retry_seconds is not None:
         detail = any_pb2.Any()
-        delay = duration_pb2.Duration(nanos=round(error.retry_seconds * 1e9) % 10**9, seconds=int(error.retry_seconds))
-        detail.Pack(error_details_pb2.RetryInfo(retry_delay=delay))
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromNanoseconds(round(error.retry_seconds * 1e9))
+        detail.Pack(retry)
         status.details.append(detail)
     await context.abort(error.code, str(error), ((_STATUS_DETAILS, status.SerializeToString()),))
 
 
 def has_details(error: grpc.RpcError) -> bool:
     """Whether a peer has said what failed; else the connection, or a deadline, has."""
-    metadata: Any = error.trailing_metadata() or ()
-    return any(key == _STATUS_DETAILS for key, _ in metadata)
+    return _details(error) is not None
 
 
 def error_from(error: grpc.RpcError) -> SequoiaError:
@@ -211,13 +208,11 @@ def error_from(error: grpc.RpcError) -> SequoiaError:
     INTERNAL and UNKNOWN without our details are gRPC's own, of connections that broke in the middle of a frame.
     """
     kind = ERROR_BY_CODE.get(error.code(), SequoiaError)
-    metadata: Any = error.trailing_metadata() or ()
-    status = next((value for key, value in metadata if key == _STATUS_DETAILS), None)
-    if status is None:
-        is_grpcs_own = error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
-        status, kind = b"", Unavailable if is_grpcs_own else kind
+    status = _details(error)
+    if status is None and error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
+        kind = Unavailable
     message, field, retry = error.details() or error.code().name, "", error_details_pb2.RetryInfo()
-    for detail in status_pb2.Status.FromString(status).details:
+    for detail in status_pb2.Status.FromString(status or b"").details:
         request = error_details_pb2.BadRequest()
         if detail.Unpack(request) and request.field_violations:
             message, field = request.field_violations[0].description, request.field_violations[0].field
@@ -225,3 +220,9 @@ def error_from(error: grpc.RpcError) -> SequoiaError:
     if kind is ResourceExhausted and retry.HasField("retry_delay"):
         return ResourceExhausted(message, field, retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9)
     return kind(message, field)
+
+
+def _details(error: grpc.RpcError) -> bytes | None:
+    """The peer's own Status, serialised."""
+    metadata: Any = error.trailing_metadata() or ()
+    return next((value for key, value in metadata if key == _STATUS_DETAILS), None)

@@ -63,8 +63,11 @@ class WorkerConfig:
             num_bytes(self.memory_limit or "0")
         except ValueError as error:
             raise ValueError(f"--memory-limit (SEQUOIA_MEMORY_LIMIT): {error}") from error
+        if self.resident_layers < -1:
+            raise ValueError("--resident-layers (SEQUOIA_RESIDENT_LAYERS) must be -1 or more")
         if self.offload == "none" and (self.memory_limit or self.resident_layers >= 0):
-            flag = "--memory-limit (SEQUOIA_MEMORY_LIMIT)" if self.memory_limit else "--resident-layers"
+            name = "memory-limit" if self.memory_limit else "resident-layers"
+            flag = f"--{name} (SEQUOIA_{name.upper().replace('-', '_')})"
             raise ValueError(f"{flag} is for --offload disk, host or auto")
         if self.context_length < 0 or self.num_threads < 0:
             raise ValueError("--context-length and --num-threads must not be negative")

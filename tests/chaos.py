@@ -36,8 +36,8 @@ _PROMPTS = [list(range(start, start + length)) for start, length in ((40, 30), (
 _HOW: list[dict[str, Any]] = [
     {"temperature": 0},
     {"temperature": 0.8, "seed": 11},
-    {"temperature": 1.0, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.1},
-    {"temperature": 0, "repetition_penalty": 1.2, "logprobs": 1},
+    {"temperature": 1.0, "seed": 3, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.5},
+    {"temperature": 0, "frequency_penalty": 0.4, "logprobs": 1},
 ]
 _NUM_TOKENS = 300
 _LONGEST_SECONDS = 60.0

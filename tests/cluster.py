@@ -7,6 +7,7 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -29,15 +30,18 @@ class Cluster:
 
     def __init__(
         self,
-        models: dict[str, Path],
+        models: Mapping[str, Path],
         log_dir: Path,
         *,
         num_verify: int = 2,
         num_draft: int = 2,
         num_coordinators: int = 1,
+        environment: Mapping[str, str] | None = None,
         **flags: object,
     ) -> None:
-        self._models, self._log_dir, self._flags = models, log_dir, flags
+        self.models = dict(models)  # by role: what is started from now on serves that
+        self._log_dir, self._flags = log_dir, flags
+        self._environment = {**_ENVIRONMENT, **(environment or {})}
         counts = {"verify": num_verify, "draft": num_draft, "coordinator": num_coordinators}
         self._roles = {f"{role}{index}": role for role, count in counts.items() for index in range(count)}
         self._addresses = {name: f"127.0.0.1:{_free_port()}" for name in self._roles}
@@ -83,8 +87,8 @@ class Cluster:
                 pools = {each: self._reached_at(each) for each in _WORKERS}
                 flags |= {"failover-seconds": 30, **pools, **self._flags}
             else:
-                flags |= {"model": self._models[role], "dtype": "float32", "num-threads": 1}
-            self._processes[name] = ServerProcess(name, _MODULES[role], flags, _ENVIRONMENT, self._log_dir)
+                flags |= {"model": self.models[role], "dtype": "float32", "num-threads": 1}
+            self._processes[name] = ServerProcess(name, _MODULES[role], flags, self._environment, self._log_dir)
 
     def kill(self, name: str) -> None:
         """As a crash does."""

@@ -361,6 +361,14 @@ async def test_the_next_coordinator_is_asked_where_one_is_not_there(
 ) -> None:
     async with AsyncClient(f"127.0.0.1:1, {address}") as client:
         assert (await client.generate("hi")).text == "Hello world"
+        assert (await client.describe_pair()).plans_json == ["{}"]
+    assert await in_thread(f"127.0.0.1:1,{address}", lambda client: client.describe_pair().plans_json[0]) == "{}"
+
+
+async def test_where_none_is_there_the_last_one_is_named() -> None:
+    async with AsyncClient("127.0.0.1:1,127.0.0.1:2") as client:
+        with pytest.raises(Unavailable, match=r"no coordinator answers at 127\.0\.0\.1:2"):
+            await client.describe_pair()
 
 
 async def test_what_a_coordinator_refuses_another_one_is_not_asked(

@@ -23,7 +23,8 @@ from sequoia.v1 import coordinator_pb2_grpc
 PROMPT = list(range(40, 70))
 TREE = Topology((-1, 0, 0, 1, 1, 3))
 GREEDY: dict[str, Any] = {"temperature": 0}
-SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 11, "repetition_penalty": 1.1}
+# With penalties that tell what was generated from the prompt.
+SEEDED: dict[str, Any] = {"temperature": 0.8, "seed": 11, "repetition_penalty": 1.1, "frequency_penalty": 0.3}
 HOW = pytest.mark.parametrize("how", [GREEDY, SEEDED], ids=["greedy", "seeded"])
 NUM_TOKENS = 400
 
@@ -197,10 +198,10 @@ def test_a_verify_worker_that_hangs_is_left(cluster: Cluster) -> None:
 
 
 def test_requests_wait_for_a_slot_and_too_many_are_told_when_to_try_again(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(__import__("cluster")._ENVIRONMENT, "SEQUOIA_NUM_SLOTS", "1")
-    with Cluster(models, tmp_path, num_verify=1, num_draft=1, **{"max-waiting": 2}) as cluster:
+    one_slot, two_wait = {"SEQUOIA_NUM_SLOTS": "1"}, {"max-waiting": 2}
+    with Cluster(models, tmp_path, num_verify=1, num_draft=1, environment=one_slot, **two_wait) as cluster:
         expected = ask(cluster, speculation="off", **GREEDY)
         with ThreadPoolExecutor(3) as pool:
             cluster.signal("verify0", signal.SIGSTOP)
@@ -214,10 +215,10 @@ def test_requests_wait_for_a_slot_and_too_many_are_told_when_to_try_again(
         cluster.wait_until_free()
 
 
-def test_a_worker_with_another_model_is_not_let_in(single: Cluster, models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_worker_with_another_model_is_not_let_in(single: Cluster, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "other", "llama", seed=5)
     single.kill("verify0")
-    single._models = {**models, "verify": tmp_path / "other"}
+    single.models["verify"] = tmp_path / "other"
     single.start("verify0")
     deadline = time.monotonic() + 20
     while "is not what the pool serves" not in single.log("coordinator0"):

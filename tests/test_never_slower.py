@@ -8,8 +8,8 @@ import time
 import pytest
 from conftest import System
 
+from coordinator.pool import Pool
 from coordinator.streams import DraftStream, Opening
-from coordinator.workers import Pool
 from sequoia.client import Generation
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling

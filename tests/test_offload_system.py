@@ -194,8 +194,10 @@ def test_sizes(text: str, count: int) -> None:
 def test_a_limit_without_offloading_is_refused() -> None:
     with pytest.raises(ValueError, match=r"--memory-limit .* is for --offload disk, host or auto"):
         WorkerConfig(model="m", memory_limit="2GiB")
-    with pytest.raises(ValueError, match=r"--resident-layers is for --offload"):
+    with pytest.raises(ValueError, match=r"--resident-layers \(SEQUOIA_RESIDENT_LAYERS\) is for --offload"):
         WorkerConfig(model="m", resident_layers=3)
+    with pytest.raises(ValueError, match=r"--resident-layers .* must be -1 or more"):
+        WorkerConfig(model="m", offload="disk", resident_layers=-2)
     flags = DeploymentSettings(memory_limit="2GiB").worker_flags("verify")
     assert (flags["offload"], flags["memory-limit"]) == ("none", "2GiB"), "it reaches the worker, which refuses it"
 

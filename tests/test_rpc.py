@@ -8,6 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
+from sequoia.cli.delayed_link import DelayedLink
 from sequoia.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
 from sequoia.rpc import Server, error_border, error_from, open_channel
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
@@ -25,12 +26,22 @@ class Failing(worker_pb2_grpc.WorkerServiceServicer):
 
 
 @pytest.fixture
-async def failing() -> AsyncIterator[tuple[Failing, grpc.aio.Channel]]:
-    server, servicer = Server("127.0.0.1:0"), Failing()
+async def servicer() -> Failing:
+    return Failing()
+
+
+@pytest.fixture
+async def address(servicer: Failing) -> AsyncIterator[str]:
+    server = Server("127.0.0.1:0")
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.grpc_server)
-    async with open_channel(await server.start(["sequoia.v1.WorkerService"])) as channel:
-        yield servicer, channel
+    yield await server.start(["sequoia.v1.WorkerService"])
     await server.stop(0)
+
+
+@pytest.fixture
+async def failing(servicer: Failing, address: str) -> AsyncIterator[tuple[Failing, grpc.aio.Channel]]:
+    async with open_channel(address) as channel:
+        yield servicer, channel
 
 
 @pytest.mark.parametrize(
@@ -77,3 +88,11 @@ async def test_a_request_that_cannot_be_read_is_refused_by_name(failing: tuple[F
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(b"\xff\xff\xff")
     assert str(error_from(caught.value)).startswith("message: it cannot be read")
+
+
+async def test_a_far_peer_is_reached(address: str) -> None:
+    """A connection takes some round trips, each longer than the first pause between two attempts."""
+    async with DelayedLink(address, 0.4) as link, open_channel(link.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await worker_pb2_grpc.WorkerServiceStub(channel).GetStatus(worker_pb2.GetStatusRequest(), timeout=10)
+    assert caught.value.details() == "ValueError: nothing told"

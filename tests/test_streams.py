@@ -12,12 +12,12 @@ import pytest
 from google.protobuf import json_format
 from tiny_models import build_tokenizer
 
+from coordinator.pool import Pool
 from coordinator.session import Session
 from coordinator.speculation import Choice
 from coordinator.streams import DraftStream, Opening, VerifyStream
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Transcript
-from coordinator.workers import Pool
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import Context, Server, error_border
 from sequoia.rules import GREEDY

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
+from typing import Any
 
 import pytest
 
-from coordinator.workers import Member, Pool
-from sequoia.errors import ResourceExhausted, Unavailable
+from coordinator.member import Member
+from coordinator.pool import Pool, check_same
+from sequoia.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from sequoia.v1 import worker_pb2
 
 
@@ -23,7 +25,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr("coordinator.workers.time.monotonic", clock.monotonic)
+    monkeypatch.setattr("coordinator.member.time.monotonic", clock.monotonic)
     return clock
 
 
@@ -87,12 +89,12 @@ async def test_sessions_wait_in_order_and_too_many_are_refused(pool: Pool) -> No
     order: list[int] = []
 
     async def session(number: int) -> None:
-        async with pool.admitted():
+        async with pool.admission():
             order.append(number)
             await asyncio.sleep(0)
 
     async with AsyncExitStack() as first:
-        await first.enter_async_context(pool.admitted())
+        await first.enter_async_context(pool.admission())
         waiting = [asyncio.create_task(session(number)) for number in range(2)]
         await asyncio.sleep(0)
         with pytest.raises(ResourceExhausted, match="queue: all 1 slots are in use and 2 requests wait"):
@@ -107,11 +109,11 @@ async def test_one_that_gives_up_waiting_leaves_its_place(pool: Pool, is_admitte
     pool.members[0].found(worker("s", 1))
 
     async def session() -> None:
-        async with pool.admitted():
+        async with pool.admission():
             pass
 
     async with AsyncExitStack() as first:
-        await first.enter_async_context(pool.admitted())
+        await first.enter_async_context(pool.admission())
         gives_up, stays = asyncio.create_task(session()), asyncio.create_task(session())
         await asyncio.sleep(0)
         if is_admitted:
@@ -119,16 +121,49 @@ async def test_one_that_gives_up_waiting_leaves_its_place(pool: Pool, is_admitte
         gives_up.cancel()
     async with asyncio.timeout(1):
         await stays
-        async with pool.admitted():
+        async with pool.admission():
             pass
 
 
 async def test_a_worker_that_appears_lets_the_next_one_in(pool: Pool) -> None:
     pool.members[0].found(worker("s", 1))
-    async with pool.admitted():
-        waiting = asyncio.create_task(pool.admitted().__aenter__())
+    async with pool.admission():
+        waiting = asyncio.create_task(pool.admission().__aenter__())
         await asyncio.sleep(0)
         assert not waiting.done()
         pool.members[1].found(worker("t", 1))
-        pool._admit()
+        pool.admission.admit()
         await asyncio.wait_for(waiting, 1)
+
+
+async def test_while_nobody_is_there_all_wait_for_a_worker_and_not_for_each_other(pool: Pool) -> None:
+    [member, _] = pool.members
+    member.found(worker("s", 1))
+    async with AsyncExitStack() as sessions:
+        await sessions.enter_async_context(pool.admission())
+        queued = asyncio.create_task(sessions.enter_async_context(pool.admission()))
+        await asyncio.sleep(0)
+        assert not queued.done()
+        with pytest.raises(Unavailable):
+            # Nobody listens at that address.
+            await pool.meet(member, 0.05)
+        await asyncio.wait_for(queued, 1)
+        for _ in range(20):
+            await asyncio.wait_for(sessions.enter_async_context(pool.admission()), 1)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"model_revision": "x"}, {"dtype": "x"}, {"quantization": "x"}, {"context_length": 9}, {"max_tree_size": 9}],
+)
+def test_what_a_session_relies_on_is_the_same_everywhere(other: dict[str, Any]) -> None:
+    known = worker_pb2.WorkerDescription(model_revision="r", dtype="d", context_length=100, max_tree_size=64)
+    same = worker_pb2.WorkerDescription(instance_id="b", hardware_key="h", num_slots=9)
+    same.MergeFrom(known)
+    check_same(same, known)
+    found = worker_pb2.WorkerDescription()
+    found.MergeFrom(known)
+    for name, value in other.items():
+        setattr(found, name, value)
+    with pytest.raises(FailedPrecondition, match="not what the pool serves"):
+        check_same(found, known)

@@ -42,7 +42,7 @@ class DeploymentSettings:
     target_cores: int | None = None  # cores that the split workers are pinned to; None: all, or what the other leaves
     draft_cores: int | None = None
     log_dir: Path | None = None
-    offload: str = "none"  # where the target's weights are: none, disk or auto
+    offload: str = "none"  # where the target's weights are: none, disk, host or auto
     memory_limit: str | None = None  # of the offloaded target, as 2GiB
     resident_layers: int | None = None  # of it; None: as many as fit
     draft_ahead: str | None = None  # auto, on or off; None: as the environment has it

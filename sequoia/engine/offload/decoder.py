@@ -51,10 +51,10 @@ def build_offloaded(
 ) -> Offloaded:
     """A decoder of a hollow model, its layers on a slower tier but for those that there is `room` for.
 
-    tier: `disk`, for a model on the CPU, or `host`, the host's memory. num_resident: layers in
-    fast memory; None: as many as there is room for. `on_progress` hears (layers prepared, layers in
-    all). Raises InvalidArgument naming `offload`, `engine`, `quantization` or `memory-limit` for what cannot be done,
-    FailedPrecondition naming `offload` for files that cannot be written or read.
+    tier: `disk`, for a model on the CPU, or `host`, the host's memory. num_resident: layers in fast memory; None: as
+    many as there is room for. `on_progress` hears (layers prepared, layers in all). Raises InvalidArgument naming
+    `offload`, `engine`, `quantization`, `memory-limit` or `resident-layers` for what cannot be done, FailedPrecondition
+    naming `offload` for files that cannot be written or read.
     """
     if not is_readable(model.module) or arithmetic.engine == "transformers":
         kind = model.module.config.model_type
@@ -72,9 +72,8 @@ def build_offloaded(
     bits = BITS[arithmetic.quantization]
     form, encode = ("plain", layer_tensors) if reason else (f"panels{bits}", partial(pack_layer, bits=bits))
     folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
-    stream = _stream(
-        list(map(Block, lay_out(hollow, encode, folder, on_progress))), room(hollow.weights.shape), num_resident
-    )
+    blocks = list(map(Block, lay_out(hollow, encode, folder, on_progress)))
+    stream = _stream(blocks, room(hollow.weights.shape), num_resident)
     if reason:
         return Offloaded(build_lean(model, arithmetic, hollow.weights, stream), stream)
     decoder = NativeDecoder(

@@ -1,0 +1,122 @@
+"""One worker: how to reach it, what it is, whether a session may be opened on it, how long its replies take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from statistics import median
+
+import grpc
+
+from sequoia.errors import Unavailable
+from sequoia.rpc import error_from, open_channel
+from sequoia.v1 import worker_pb2, worker_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+_CALL_TIMEOUT_SECONDS = 10.0
+_RTT_PROBES = 5
+# Round trips that the usual one is the median of.
+_REMEMBERED = 5
+# A worker that failed is left alone for that long, twice as long after each further failure.
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
+# A reply may take this many times the longest of the last ones.
+_PATIENCE, _LEAST_PATIENCE_SECONDS, _NUM_REPLIES = 4.0, 0.25, 32
+
+
+class WorkerLink:
+    """A channel to one worker."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.channel = open_channel(address)
+        self._stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
+        self._recent: deque[float] = deque(maxlen=_REMEMBERED)
+
+    async def describe(self, *, include_tokenizer: bool, timeout_seconds: float) -> worker_pb2.DescribeResponse:
+        """The worker's description; waits for it to come up. Raises Unavailable when it does not."""
+        request = worker_pb2.DescribeRequest(include_tokenizer=include_tokenizer)
+        try:
+            return await self._stub.Describe(request, timeout=timeout_seconds, wait_for_ready=True)
+        except grpc.aio.AioRpcError as error:
+            raise Unavailable(f"no worker answers at {self.address}: {error_from(error)}") from error
+
+    @property
+    def usual_round_trip_seconds(self) -> float:
+        """The median of the last measurements; 0 before the first."""
+        return median(self._recent) if self._recent else 0.0
+
+    async def round_trip_seconds(self) -> float:
+        """The least of some unary round trips: noise only adds. Raises SequoiaError when the worker does not answer."""
+        seconds = []
+        for _ in range(_RTT_PROBES):
+            started = time.perf_counter()
+            try:
+                await self._stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_CALL_TIMEOUT_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                raise error_from(error) from error
+            seconds.append(time.perf_counter() - started)
+        self._recent.append(min(seconds))
+        return min(seconds)
+
+
+class Member:
+    """A worker of a pool.
+
+    Its circuit breaker: a failure closes it to new sessions for a while, then one session at a time may try, and a
+    reply opens it again.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.link = WorkerLink(address)
+        self.description: worker_pb2.WorkerDescription | None = None  # None: it is not there, or does not fit
+        self.num_sessions = 0  # of this coordinator
+        self.problem = ""  # what keeps it from being used
+        self._instance_id = ""
+        self._pause = self._paused_until = 0.0  # how long it is left alone, 0 when it answered last, and until when
+        self._reply_seconds: deque[float] = deque(maxlen=_NUM_REPLIES)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a session may be opened on it."""
+        is_probing = self._pause > 0.0 and self.num_sessions > 0
+        return self.description is not None and time.monotonic() >= self._paused_until and not is_probing
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """By which the next session's worker is chosen: the share of its slots in use, then how far it is."""
+        assert self.description is not None
+        return self.num_sessions / max(1, self.description.num_slots), self.link.usual_round_trip_seconds
+
+    def found(self, description: worker_pb2.WorkerDescription) -> None:
+        """It is there and belongs here. Another process than before begins without failures."""
+        if description.instance_id != self._instance_id:
+            self._instance_id, self._pause, self._paused_until = description.instance_id, 0.0, 0.0
+            _log.info("worker found", extra={"address": self.link.address, "model": description.model})
+        elif self.problem:
+            _log.info("worker is back", extra={"address": self.link.address})
+        self.description, self.problem = description, ""
+
+    def missing(self, problem: str) -> None:
+        """It is not there, or does not belong here."""
+        if problem != self.problem:
+            _log.warning("worker not usable", extra={"address": self.link.address, "reason": problem})
+        self.description, self.problem = None, problem
+
+    def failed(self, reason: str) -> None:
+        """It was lost, or answered nonsense."""
+        pause = self._pause = min(2 * self._pause, _LONGEST_PAUSE_SECONDS) if self._pause else _FIRST_PAUSE_SECONDS
+        self._paused_until = time.monotonic() + pause
+        _log.warning("worker failed", extra={"address": self.link.address, "reason": reason, "pause_seconds": pause})
+
+    def replied(self, seconds: float) -> None:
+        """It answered a step, after so many seconds."""
+        self._pause = 0.0
+        self._reply_seconds.append(seconds)
+
+    def patience_seconds(self, most: float) -> float:
+        """How long to wait for its reply: by its own history, at most `most`."""
+        if len(self._reply_seconds) < _NUM_REPLIES // 4:
+            return most
+        return min(most, max(_LEAST_PATIENCE_SECONDS, _PATIENCE * max(self._reply_seconds)))

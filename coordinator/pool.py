@@ -1,0 +1,118 @@
+"""Workers of one role: which of them are there and fit, and which one the next session is opened on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from coordinator.admission import Admission
+from coordinator.member import Member
+from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.v1 import worker_pb2
+
+POLL_SECONDS = 2.0
+
+
+class Pool:
+    """Workers of one role that serve the same model.
+
+    `check` raises FailedPrecondition for a description that does not belong here. At most `most_waiting` sessions wait
+    for a slot when they are let in by `admission`.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        role: worker_pb2.WorkerRole,
+        check: Callable[[worker_pb2.WorkerDescription], None],
+        most_waiting: int = 0,
+    ) -> None:
+        self.members = [Member(address) for address in addresses]
+        self._role, self._check = role, check
+        self.admission = Admission(lambda: self.num_slots, most_waiting)
+
+    @property
+    def description(self) -> worker_pb2.WorkerDescription | None:
+        """Of the first that is there."""
+        return next((each.description for each in self.members if each.description is not None), None)
+
+    @property
+    def round_trip_seconds(self) -> float:
+        """To the nearest that is there; 0 where none is."""
+        there = [each.link.usual_round_trip_seconds for each in self.members if each.description is not None]
+        return min(there, default=0.0)
+
+    def nobody(self) -> Unavailable:
+        """The error of who finds no worker here."""
+        role = worker_pb2.WorkerRole.Name(self._role).rpartition("_")[2].lower()
+        problems = "; ".join(filter(None, (each.problem for each in self.members)))
+        return Unavailable(f"no {role} worker is there ({problems or 'all have failed a moment ago'}); try again")
+
+    async def measure_round_trip(self) -> float:
+        """To the first that is there, in seconds. Raises SequoiaError where there is none."""
+        there = next((each for each in self.members if each.description is not None), None)
+        if there is None:
+            raise self.nobody()
+        return await there.link.round_trip_seconds()
+
+    def best(self) -> Member | None:
+        """The one with the most room; None while there is none."""
+        return min((each for each in self.members if each.is_usable), key=lambda each: each.load, default=None)
+
+    async def meet(
+        self, member: Member, timeout_seconds: float, *, include_tokenizer: bool = False
+    ) -> worker_pb2.DescribeResponse:
+        """Learn what a worker is, and that it is there.
+
+        Raises Unavailable, or FailedPrecondition for one that does not belong here; it has no `description` then.
+        """
+        try:
+            response = await member.link.describe(include_tokenizer=include_tokenizer, timeout_seconds=timeout_seconds)
+            found = response.worker
+            _check_role(found, self._role, member.link.address)
+            self._check(found)
+            for other in self.members:
+                if other is not member and other.description is not None:
+                    check_same(found, other.description)
+        except SequoiaError as error:
+            member.missing(str(error))
+            raise
+        else:
+            member.found(found)
+        finally:
+            self.admission.admit()
+        return response
+
+    async def watch(self, member: Member) -> None:
+        """Notice a worker that appears, goes away, or comes back as another process; measure how far it is."""
+        while True:
+            with suppress(SequoiaError):  # which is logged, and whoever needs the worker will hear of it
+                await self.meet(member, POLL_SECONDS)
+                await member.link.round_trip_seconds()
+            await asyncio.sleep(POLL_SECONDS)
+
+    @property
+    def num_slots(self) -> int:
+        """Of all that are there."""
+        return sum(each.description.num_slots for each in self.members if each.description)
+
+
+def check_same(found: worker_pb2.WorkerDescription, known: worker_pb2.WorkerDescription) -> None:
+    """A session may move between workers only where they compute the same."""
+    ours, theirs = _identity(known), _identity(found)
+    if ours != theirs:
+        problem = f"{found.model} ({', '.join(theirs)}) is not what the pool serves: {known.model} ({', '.join(ours)})"
+        raise FailedPrecondition(f"{problem}; start the coordinator anew for another model", "worker")
+
+
+def _identity(worker: worker_pb2.WorkerDescription) -> tuple[str, ...]:
+    """What a session relies on: the numbers, and how long it and its trees may become."""
+    limits = f"contexts of {worker.context_length}", f"trees of {worker.max_tree_size}"
+    return worker.model_revision, worker.dtype, worker.quantization, *limits
+
+
+def _check_role(worker: worker_pb2.WorkerDescription, role: worker_pb2.WorkerRole, address: str) -> None:
+    if worker.role != role:
+        found, wanted = worker_pb2.WorkerRole.Name(worker.role), worker_pb2.WorkerRole.Name(role)
+        raise FailedPrecondition(f"{address} is a {found}, not a {wanted}; check --verify and --draft", "worker")
