@@ -1,4 +1,4 @@
-"""The queue in front of the slots: who is let in, who waits, who is told to come again."""
+"""The queue in front of the workers: who is let in, who waits, who is told to come again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import NamedTuple
 
 from sequoia.errors import ResourceExhausted
 
@@ -13,55 +14,68 @@ from sequoia.errors import ResourceExhausted
 RETRY_SECONDS = 1.0
 
 
+class Room(NamedTuple):
+    """What workers have, or sessions take."""
+
+    num_slots: int
+    kv_tokens: int
+
+
 class Admission:
-    """Lets in as many sessions at a time as there are slots; the others wait in order of arrival.
+    """Lets in as many sessions at a time as there are slots and KV memory for; the others wait in order of arrival.
 
     While no worker is there everybody is let in: sessions then wait for a worker, all for the same time.
     """
 
-    def __init__(self, num_slots: Callable[[], int], most_waiting: int) -> None:
-        self._num_slots, self._most_waiting = num_slots, most_waiting
-        self._waiting: deque[asyncio.Future[None]] = deque()
-        self._num_inside = 0
+    def __init__(self, room: Callable[[], Room], most_waiting: int) -> None:
+        self._room, self._most_waiting = room, most_waiting
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._taken = Room(0, 0)
 
     @asynccontextmanager
-    async def __call__(self) -> AsyncIterator[None]:
-        """Around a session. Raises ResourceExhausted naming `queue` when too many wait already."""
-        if self._waiting or not self._has_room:
-            await self._wait()
+    async def __call__(self, kv_tokens: int) -> AsyncIterator[None]:
+        """Around a session of that size. Raises ResourceExhausted naming `queue` when too many wait already."""
+        if self._waiting or not self._has_room(kv_tokens):
+            await self._wait(kv_tokens)
         else:
-            self._num_inside += 1
+            self._take(kv_tokens)
         try:
             yield
         finally:
-            self._num_inside -= 1
-            self.admit()
+            self._give_back(kv_tokens)
 
     def admit(self) -> None:
-        """Let in those that there is room for now: the number of slots has changed."""
-        while self._waiting and self._has_room:
-            turn = self._waiting.popleft()
+        """Let in those that there is room for now: what workers have has changed."""
+        while self._waiting and self._has_room(self._waiting[0][1]):
+            turn, kv_tokens = self._waiting.popleft()
             if not turn.done():
-                self._num_inside += 1
+                self._take(kv_tokens)
                 turn.set_result(None)
 
-    @property
-    def _has_room(self) -> bool:
-        num_slots = self._num_slots()
-        return not num_slots or self._num_inside < num_slots
+    def _has_room(self, kv_tokens: int) -> bool:
+        there, taken = self._room(), self._taken
+        fits = taken.num_slots < there.num_slots and taken.kv_tokens + kv_tokens <= there.kv_tokens
+        return fits or not there.num_slots
 
-    async def _wait(self) -> None:
+    def _take(self, kv_tokens: int) -> None:
+        self._taken = Room(self._taken.num_slots + 1, self._taken.kv_tokens + kv_tokens)
+
+    def _give_back(self, kv_tokens: int) -> None:
+        self._taken = Room(self._taken.num_slots - 1, self._taken.kv_tokens - kv_tokens)
+        self.admit()
+
+    async def _wait(self, kv_tokens: int) -> None:
         if len(self._waiting) >= self._most_waiting:
-            problem = f"all {self._num_slots()} slots are in use and {len(self._waiting)} requests wait; try again"
+            problem = f"{self._taken.num_slots} requests run and {len(self._waiting)} wait; try again"
             raise ResourceExhausted(f"{problem} in {RETRY_SECONDS:g} s", "queue", retry_seconds=RETRY_SECONDS)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        self._waiting.append((turn, kv_tokens))
         try:
             await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
-                self._num_inside -= 1
-                self.admit()
+                self._give_back(kv_tokens)
             with suppress(ValueError):
-                self._waiting.remove(turn)
+                self._waiting.remove((turn, kv_tokens))
+            self.admit()
             raise

@@ -71,7 +71,7 @@ class Member:
     def __init__(self, address: str) -> None:
         self.link = WorkerLink(address)
         self.description: worker_pb2.WorkerDescription | None = None  # None: it is not there, or does not fit
-        self.num_sessions = 0  # of this coordinator
+        self.num_sessions = self.num_tokens = 0  # of this coordinator, and what its sessions may become
         self.problem = ""  # what keeps it from being used
         self._instance_id = ""
         self._pause = self._paused_until = 0.0  # how long it is left alone, 0 when it answered last, and until when
@@ -85,9 +85,23 @@ class Member:
 
     @property
     def load(self) -> tuple[float, float]:
-        """By which the next session's worker is chosen: the share of its slots in use, then how far it is."""
+        """By which the next session's worker is chosen: the share in use of its slots or its KV memory, the larger of
+        them, then how far it is.
+        """
         assert self.description is not None
-        return self.num_sessions / max(1, self.description.num_slots), self.link.usual_round_trip_seconds
+        slots, memory = self.description.num_slots, self.description.kv_tokens
+        in_use = max(self.num_sessions / max(1, slots), self.num_tokens / memory if memory else 0.0)
+        return in_use, self.link.usual_round_trip_seconds
+
+    def enter(self, max_num_tokens: int) -> None:
+        """A session begins on it that may have so many tokens."""
+        self.num_sessions += 1
+        self.num_tokens += max_num_tokens
+
+    def leave(self, max_num_tokens: int) -> None:
+        """It has ended."""
+        self.num_sessions -= 1
+        self.num_tokens -= max_num_tokens
 
     def found(self, description: worker_pb2.WorkerDescription) -> None:
         """It is there and belongs here. Another process than before begins without failures."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from coordinator.admission import Admission
+from coordinator.admission import Admission, Room
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
 from sequoia.v1 import worker_pb2
@@ -18,7 +18,7 @@ class Pool:
     """Workers of one role that serve the same model.
 
     `check` raises FailedPrecondition for a description that does not belong here. At most `most_waiting` sessions wait
-    for a slot when they are let in by `admission`.
+    for room when they are let in by `admission`.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Pool:
     ) -> None:
         self.members = [Member(address) for address in addresses]
         self._role, self._check = role, check
-        self.admission = Admission(lambda: self.num_slots, most_waiting)
+        self.admission = Admission(lambda: self.room, most_waiting)
 
     @property
     def description(self) -> worker_pb2.WorkerDescription | None:
@@ -93,9 +93,10 @@ class Pool:
             await asyncio.sleep(POLL_SECONDS)
 
     @property
-    def num_slots(self) -> int:
+    def room(self) -> Room:
         """Of all that are there."""
-        return sum(each.description.num_slots for each in self.members if each.description)
+        there = [each.description for each in self.members if each.description]
+        return Room(sum(each.num_slots for each in there), sum(each.kv_tokens for each in there))
 
 
 def check_same(found: worker_pb2.WorkerDescription, known: worker_pb2.WorkerDescription) -> None:

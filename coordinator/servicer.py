@@ -94,7 +94,8 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
         workers = self._workers
-        opening = Opening(request.decoding, time.monotonic() + timeout_seconds)
+        max_num_tokens = len(request.prompt) + request.max_tokens
+        opening = Opening(request.decoding, max_num_tokens, time.monotonic() + timeout_seconds)
         draft = None
         # With speculation off the draft never hears of the request; otherwise when there is a tree to grow.
         is_off = request.mode == coordinator_pb2.SPECULATION_MODE_OFF
@@ -110,7 +111,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
         session = Session(transcript, verify, draft, speculation)
         try:
-            async with workers.verify.admission():
+            async with workers.verify.admission(max_num_tokens + workers.verify_description.max_tree_size):
                 with self._speculator:
                     yield session
         finally:
@@ -135,6 +136,7 @@ def _response(
         report = session.finish()
         response.finish.reason = step.finish_reason
         response.finish.num_completion_tokens = num_tokens
+        response.finish.num_cached_prompt_tokens = session.num_cached_prompt_tokens
         response.finish.speculation.CopyFrom(report.message)
         response.finish.time_to_first_token_seconds = report.first_token_seconds
         response.finish.total_seconds = report.total_seconds

@@ -35,6 +35,7 @@ class Session:
         self._transcript, self._verify, self._draft, self._speculation = transcript, verify, draft, speculation
         self._choice, self._was_drafted = Choice(PLAIN), False
         self.report = Report()
+        self.num_cached_prompt_tokens = 0  # that the verify worker had read for other requests
 
     async def run(self) -> AsyncGenerator[Step]:
         """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first."""
@@ -42,6 +43,7 @@ class Session:
         if self._draft is not None and self._choice.shape != PLAIN:
             self._draft.open(self._transcript.token_ids)
         verdict = await self._verify.open(self._transcript.token_ids)
+        self.num_cached_prompt_tokens = min(verdict.num_reused_tokens, self._transcript.num_prompt_tokens)
         self.report.opened()
         draft = None
         while (step := self._commit(draft, verdict)).finish_reason is None:

@@ -35,6 +35,7 @@ class Opening:
     """What a session needs, besides its tokens, to start on a worker or to start there again."""
 
     decoding: Decoding
+    max_num_tokens: int  # the prompt's and all that may be generated
     deadline: float  # of the request, by the monotonic clock
 
     @property
@@ -49,6 +50,7 @@ class Opening:
             "num_prompt_tokens": self.decoding.num_prompt_tokens,
             "sampling": sampling_to_wire(self.decoding.sampling),
             "rule": rule_to_wire(self.decoding.rule),
+            "max_num_tokens": self.max_num_tokens,
         }
 
 
@@ -103,14 +105,14 @@ class VerifyStream:
         """End the session, if there is one; the worker frees its KV slot."""
         if self._call is not None and self._member is not None:
             self._call.cancel()
-            self._member.num_sessions -= 1
+            self._member.leave(self._opening.max_num_tokens)
             self._call = self._member = None
 
     def _enter(self, member: Member) -> None:
         stub = verify_pb2_grpc.VerifyServiceStub(member.link.channel)
         self._call = stub.Verify(timeout=max(0.0, self._opening.seconds_left))
         self._member, self._step, self.num_plain_steps_left = member, 0, 0
-        member.num_sessions += 1
+        member.enter(self._opening.max_num_tokens)
 
     async def _ask(self, request: verify_pb2.VerifyRequest | None) -> verify_pb2.VerifyResponse:
         assert self._call is not None
@@ -165,7 +167,7 @@ class DraftStream:
         )
         stub = draft_pb2_grpc.DraftServiceStub(member.link.channel)
         self._call, self._member = stub.Draft(timeout=max(0.0, self._opening.seconds_left)), member
-        member.num_sessions += 1
+        member.enter(self._opening.max_num_tokens)
         self._step, self._acknowledged, self._num_sent = 0, 0, len(token_ids)
         self._ask(draft_pb2.DraftRequest(open=message))
 
@@ -205,7 +207,7 @@ class DraftStream:
             self._pending.exception()  # nobody is left to hear of it
         if self._call is not None and self._member is not None:
             self._call.cancel()
-            self._member.num_sessions -= 1
+            self._member.leave(self._opening.max_num_tokens)
         self._call = self._member = self._pending = None
 
     def _take_late_reply(self) -> bool:

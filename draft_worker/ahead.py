@@ -62,11 +62,11 @@ class Ahead:
         last: AnyGrowth,
         chooser: Chooser,
         num_guesses: int,
-        context_length: int,
+        max_num_tokens: int,
         ngrams: NgramSource | None = None,
     ) -> None:
         self._slot, self._last, self._chooser, self._ngrams = slot, last, chooser, ngrams
-        self._num_guesses, self._context_length = num_guesses, context_length
+        self._num_guesses, self._max_num_tokens = num_guesses, max_num_tokens
         self._has_forwarded_leaves = False
         self._trees: list[AnyGrowth] = []
 
@@ -114,7 +114,7 @@ class Ahead:
         tree = self._last.tree()
         tokens = tree.path_tokens(node)
         committed = (*self._last.committed, *tokens, *bonus)
-        if len(committed) + self._last.shape.levels - 1 > self._context_length:
+        if len(committed) + self._last.shape.levels - 1 > self._max_num_tokens:
             return None
         path_rows = tuple(rows[each] for each in tree.follow(tokens))
         shape = self._last.shape

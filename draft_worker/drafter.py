@@ -35,7 +35,6 @@ class DraftLimits:
 
     prefill_chunk: int  # most prompt tokens in a forward
     vocab_size: int  # tokens the tokenizer knows: padding of the draft's logits may lie outside the target's
-    context_length: int  # longest session, in tokens
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
     grows_whole: bool = False  # the engine grows a tree in one turn
     mixes_ngrams: bool = False  # what the session's tokens repeat is mixed into q
@@ -64,8 +63,15 @@ class DraftSession:
     those that it guesses to be accepted.
     """
 
-    def __init__(self, slot: KVSlot, decoding: Decoding, generator: np.random.Generator, limits: DraftLimits) -> None:
-        self._slot, self._limits = slot, limits
+    def __init__(
+        self,
+        slot: KVSlot,
+        decoding: Decoding,
+        generator: np.random.Generator,
+        limits: DraftLimits,
+        max_num_tokens: int,
+    ) -> None:
+        self._slot, self._limits, self._max_num_tokens = slot, limits, max_num_tokens
         self._chooser = Chooser(decoding, limits.vocab_size, generator)
         # Of its own, so that trees that are dropped change nothing in those that follow.
         self._ahead_chooser = Chooser(decoding, limits.vocab_size, generator.spawn(1)[0])
@@ -85,11 +91,15 @@ class DraftSession:
         return self._chooser.decoding.rule
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
-        """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
-        self._committed = continued(self._committed, base_len, token_ids)
+        """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict what
+        is known, or are too many.
+        """
+        self._committed = continued(self._committed, base_len, token_ids, self._max_num_tokens)
+        self._slot.made_from(self._committed)
 
     def prefill(self) -> Job[None]:
-        """Make rows for all committed tokens but the root."""
+        """Make rows for all committed tokens but the root, before anything else is asked for."""
+        self._slot.adopt()
         self._learn()
         yield from feed(self._slot, self._committed[self._slot.length : -1], self._limits.prefill_chunk)
 
@@ -113,8 +123,8 @@ class DraftSession:
     def draft_ahead(self, num_guesses: int) -> Job[None]:
         """Grow trees for the likeliest verdicts on the last tree. To be dropped before anything else is asked for."""
         assert self._last is not None, "there is no tree yet"
-        context_length = self._limits.context_length
-        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, context_length, self._ngrams)
+        most = self._max_num_tokens
+        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, most, self._ngrams)
         return self._ahead.job()
 
     def _begin(self, shape: TreeShape) -> Job[AnyGrowth]:
@@ -156,8 +166,12 @@ class DraftSession:
         self._slot.truncate(min(self._slot.length, self.num_committed - 1))
 
 
-def continued(committed: Tokens, base_len: int, token_ids: Tokens) -> Tokens:
-    """The committed tokens with `token_ids` from `base_len` on. Raises InvalidArgument when they contradict."""
+def continued(committed: Tokens, base_len: int, token_ids: Tokens, most: int) -> Tokens:
+    """The committed tokens, at most `most`, with `token_ids` from `base_len` on. Raises InvalidArgument when they
+    contradict what is known, or are too many.
+    """
+    if base_len + len(token_ids) > most:
+        raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a session of {most}", "token_ids")
     known = committed[base_len:]
     if base_len > len(committed) or token_ids[: len(known)] != known:
         raise InvalidArgument(f"does not continue the {len(committed)} committed tokens", "base_len")
@@ -167,15 +181,17 @@ def continued(committed: Tokens, base_len: int, token_ids: Tokens) -> Tokens:
 class Drafter:
     """Opens sessions on one draft model."""
 
-    def __init__(self, executor: Executor, limits: DraftLimits) -> None:
-        self._executor, self._limits = executor, limits
+    def __init__(self, executor: Executor, limits: DraftLimits, tree_rows: int) -> None:
+        self._executor, self._limits, self._tree_rows = executor, limits, tree_rows
 
     async def run(self, job: Job[Result]) -> Result:
         """The job's result, among those of all sessions."""
         return await self._executor.run(job)
 
     @contextmanager
-    def session(self, decoding: Decoding) -> Iterator[DraftSession]:
-        """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
-        with self._executor.engine.cache.slot() as slot:
-            yield DraftSession(slot, decoding, np.random.default_rng(), self._limits)
+    def session(self, committed: Tokens, decoding: Decoding, max_num_tokens: int) -> Iterator[DraftSession]:
+        """A session of at most so many tokens with rows of its own. Raises ResourceExhausted while there are none."""
+        with self._executor.engine.cache.slot(committed, max_num_tokens + self._tree_rows) as slot:
+            session = DraftSession(slot, decoding, np.random.default_rng(), self._limits, max_num_tokens)
+            session.commit(0, committed)
+            yield session

@@ -42,8 +42,8 @@ class LookupSession:
     before: every rule is as exact as with a model's q.
     """
 
-    def __init__(self, decoding: Decoding, generator: np.random.Generator) -> None:
-        self._decoding, self._generator = decoding, generator
+    def __init__(self, decoding: Decoding, generator: np.random.Generator, max_num_tokens: int) -> None:
+        self._decoding, self._generator, self._max_num_tokens = decoding, generator, max_num_tokens
         self._index = NgramIndex()
         self._committed: Tokens = ()
 
@@ -58,8 +58,10 @@ class LookupSession:
         return self._decoding.rule
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
-        """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict."""
-        self._committed = continued(self._committed, base_len, token_ids)
+        """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict what
+        is known, or are too many.
+        """
+        self._committed = continued(self._committed, base_len, token_ids, self._max_num_tokens)
 
     def prefill(self) -> Job[None]:
         """Index what is committed."""
@@ -115,10 +117,12 @@ class Lookup:
         return await asyncio.to_thread(_finished, job)
 
     @contextmanager
-    def session(self, decoding: Decoding) -> Iterator[LookupSession]:
+    def session(self, committed: Tokens, decoding: Decoding, max_num_tokens: int) -> Iterator[LookupSession]:
         """A session, as many as there are slots. Raises ResourceExhausted when none is free."""
         with self._executor.engine.cache.slot():
-            yield LookupSession(decoding, np.random.default_rng())
+            session = LookupSession(decoding, np.random.default_rng(), max_num_tokens)
+            session.commit(0, committed)
+            yield session
 
 
 def _finished(job: Job[Result]) -> Result:

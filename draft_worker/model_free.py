@@ -55,7 +55,7 @@ def start(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor)
 
 def _start_model_free(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
     cpu, num_threads = torch.device("cpu"), config.num_threads or num_cores()
-    executor.engine = Engine(NoModel(), KVCache(0, config.num_slots, 0), cpu, torch.float32)
+    executor.engine = Engine(NoModel(), KVCache(0, config.num_slots, _CONTEXT_LENGTH), cpu, torch.float32)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
         role=role,
@@ -73,4 +73,4 @@ def _start_model_free(config: WorkerConfig, role: worker_pb2.WorkerRole, executo
         device_id=device_id(cpu),
     )
     cache_dir = Path(config.cache_dir).expanduser() if config.cache_dir else default_cache_dir()
-    return Worker(None, executor, description, config.prefill_chunk, cache_dir, draft_ahead="off", mixes_ngrams=False)
+    return Worker(None, executor, description, config.prefill_chunk, cache_dir, "off", tree_rows=0, mixes_ngrams=False)

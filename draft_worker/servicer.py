@@ -7,15 +7,17 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from draft_worker.account import Account
+from draft_worker.choosing import Tokens
 from draft_worker.drafter import Drafted, Drafter, DraftLimits
 from draft_worker.idle import IdleTime
 from draft_worker.lookup import AnySession, Lookup
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import error_border
+from sequoia.sampling import Decoding
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
 from sequoia.wire import decoding_from_wire, shape_from_wire, tokens_from_wire, tree_to_wire
-from sequoia.worker import Worker
+from sequoia.worker import Worker, session_limit
 
 
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
@@ -32,9 +34,11 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             opening = await anext(request_iterator, None)
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
-            decoding = decoding_from_wire(opening.open, self._limits.vocab_size)
-            with self._drafter.session(decoding) as session, self._idle_time(session, opening.open) as idle_time:
-                await context.write(await self._open(session, opening.open))
+            with (
+                self._drafter.session(*self._opening(opening.open)) as session,
+                self._idle_time(session, opening.open) as idle_time,
+            ):
+                await context.write(await self._prefilled(session))
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
@@ -45,9 +49,12 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     def _idle_time(self, session: AnySession, request: draft_pb2.DraftOpen) -> IdleTime:
         return IdleTime(self._executor, self._account, session, has_own_device=request.has_own_device)
 
-    async def _open(self, session: AnySession, request: draft_pb2.DraftOpen) -> draft_pb2.DraftResponse:
+    def _opening(self, request: draft_pb2.DraftOpen) -> tuple[Tokens, Decoding, int]:
+        limit = session_limit(request.max_num_tokens, self._limits)
+        return self._tokens(request.token_ids), decoding_from_wire(request, self._limits.vocab_size), limit
+
+    async def _prefilled(self, session: AnySession) -> draft_pb2.DraftResponse:
         started = time.monotonic()
-        self._commit(session, 0, request.token_ids)
         await self._drafter.run(session.prefill())
         return draft_pb2.DraftResponse(num_committed=session.num_committed, worker_seconds=time.monotonic() - started)
 
@@ -56,7 +63,7 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
     ) -> draft_pb2.DraftResponse:
         started = time.monotonic()
         shape = shape_from_wire(request, session.rule, self._limits.max_tree_size)
-        self._commit(session, request.base_len, request.token_ids)
+        session.commit(request.base_len, self._tokens(request.token_ids))
         spent = Spent()
         drafted = await self._drafter.run(timed(session.grow(shape), spent))
         idle_time.settle(drafted)
@@ -70,11 +77,11 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
         )
 
-    def _commit(self, session: AnySession, base_len: int, token_ids: Sequence[int]) -> None:
-        limit = self._limits.context_length
-        if base_len + len(token_ids) > limit:
-            raise InvalidArgument(f"{base_len + len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
-        session.commit(base_len, tokens_from_wire(token_ids, self._limits.vocab_size, "token_ids"))
+    def _tokens(self, token_ids: Sequence[int]) -> Tokens:
+        if len(token_ids) > self._limits.context_length:
+            limit = self._limits.context_length
+            raise InvalidArgument(f"{len(token_ids)} tokens do not fit a context of {limit}", "token_ids")
+        return tokens_from_wire(token_ids, self._limits.vocab_size, "token_ids")
 
 
 def _drafter(worker: Worker) -> Drafter:
@@ -82,12 +89,11 @@ def _drafter(worker: Worker) -> Drafter:
     limits = DraftLimits(
         worker.prefill_chunk,
         described.vocab_size,
-        described.context_length,
         reads_once=engine.reads_once,
         grows_whole=engine.can_grow,
         mixes_ngrams=worker.mixes_ngrams,
     )
-    return Drafter(worker.executor, limits)
+    return Drafter(worker.executor, limits, worker.tree_rows)
 
 
 def _ahead_to_wire(drafted: Drafted) -> draft_pb2.DraftAhead:

@@ -23,6 +23,7 @@ class Usage:
     num_completion_tokens: int
     time_to_first_token_seconds: float
     total_seconds: float
+    num_cached_prompt_tokens: int  # the first of the prompt that the target had read for another request
 
     @property
     def tokens_per_second(self) -> float:
@@ -141,6 +142,7 @@ class Answer:
                 num_completion_tokens=finish.num_completion_tokens,
                 time_to_first_token_seconds=self._own(finish.time_to_first_token_seconds, self.first_token_seconds),
                 total_seconds=self._own(finish.total_seconds, time.monotonic() - self.started),
+                num_cached_prompt_tokens=finish.num_cached_prompt_tokens,
             ),
             speculation=figures_from_wire(finish.speculation),
             rule=rule_name(response.rule),

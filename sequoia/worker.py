@@ -41,6 +41,8 @@ from sequoia.worker_config import WorkerConfig
 
 _LOG = logging.getLogger(__name__)
 _DEFAULT_CONTEXT_LENGTH = 8192
+# That KV memory is enough for where nothing is said: shorter ones are the more.
+_DEFAULT_WHOLE_SESSIONS = 4
 # Verdicts that a draft session guesses at once, at most, with a tree ahead for each.
 MOST_GUESSES = 3
 
@@ -55,6 +57,7 @@ class Worker:
     prefill_chunk: int
     cache_dir: Path
     draft_ahead: str
+    tree_rows: int  # KV rows that a session has for its trees, beside those of its tokens
     mixes_ngrams: bool
     stream: BlockStream[Any] | None = None  # what an offloaded model's layers come from
 
@@ -81,9 +84,11 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         deterministic=config.deterministic,
         num_threads=num_threads,
     )
-    slot_rows = context_length + config.max_tree_size * _num_trees(config, role)
+    tree_rows = config.max_tree_size * _num_trees(config, role)
+    slot_rows = context_length + tree_rows
     num_layers = model.module.config.get_text_config().num_hidden_layers
-    cache = KVCache(num_layers, config.num_slots, slot_rows)
+    kv_tokens = _kv_tokens(config, slot_rows)
+    cache = KVCache(num_layers, config.num_slots, slot_rows, kv_tokens, reuses=config.prefix_reuse == "on")
     if model.checkpoint is None:
         decoder, stream = build_decoder(model, arithmetic, slot_rows, files.cache_dir), None
     else:
@@ -119,6 +124,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         rules=[rule_to_wire(rule) for rule in RULES.values()],
         hardware_key=_hardware_key(model, quantization, num_threads, decoder, stream),
         num_slots=config.num_slots,
+        kv_tokens=kv_tokens,
         device_id=device_id(model.device),
     )
     return Worker(
@@ -128,6 +134,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         config.prefill_chunk,
         files.cache_dir,
         config.draft_ahead,
+        tree_rows,
         mixes_ngrams=config.ngram == "on",
         stream=stream if stream and not stream.is_resident else None,
     )
@@ -159,6 +166,11 @@ def measure(worker: Worker) -> None:
     description.latencies.extend(profile_to_wire(profile))
     if worker.stream is not None:
         _LOG.info("offloaded: %s", worker.stream)
+
+
+def session_limit(max_num_tokens: int, described: worker_pb2.WorkerDescription) -> int:
+    """Committed tokens that a session has at most: as many as it was opened for, 0: as the context takes."""
+    return min(max_num_tokens or described.context_length, described.context_length)
 
 
 def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
@@ -221,6 +233,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.GetStatusResponse(
             num_slots=engine.cache.num_slots,
             num_slots_used=engine.cache.num_slots_used,
+            kv_tokens_used=engine.cache.memory.num_rows_used,
+            num_reused_tokens=engine.cache.memory.num_reused,
             num_forwards=engine.num_forwards,
             num_forward_tokens=engine.num_forward_tokens,
             offload=_offload_status(self._worker.stream) if self._worker.stream else None,
@@ -238,6 +252,14 @@ def _offload_status(stream: BlockStream[Any]) -> worker_pb2.OffloadStatus:
         forward_seconds=passed.pass_seconds,
         stall_seconds=passed.stall_seconds,
     )
+
+
+def _kv_tokens(config: WorkerConfig, slot_rows: int) -> int:
+    wanted = config.kv_tokens or min(config.num_slots, _DEFAULT_WHOLE_SESSIONS) * slot_rows
+    if wanted < slot_rows:
+        problem = f"{wanted} is less than the {slot_rows} that one session with a whole context and its trees may need"
+        raise InvalidArgument(f"{problem}; raise it, or lower --context-length", "kv-tokens")
+    return wanted
 
 
 def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:

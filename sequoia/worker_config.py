@@ -23,7 +23,13 @@ class WorkerConfig:
         choices=("auto", *QUANTIZATIONS),
     )
     device: str = setting("auto", "device", choices=("auto", "cpu", "cuda"))
-    num_slots: int = setting(4, "sessions at a time, each with KV memory for a whole context")
+    num_slots: int = setting(32, "sessions at a time, at most")
+    kv_tokens: int = setting(
+        0, "KV memory of all sessions together, in tokens, their trees included; 0: for 4 sessions with a whole context"
+    )
+    prefix_reuse: str = setting(
+        "on", "a session has the KV rows that others made of the same first tokens", choices=("on", "off")
+    )
     context_length: int = setting(0, "longest session in tokens; 0: the model's own, at most 8192")
     max_tree_size: int = setting(64, "largest tree in nodes, root included")
     offload: str = setting(
@@ -69,5 +75,5 @@ class WorkerConfig:
             name = "memory-limit" if self.memory_limit else "resident-layers"
             flag = f"--{name} (SEQUOIA_{name.upper().replace('-', '_')})"
             raise ValueError(f"{flag} is for --offload disk, host or auto")
-        if self.context_length < 0 or self.num_threads < 0:
-            raise ValueError("--context-length and --num-threads must not be negative")
+        if self.context_length < 0 or self.num_threads < 0 or self.kv_tokens < 0:
+            raise ValueError("--context-length, --num-threads and --kv-tokens must not be negative")

@@ -21,12 +21,13 @@ PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", 
 # The proofs that need no server; those that say most of a rule are run first.
 PROOFS = (
     *("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py"),
-    *("test_target_table.py", "test_rankings.py", "test_unseen.py", "test_dynamic.py"),
+    *("test_target_table.py", "test_rankings.py", "test_unseen.py", "test_dynamic.py", "test_kv_memory.py"),
 )
-FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py", "dynamic": "test_dynamic.py"}
+FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
+FIRST |= {"dynamic": "test_dynamic.py", "reuse": "test_kv_memory.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
 SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
-RANKINGS = "sequoia/engine/rankings.py"
+RANKINGS, MEMORY = "sequoia/engine/rankings.py", "sequoia/engine/kv_memory.py"
 DYNAMIC, WIRE = "draft_worker/dynamic.py", "sequoia/wire.py"
 NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.py", "draft_worker/unseen.py"
 
@@ -222,6 +223,18 @@ FAULTS = (
     Fault(
         "all", "logprobs are those of the next node", VERIFICATION,
         "target.logprobs((0, *verdict.accepted_nodes)", "target.logprobs((*verdict.accepted_nodes, 0)",
+    ),
+    Fault(
+        "reuse", "rows that are still to be copied are given to another session", MEMORY,
+        "                source.num_readers += 1", "                source.num_readers += 0",
+    ),
+    Fault(
+        "reuse", "the last token of a prompt is not read again", MEMORY,
+        "self._likest(tokens[:-1])", "self._likest(tokens)",
+    ),
+    Fault(
+        "reuse", "rows pass for made as soon as their tokens are known", MEMORY,
+        "return min(self.length, len(self.tokens))", "return len(self.tokens)",
     ),
 )  # fmt: skip
 

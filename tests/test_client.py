@@ -34,6 +34,7 @@ PIECES = [
             num_completion_tokens=6,
             time_to_first_token_seconds=0.5,
             total_seconds=2.0,
+            num_cached_prompt_tokens=0,
             speculation=pb.SpeculationReport(
                 num_steps=2,
                 num_drafted_steps=2,
@@ -162,6 +163,7 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
             "num_completion_tokens": 6,
             "time_to_first_token_seconds": 0.5,
             "total_seconds": 2.0,
+            "num_cached_prompt_tokens": 0,
             "time_per_output_token_seconds": 0.3,
             "tokens_per_second": 3.0,
         },

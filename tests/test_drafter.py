@@ -37,10 +37,10 @@ class Bench:
 
     @contextmanager
     def session(self, sampling: Sampling, vocab_size: int = 400, seed: int = 0) -> Iterator[DraftSession]:
-        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size, context_length=200)
+        limits = DraftLimits(prefill_chunk=8, vocab_size=vocab_size)
         with self.engine.cache.slot() as slot:
             decoding = Decoding(GREEDY if sampling.greedy else SEQUOIA, sampling, 1)
-            yield DraftSession(slot, decoding, np.random.default_rng(seed), limits)
+            yield DraftSession(slot, decoding, np.random.default_rng(seed), limits, 200)
 
     def run(self, job: Job[Result]) -> Result:
         logits = None

@@ -226,9 +226,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 @contextmanager
 def session(bench: Bench, mode: str, *, reads_once: bool = False) -> Iterator[DraftSession]:
     rule, sampling = MODES[mode]
-    limits = DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200, reads_once=reads_once)
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once)
     with bench.engine.cache.slot() as slot:
-        yield DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), limits)
+        yield DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), limits, 200)
 
 
 def scores(mode: str, logits: Tensor, position: int) -> list[tuple[float, int]]:

@@ -207,7 +207,7 @@ def test_requests_wait_for_a_slot_and_too_many_are_told_when_to_try_again(
             cluster.signal("verify0", signal.SIGSTOP)
             waiting = [pool.submit(ask, cluster, speculation="off", **GREEDY) for _ in range(3)]
             time.sleep(1.0)
-            with pytest.raises(ResourceExhausted, match="queue: all 1 slots are in use and 2 requests wait") as refused:
+            with pytest.raises(ResourceExhausted, match="queue: 1 requests run and 2 wait") as refused:
                 ask(cluster, **GREEDY)
             cluster.signal("verify0", signal.SIGCONT)
             assert [each.result() for each in waiting] == 3 * [expected]

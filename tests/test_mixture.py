@@ -193,7 +193,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def limits(*, mixes: bool) -> DraftLimits:
-    return DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200, mixes_ngrams=mixes)
+    return DraftLimits(prefill_chunk=8, vocab_size=400, mixes_ngrams=mixes)
 
 
 def grown(
@@ -202,7 +202,7 @@ def grown(
     rule = GREEDY if sampling.greedy else SEQUOIA
     with bench.engine.cache.slot() as slot:
         decoding = Decoding(rule, sampling, 1)
-        session = DraftSession(slot, decoding, np.random.default_rng(0), limits(mixes=mixes))
+        session = DraftSession(slot, decoding, np.random.default_rng(0), limits(mixes=mixes), 200)
         session.commit(0, tuple(prompt))
         return bench.run(session.grow(shape)).tree
 
@@ -243,7 +243,7 @@ def test_trees_that_are_read_at_once_are_mixed_like_others(bench: Bench, kind: s
     for reads_once in (True, False):
         with bench.engine.cache.slot() as slot:
             own = replace(limits(mixes=True), reads_once=reads_once)
-            session = DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), own)
+            session = DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), own, 200)
             session.commit(0, REPEATING)
             tree = bench.run(session.grow(TREE)).tree
             assert session._last is not None
@@ -274,7 +274,7 @@ def test_rows_on_a_device_are_mixed_like_those_on_the_host(temperature: float) -
 def test_trust_is_learned_from_the_committed_token(bench: Bench, news: tuple[int, ...], is_right: bool) -> None:
     with bench.engine.cache.slot() as slot:
         decoding = Decoding(GREEDY, Sampling(0.0), 1)
-        session = DraftSession(slot, decoding, np.random.default_rng(0), limits(mixes=True))
+        session = DraftSession(slot, decoding, np.random.default_rng(0), limits(mixes=True), 200)
         session.commit(0, REPEATING)
         bench.run(session.grow(TREE))
         session.commit(len(REPEATING), news)
@@ -301,8 +301,8 @@ class Pair:
         tokens = list(REPEATING)
         with self._bench.engine.cache.slot() as a, self._bench.engine.cache.slot() as b:
             choices = RandomChoices(np.random.default_rng())
-            verify = VerifySession(a, REPEATING, self._decoding, choices, VerifyLimits(8, 400))
-            draft = DraftSession(b, self._decoding, np.random.default_rng(), limits(mixes=True))
+            verify = VerifySession(a, REPEATING, self._decoding, choices, VerifyLimits(8, 400), 200)
+            draft = DraftSession(b, self._decoding, np.random.default_rng(), limits(mixes=True), 200)
             while len(tokens) < len(REPEATING) + num_tokens:
                 draft.commit(draft.num_committed, tuple(tokens[draft.num_committed :]))
                 tree = self._bench.run(draft.grow(self._shape)).tree

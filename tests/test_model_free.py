@@ -38,7 +38,7 @@ TEXT = (1, 2, 3, 5, 0, 1, 2, 4, 7, 8, 1, 2, 3, 6, 9, 1, 2)
 
 
 def session(rule: Rule, sampling: Sampling, tokens: Sequence[int], seed: int = 0) -> LookupSession:
-    found = LookupSession(Decoding(rule, sampling, 1), np.random.default_rng(seed))
+    found = LookupSession(Decoding(rule, sampling, 1), np.random.default_rng(seed), 200)
     found.commit(0, tuple(tokens))
     return found
 
@@ -170,7 +170,7 @@ def test_tokens_have_the_targets_joint_law(bench: Bench, rule: Rule, shape: Tree
         draft = session(rule, own, prompt, seed)
         with bench.engine.cache.slot() as slot:
             choices = RandomChoices(np.random.default_rng())
-            verify = VerifySession(slot, prompt, decoding, choices, VerifyLimits(8, 400))
+            verify = VerifySession(slot, prompt, decoding, choices, VerifyLimits(8, 400), 200)
             while len(tokens) < len(prompt) + 3:
                 draft.commit(len(prompt), tokens[len(prompt) :])
                 tree = grown(draft, shape)

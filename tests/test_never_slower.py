@@ -64,7 +64,7 @@ async def test_the_draft_catches_up_after_an_off_period(tiny_system: System, und
     pool = Pool([tiny_system.deployment.processes["draft"].address], WORKER_ROLE_DRAFT, lambda found: None)
     [member] = pool.members
     description = (await pool.meet(member, 10.0)).worker
-    opening = Opening(Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT)), time.monotonic() + 60.0)
+    opening = Opening(Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT)), 2000, time.monotonic() + 60.0)
     off_for_a_while, fresh = (
         DraftStream(pool, opening, 20.0, verify_device_id=description.device_id) for _ in range(2)
     )

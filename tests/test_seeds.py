@@ -132,7 +132,7 @@ def session_text(
     with bench.engine.cache.slot() as slot:
         choices = RandomChoices(np.random.default_rng())
         session = VerifySession(
-            slot, committed, decoding, choices, VerifyLimits(prefill_chunk=8, vocab_size=vocab_size)
+            slot, committed, decoding, choices, VerifyLimits(prefill_chunk=8, vocab_size=vocab_size), 200
         )
         while len(tokens) < until:
             tree = session.root_only if trees is None else garbage(trees, tokens[-1])

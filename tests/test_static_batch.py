@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sequoia.engine.attention import Segment, chunk_segment, tree_segment
-from sequoia.engine.kv_cache import KVCache
+from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.static_batch import (
     MOST_OWN_ROWS,
     MOST_TOKENS,
@@ -36,8 +36,9 @@ def cache() -> KVCache:
 
 def segments(pool: KVCache) -> list[Segment]:
     """A tree behind 30 rows with two committed tokens before it, a chunk from the beginning, a token."""
-    slots = [pool.slot().__enter__() for _ in range(3)]
-    slots[0].length, slots[2].length = 30, 299
+    slots = [KVSlot(pool, pool.memory.take(SLOT_ROWS)) for _ in range(3)]
+    slots[0].keep(range(30))
+    slots[2].keep(range(299))
     tree = TokenTree(SHAPE, tuple(range(SHAPE.size)))
     chunk = chunk_segment(slots[1], range(5), logits=True)
     return [tree_segment(slots[0], (1, 2), tree), chunk, chunk_segment(slots[2], [9], logits=True)]
@@ -50,7 +51,8 @@ def test_buckets_are_powers_of_two_and_never_longer_than_a_slot() -> None:
 
 
 def test_what_is_too_wide_for_a_graph_has_no_bucket() -> None:
-    slot = cache().slot().__enter__()
+    pool = cache()
+    slot = KVSlot(pool, pool.memory.take(SLOT_ROWS))
     assert bucket_for([chunk_segment(slot, range(MOST_TOKENS + 1), logits=True)], SLOT_ROWS) is None
     far = chunk_segment(slot, [1], logits=True)
     visible = np.ones((1, MOST_OWN_ROWS + 1), np.bool_)

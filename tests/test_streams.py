@@ -99,7 +99,7 @@ def session(pool: Pool, *, has_own_device: bool) -> Session:
         TokenizerFiles(tokenizer_json=build_tokenizer(400).backend_tokenizer.to_str().encode())
     )
     sampling = Sampling(temperature=0.0)
-    opening = Opening(Decoding(GREEDY, sampling, len(PROMPT)), time.monotonic() + 30.0)
+    opening = Opening(Decoding(GREEDY, sampling, len(PROMPT)), 200, time.monotonic() + 30.0)
     return Session(
         Transcript(PROMPT, 10, sampling, TextStream(codec, ())),
         VerifyStream(pool, opening, 1.0),

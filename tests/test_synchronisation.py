@@ -111,12 +111,12 @@ class Steps:
 
     def texts(self, count: int) -> Iterator[tuple[TokenTree, Verdict]]:
         reads_once, cache = self._engine.reads_once, self._engine.cache
-        draft_limits = DraftLimits(8, 400, 200, reads_once)
+        draft_limits = DraftLimits(8, 400, reads_once)
         verify_limits = VerifyLimits(8, 400, self._engine.make_target)
         with cache.slot() as a, cache.slot() as b:
-            draft = DraftSession(a, self._draft_decoding, np.random.default_rng(1), draft_limits)
+            draft = DraftSession(a, self._draft_decoding, np.random.default_rng(1), draft_limits, 200)
             choices = RandomChoices(np.random.default_rng(4))
-            verify = VerifySession(b, PROMPT, self._decoding, choices, verify_limits)
+            verify = VerifySession(b, PROMPT, self._decoding, choices, verify_limits, 200)
             draft.commit(0, PROMPT)
             for _ in range(count):
                 tree = self.run(draft.grow(TREE)).tree

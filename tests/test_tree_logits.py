@@ -121,7 +121,7 @@ def verdicts(engine: Engine, decoding: Decoding, seed: int, text: tuple[int, ...
     limits = VerifyLimits(16, VOCABULARY, engine.make_target_later, engine.make_target_later if can_wait else None)
     choices = RandomChoices(np.random.default_rng(seed))
     with engine.cache.slot() as slot:
-        session = VerifySession(slot, PROMPT, decoding, choices, limits)
+        session = VerifySession(slot, PROMPT, decoding, choices, limits, 200)
         drawn = drawn_tree(seed)
         tree = with_text(drawn, PROMPT[-1], text) if text else drawn
         return [run(engine, session.verify(tree)), run(engine, session.verify(session.root_only))]
@@ -131,7 +131,7 @@ def plain_text(engine: Engine, decoding: Decoding, seed: int, count: int) -> tup
     choices = RandomChoices(np.random.default_rng(seed))
     limits = VerifyLimits(16, VOCABULARY, engine.make_target_later)
     with engine.cache.slot() as slot:
-        session = VerifySession(slot, PROMPT, decoding, choices, limits)
+        session = VerifySession(slot, PROMPT, decoding, choices, limits, 200)
         return tuple(run(engine, session.verify(session.root_only)).bonus_token_id for _ in range(count))
 
 

@@ -77,9 +77,9 @@ def run(engine: Engine, job: Job[Any]) -> Any:
 
 
 def session(slot: Any, kind: str, generator: Any, *, reads_once: bool) -> DraftSession:
-    limits = DraftLimits(prefill_chunk=8, vocab_size=400, context_length=200, reads_once=reads_once)
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once)
     rule, sampling = KINDS[kind]
-    found = DraftSession(slot, Decoding(rule, sampling, 1), generator, limits)
+    found = DraftSession(slot, Decoding(rule, sampling, 1), generator, limits, 200)
     found.commit(0, PROMPT)
     return found
 

@@ -88,10 +88,10 @@ class Grown:
         self, engine: Engine, kind: str, *, whole: bool, vocab_size: int = 400, mixes_ngrams: bool = False
     ) -> None:
         self._engine, self._slots, self.generator = engine, ExitStack(), np.random.default_rng(5)
-        limits = DraftLimits(8, vocab_size, 200, grows_whole=whole, mixes_ngrams=mixes_ngrams)
+        limits = DraftLimits(8, vocab_size, grows_whole=whole, mixes_ngrams=mixes_ngrams)
         rule, sampling = KINDS[kind]
         self.slot = self._slots.enter_context(engine.cache.slot())
-        self.session = DraftSession(self.slot, Decoding(rule, sampling, 1), self.generator, limits)
+        self.session = DraftSession(self.slot, Decoding(rule, sampling, 1), self.generator, limits, 200)
         self.num_whole = 0
 
     def __enter__(self) -> Grown:

@@ -89,15 +89,15 @@ async def test_sessions_wait_in_order_and_too_many_are_refused(pool: Pool) -> No
     order: list[int] = []
 
     async def session(number: int) -> None:
-        async with pool.admission():
+        async with pool.admission(0):
             order.append(number)
             await asyncio.sleep(0)
 
     async with AsyncExitStack() as first:
-        await first.enter_async_context(pool.admission())
+        await first.enter_async_context(pool.admission(0))
         waiting = [asyncio.create_task(session(number)) for number in range(2)]
         await asyncio.sleep(0)
-        with pytest.raises(ResourceExhausted, match="queue: all 1 slots are in use and 2 requests wait"):
+        with pytest.raises(ResourceExhausted, match="queue: 1 requests run and 2 wait"):
             await session(7)
         assert order == []
     await asyncio.gather(*waiting)
@@ -109,11 +109,11 @@ async def test_one_that_gives_up_waiting_leaves_its_place(pool: Pool, is_admitte
     pool.members[0].found(worker("s", 1))
 
     async def session() -> None:
-        async with pool.admission():
+        async with pool.admission(0):
             pass
 
     async with AsyncExitStack() as first:
-        await first.enter_async_context(pool.admission())
+        await first.enter_async_context(pool.admission(0))
         gives_up, stays = asyncio.create_task(session()), asyncio.create_task(session())
         await asyncio.sleep(0)
         if is_admitted:
@@ -121,14 +121,14 @@ async def test_one_that_gives_up_waiting_leaves_its_place(pool: Pool, is_admitte
         gives_up.cancel()
     async with asyncio.timeout(1):
         await stays
-        async with pool.admission():
+        async with pool.admission(0):
             pass
 
 
 async def test_a_worker_that_appears_lets_the_next_one_in(pool: Pool) -> None:
     pool.members[0].found(worker("s", 1))
-    async with pool.admission():
-        waiting = asyncio.create_task(pool.admission().__aenter__())
+    async with pool.admission(0):
+        waiting = asyncio.create_task(pool.admission(0).__aenter__())
         await asyncio.sleep(0)
         assert not waiting.done()
         pool.members[1].found(worker("t", 1))
@@ -140,8 +140,8 @@ async def test_while_nobody_is_there_all_wait_for_a_worker_and_not_for_each_othe
     [member, _] = pool.members
     member.found(worker("s", 1))
     async with AsyncExitStack() as sessions:
-        await sessions.enter_async_context(pool.admission())
-        queued = asyncio.create_task(sessions.enter_async_context(pool.admission()))
+        await sessions.enter_async_context(pool.admission(0))
+        queued = asyncio.create_task(sessions.enter_async_context(pool.admission(0)))
         await asyncio.sleep(0)
         assert not queued.done()
         with pytest.raises(Unavailable):
@@ -149,7 +149,7 @@ async def test_while_nobody_is_there_all_wait_for_a_worker_and_not_for_each_othe
             await pool.meet(member, 0.05)
         await asyncio.wait_for(queued, 1)
         for _ in range(20):
-            await asyncio.wait_for(sessions.enter_async_context(pool.admission()), 1)
+            await asyncio.wait_for(sessions.enter_async_context(pool.admission(0)), 1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, verdict_to_wire
-from sequoia.worker import Worker
+from sequoia.worker import Worker, session_limit
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
 
 # Plain steps count on from a step, in 64 bits.
@@ -37,7 +37,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         engine = worker.executor.engine
         later = engine.make_target_later if engine.can_wait else None
         limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, later)
-        self._verifier = Verifier(worker.executor, limits)
+        self._verifier = Verifier(worker.executor, limits, worker.tree_rows)
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
         """Opens the session with the first message and a first verdict, then answers every step."""
@@ -45,20 +45,19 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             opening = await anext(request_iterator, None)
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
-            committed, decoding = self._opening(opening.open)
-            with self._verifier.session(committed, decoding) as session:
+            with self._verifier.session(*self._opening(opening.open)) as session:
                 await self._run_on(session, context, _Wanted(0, session.root_only, 0))
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
                     await self._step(session, context, request.step)
 
-    def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Decoding]:
-        if len(request.token_ids) >= self._limits.context_length:
-            limit = self._limits.context_length
-            raise InvalidArgument(f"{len(request.token_ids)} tokens leave no room in a context of {limit}", "token_ids")
+    def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Decoding, int]:
+        limit = session_limit(request.max_num_tokens, self._limits)
+        if len(request.token_ids) >= limit:
+            raise InvalidArgument(f"{len(request.token_ids)} tokens leave no room in a session of {limit}", "token_ids")
         committed = tokens_from_wire(request.token_ids, self._limits.vocab_size, "token_ids")
-        return committed, decoding_from_wire(request, self._limits.vocab_size)
+        return committed, decoding_from_wire(request, self._limits.vocab_size), limit
 
     async def _step(self, session: VerifySession, context: Any, request: verify_pb2.VerifyStep) -> None:
         if request.prefix_len != session.prefix_len:
@@ -74,7 +73,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         try:
             for index in range(wanted.num_plain_steps + 1):
                 response = await running
-                left = 0 if self._ended(session, response.verdict) else wanted.num_plain_steps - index
+                left = 0 if session.ended_by(response.verdict.bonus_token_id) else wanted.num_plain_steps - index
                 if left:
                     running = asyncio.ensure_future(self._verify(session, session.root_only))
                 response.step, response.num_plain_steps_left = wanted.step + index, left
@@ -87,13 +86,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
     def _tree(self, session: VerifySession, request: verify_pb2.VerifyStep) -> TokenTree:
         if not request.HasField("tree"):
             return session.root_only
-        tree = tree_from_wire(request.tree, self._limits.max_tree_size, self._limits.vocab_size)
-        if session.prefix_len + tree.topology.levels > self._limits.context_length:
-            raise InvalidArgument(f"the tree reaches past the context of {self._limits.context_length}", "tree")
-        return tree
-
-    def _ended(self, session: VerifySession, verdict: verify_pb2.Verdict) -> bool:
-        return session.ended_by(verdict.bonus_token_id) or session.prefix_len + 1 >= self._limits.context_length
+        return tree_from_wire(request.tree, self._limits.max_tree_size, self._limits.vocab_size)
 
     async def _verify(self, session: VerifySession, tree: TokenTree) -> verify_pb2.VerifyResponse:
         started, prefix_len, spent = time.monotonic(), session.prefix_len, Spent()
@@ -103,4 +96,5 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             verdict=verdict_to_wire(verdict),
             worker_seconds=time.monotonic() - started,
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
+            num_reused_tokens=session.num_reused_tokens,
         )

@@ -34,10 +34,18 @@ class VerifySession:
     """One session of the verifier. `committed` grows by every verdict; the last of them is the next root."""
 
     def __init__(
-        self, slot: KVSlot, committed: tuple[int, ...], decoding: Decoding, choices: Choices, limits: VerifyLimits
+        self,
+        slot: KVSlot,
+        committed: tuple[int, ...],
+        decoding: Decoding,
+        choices: Choices,
+        limits: VerifyLimits,
+        max_num_tokens: int,
     ) -> None:
         self._slot, self._decoding, self._choices, self._limits = slot, decoding, choices, limits
-        self._committed = committed
+        self._committed, self._max_num_tokens = committed, max_num_tokens
+        self.num_reused_tokens = 0  # of the first ones; known after the first verdict
+        slot.made_from(committed)
 
     @property
     def prefix_len(self) -> int:
@@ -50,12 +58,14 @@ class VerifySession:
         return TokenTree.root_only(self._committed[-1])
 
     def ended_by(self, bonus_token_id: int) -> bool:
-        """Whether this token ends the answer."""
-        return bonus_token_id in self._decoding.sampling.stop_token_ids
+        """Whether this token, the last committed one, ends the answer, or leaves no room for another."""
+        is_full = len(self._committed) >= self._max_num_tokens
+        return is_full or bonus_token_id in self._decoding.sampling.stop_token_ids
 
     def verify(self, tree: TokenTree) -> Job[Verdict]:
         """One target forward over the tree (more only for a long prompt), the verdict, and the KV rows it keeps."""
         self._check(tree)
+        self.num_reused_tokens = self._slot.adopt()
         pending = self._committed[self._slot.length : self.prefix_len]
         chunk = self._limits.prefill_chunk
         num_fed = len(pending) // chunk * chunk
@@ -68,11 +78,14 @@ class VerifySession:
         verdict = verify_tree(tree, rows, self._decoding, self._committed, self._choices, make_target)
         self._slot.keep([*range(len(chain)), *(len(chain) + node for node in (0, *verdict.accepted_nodes))])
         self._committed += verdict.tokens(tree)
+        self._slot.made_from(self._committed)
         return verdict
 
     def _check(self, tree: TokenTree) -> None:
         if tree.token_ids[0] != self._committed[-1]:
             raise InvalidArgument(f"the root must be the last committed token {self._committed[-1]}", "tree.token_ids")
+        if self.prefix_len + tree.topology.levels > self._max_num_tokens:
+            raise InvalidArgument(f"it reaches past the {self._max_num_tokens} tokens of this session", "tree")
         rule = self._decoding.rule
         if rule.needs_q and tree.q is None and tree.topology.size > 1:
             raise InvalidArgument(f"{rule.name} needs the distributions the children were drawn from", "tree.q")
@@ -81,13 +94,13 @@ class VerifySession:
 class Verifier:
     """Opens sessions on one target model."""
 
-    def __init__(self, executor: Executor, limits: VerifyLimits) -> None:
+    def __init__(self, executor: Executor, limits: VerifyLimits, tree_rows: int) -> None:
         self.executor = executor
-        self._limits = limits
+        self._limits, self._tree_rows = limits, tree_rows
 
     @contextmanager
-    def session(self, committed: tuple[int, ...], decoding: Decoding) -> Iterator[VerifySession]:
-        """A session with a KV slot of its own. Raises ResourceExhausted when none is free."""
-        with self.executor.engine.cache.slot() as slot:
+    def session(self, committed: tuple[int, ...], decoding: Decoding, max_num_tokens: int) -> Iterator[VerifySession]:
+        """A session of at most so many tokens with rows of its own. Raises ResourceExhausted while there are none."""
+        with self.executor.engine.cache.slot(committed, max_num_tokens + self._tree_rows) as slot:
             choices = RandomChoices(np.random.default_rng())
-            yield VerifySession(slot, committed, decoding, choices, self._limits)
+            yield VerifySession(slot, committed, decoding, choices, self._limits, max_num_tokens)

@@ -25,7 +25,8 @@ def figures_table(generation: Generation) -> Table:
     """What one answer took and what speculation did for it."""
     usage, figures = generation.usage, generation.speculation
     table = new_table("", "")
-    table.add_row("tokens", f"{usage.num_completion_tokens} after a prompt of {usage.num_prompt_tokens}")
+    cached = f", {usage.num_cached_prompt_tokens} of them read before" if usage.num_cached_prompt_tokens else ""
+    table.add_row("tokens", f"{usage.num_completion_tokens} after a prompt of {usage.num_prompt_tokens}{cached}")
     table.add_row("tokens/s", f"{usage.tokens_per_second:.1f}")
     table.add_row("first token", f"{usage.time_to_first_token_seconds:.3f} s")
     table.add_row("tokens/step", f"{figures.mean_tokens_per_step:.2f} over {figures.num_steps} steps")

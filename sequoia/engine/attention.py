@@ -38,6 +38,9 @@ class Segment:
     logit_tokens: tuple[int, ...]  # which tokens' logits are wanted
     logits_later: bool = False  # whether the answer is to be `HiddenRows`, from an engine that `can_wait`
 
+    def __post_init__(self) -> None:
+        assert self.num_rows <= self.slot.num_rows, "it would write into another session's rows"
+
     @property
     def num_tokens(self) -> int:
         """Tokens this segment adds to the forward."""

@@ -1,4 +1,4 @@
-"""The KV cache: one preallocated pool of rows, divided into slots, one slot a session."""
+"""The KV cache: one preallocated pool of rows, of which every session has its own, as many as it may need."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sequoia.engine.kv_memory import KVMemory, Run
 from sequoia.engine.transfer import upload
 from sequoia.errors import ResourceExhausted
 
@@ -65,15 +66,41 @@ class KVLayer(CacheLayerMixin):
 class KVSlot:
     """One session's rows. `length` of them are valid; row r of a committed sequence is at position r."""
 
-    def __init__(self, cache: KVCache, index: int) -> None:
-        self._cache = cache
-        self.first_row = index * cache.slot_rows
-        self.length = 0
+    def __init__(self, cache: KVCache, run: Run) -> None:
+        self._cache, self._run = cache, run
+        self.first_row = run.start
+
+    @property
+    def length(self) -> int:
+        """Valid rows, from the first."""
+        return self._run.length
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self._run.num_rows
 
     @property
     def is_alone(self) -> bool:
         """Whether no other session has a slot."""
         return self._cache.num_slots_used == 1
+
+    def adopt(self) -> int:
+        """Have the rows that another session has made from the same first tokens, as far as there are any.
+
+        On the engine's thread, before anything else is done with the slot; once more does nothing. Returns how many
+        rows did not have to be made.
+        """
+        run = self._run
+        if (source := run.source) is not None:
+            self._cache.copy(source.start, run.start, run.num_shared)
+            run.length = run.num_shared
+            self._cache.memory.copied(run)
+        return run.num_shared
+
+    def made_from(self, token_ids: tuple[int, ...]) -> None:
+        """Tell what the valid rows were made from: other sessions that begin like this one may have them."""
+        self._run.tokens = token_ids
 
     def keep(self, rows: Sequence[int]) -> None:
         """Make `rows` (ascending, counted from `length`) the next valid ones; all others behind are dropped."""
@@ -81,40 +108,49 @@ class KVSlot:
         moved = [(s, self.length + i) for i, s in enumerate(source) if s != self.length + i]
         if moved:
             self._cache.move([self.first_row + s for s, _ in moved], [self.first_row + t for _, t in moved])
-        self.length += len(rows)
+        self._run.length += len(rows)
 
     def pretend(self, num_rows: int) -> None:
         """Make rows of zeros the next valid ones: a context to measure behind. After the first forward only."""
         start = self.first_row + self.length
         self._cache.clear(start, start + num_rows)
-        self.length += num_rows
+        self._run.length += num_rows
 
     def truncate(self, length: int) -> None:
         """Drop all rows from `length` on."""
         assert 0 <= length <= self.length
-        self.length = length
+        self._run.length = length
 
 
 class KVCache(Cache):
-    """The pool behind a model: `num_slots` slots of `slot_rows` rows. Written by the engine thread only.
+    """The pool behind a model, for `num_slots` sessions at a time. Written by the engine thread only.
 
-    Slots are taken and returned on the event loop. A row is read only after it was written, so a slot needs no
-    clearing between sessions.
+    A session has at most `slot_rows` rows; `num_session_rows` is how many all have together, None: as many as all may
+    want. Slots are taken and returned on the event loop. A row is read only after it was written, so a slot needs no
+    clearing between sessions; with `reuses` a session gets rows that others have made from the same first tokens.
     """
 
-    def __init__(self, num_layers: int, num_slots: int, slot_rows: int) -> None:
-        self.slot_rows = slot_rows
-        self.num_slots = num_slots
+    def __init__(
+        self,
+        num_layers: int,
+        num_slots: int,
+        slot_rows: int,
+        num_session_rows: int | None = None,
+        *,
+        reuses: bool = True,
+    ) -> None:
+        self.slot_rows, self.num_slots = slot_rows, num_slots
+        self.num_session_rows = num_slots * slot_rows if num_session_rows is None else num_session_rows
+        self.memory = KVMemory(self.num_session_rows, reuses=reuses)
         self.write_rows = torch.empty(0, dtype=torch.int64)
-        self._free = list(reversed(range(num_slots)))
         self._layers = [KVLayer(self) for _ in range(num_layers)]
         self._whole: Tensor | None = None
         super().__init__(layers=[*self._layers])
 
     @property
     def num_rows(self) -> int:
-        """Rows in the pool: those of the slots, the scratch row and the zero row."""
-        return self.num_slots * self.slot_rows + 2
+        """Rows in the pool: those of the sessions, the scratch row and the zero row."""
+        return self.num_session_rows + 2
 
     @property
     def scratch_row(self) -> int:
@@ -129,7 +165,7 @@ class KVCache(Cache):
     @property
     def num_slots_used(self) -> int:
         """Sessions at this moment."""
-        return self.num_slots - len(self._free)
+        return self.memory.num_sessions
 
     @property
     def rows(self) -> list[tuple[Tensor, Tensor]]:
@@ -145,21 +181,30 @@ class KVCache(Cache):
             layer.use(keys, values)
 
     @contextmanager
-    def slot(self) -> Iterator[KVSlot]:
-        """A slot for the life of a session. Raises ResourceExhausted when all are taken."""
-        if not self._free:
+    def slot(self, token_ids: tuple[int, ...] = (), num_rows: int | None = None) -> Iterator[KVSlot]:
+        """Rows for the life of a session that begins with these tokens: `num_rows`, or as many as one may have.
+
+        Raises ResourceExhausted when there are as many sessions as can be, or too few rows for one more.
+        """
+        if self.num_slots_used >= self.num_slots:
             raise ResourceExhausted(f"all {self.num_slots} KV slots are in use; try again, or raise --num-slots")
-        index = self._free.pop()
+        run = self.memory.take(self.slot_rows if num_rows is None else num_rows, token_ids)
         try:
-            yield KVSlot(self, index)
+            yield KVSlot(self, run)
         finally:
-            self._free.append(index)
+            self.memory.leave(run)
 
     @torch.inference_mode()
     def clear(self, start: int, end: int) -> None:
         """Fill pool rows with zeros in every layer."""
         for pool in self._pools:
             pool[..., start:end, :] = 0.0
+
+    @torch.inference_mode()
+    def copy(self, source: int, target: int, num_rows: int) -> None:
+        """Copy adjoining pool rows in every layer to others."""
+        for pool in self._pools:
+            pool[..., target : target + num_rows, :] = pool[..., source : source + num_rows, :]
 
     @torch.inference_mode()
     def move(self, source: list[int], target: list[int]) -> None:

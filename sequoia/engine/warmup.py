@@ -39,7 +39,7 @@ def measure_profile(
     `verifies`: of a target, whose forward makes all logits of small trees only, and of larger ones some after it. Of a
     model whose weights are streamed, which takes seconds a forward: one session's, at every other power of two.
     """
-    with engine.cache.slot() as slot:
+    with engine.cache.slot(num_rows=_CONTEXT_TOKENS) as slot:
         engine.forward([chunk_segment(slot, [0] * _CONTEXT_TOKENS, logits=True)])
     behind = partial(_behind, engine, verifies and engine.can_wait)
     if is_streamed:
@@ -122,7 +122,8 @@ def _behind(engine: Engine, can_wait: bool, num_sessions: int, num_context_token
 
     def measure(width: int) -> float:
         with ExitStack() as stack:
-            slots = [stack.enter_context(engine.cache.slot()) for _ in range(num_sessions)]
+            num_rows = num_context_tokens + width
+            slots = [stack.enter_context(engine.cache.slot(num_rows=num_rows)) for _ in range(num_sessions)]
             for slot in slots:
                 slot.pretend(num_context_tokens)
             return confirmed(lambda: _seconds(engine, slots, width, logits_later=can_wait and width > MOST_AT_ONCE))

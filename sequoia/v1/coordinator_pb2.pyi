@@ -116,18 +116,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., num_prompt_tokens: _Optional[int] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Iterable[int]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., logprobs: _Optional[_Iterable[_Union[_sampling_pb2.TokenLogprobs, _Mapping]]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., seed: _Optional[int] = ..., num_tokens_before: _Optional[int] = ...) -> None: ...
 
 class Finish(_message.Message):
-    __slots__ = ("reason", "num_completion_tokens", "speculation", "time_to_first_token_seconds", "total_seconds")
+    __slots__ = ("reason", "num_completion_tokens", "speculation", "time_to_first_token_seconds", "total_seconds", "num_cached_prompt_tokens")
     REASON_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SPECULATION_FIELD_NUMBER: _ClassVar[int]
     TIME_TO_FIRST_TOKEN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     num_completion_tokens: int
     speculation: SpeculationReport
     time_to_first_token_seconds: float
     total_seconds: float
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_completion_tokens: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., time_to_first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ...) -> None: ...
+    num_cached_prompt_tokens: int
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., num_completion_tokens: _Optional[int] = ..., speculation: _Optional[_Union[SpeculationReport, _Mapping]] = ..., time_to_first_token_seconds: _Optional[float] = ..., total_seconds: _Optional[float] = ..., num_cached_prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class SpeculationReport(_message.Message):
     __slots__ = ("num_steps", "num_drafted_steps", "num_drafted_tokens", "num_accepted_tokens", "stages", "num_fallback_steps", "fallback_reason", "counts_by_depth", "num_draft_bytes", "num_verify_bytes", "state", "state_reason", "trees", "num_ngram_tokens", "num_accepted_ngram_tokens")

@@ -26,23 +26,23 @@ from sequoia.v1 import sampling_pb2 as sequoia_dot_v1_dot_sampling__pb2
 from sequoia.v1 import tree_pb2 as sequoia_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sequoia/v1/draft.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\"d\n\x0c\x44raftRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.sequoia.v1.DraftOpenH\x00\x12%\n\x04step\x18\x02 \x01(\x0b\x32\x15.sequoia.v1.DraftStepH\x00\x42\x06\n\x04kind\"\x99\x01\n\tDraftOpen\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x1e\n\x04rule\x18\x04 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x16\n\x0ehas_own_device\x18\x05 \x01(\x08\"\x9e\x01\n\tDraftStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08\x62\x61se_len\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08topology\x18\x04 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x05 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x42\x07\n\x05shape\"\xe3\x01\n\rDraftResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x15\n\rnum_committed\x18\x02 \x01(\r\x12(\n\x04tree\x18\x03 \x01(\x0b\x32\x15.sequoia.v1.TokenTreeH\x00\x88\x01\x01\x12\x16\n\x0eworker_seconds\x18\x04 \x01(\x01\x12%\n\x05\x61head\x18\x05 \x01(\x0e\x32\x16.sequoia.v1.DraftAhead\x12&\n\x05times\x18\x06 \x01(\x0b\x32\x17.sequoia.v1.WorkerTimes\x12\x13\n\x0bngram_nodes\x18\t \x03(\rB\x07\n\x05_tree*s\n\nDraftAhead\x12\x1b\n\x17\x44RAFT_AHEAD_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44RAFT_AHEAD_NOT_ATTEMPTED\x10\x01\x12\x13\n\x0f\x44RAFT_AHEAD_HIT\x10\x02\x12\x14\n\x10\x44RAFT_AHEAD_MISS\x10\x03\x32P\n\x0c\x44raftService\x12@\n\x05\x44raft\x12\x18.sequoia.v1.DraftRequest\x1a\x19.sequoia.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16sequoia/v1/draft.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\"d\n\x0c\x44raftRequest\x12%\n\x04open\x18\x01 \x01(\x0b\x32\x15.sequoia.v1.DraftOpenH\x00\x12%\n\x04step\x18\x02 \x01(\x0b\x32\x15.sequoia.v1.DraftStepH\x00\x42\x06\n\x04kind\"\xb1\x01\n\tDraftOpen\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x1e\n\x04rule\x18\x04 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x16\n\x0ehas_own_device\x18\x05 \x01(\x08\x12\x16\n\x0emax_num_tokens\x18\x06 \x01(\r\"\x9e\x01\n\tDraftStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x10\n\x08\x62\x61se_len\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12(\n\x08topology\x18\x04 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x05 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x42\x07\n\x05shape\"\xe3\x01\n\rDraftResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x15\n\rnum_committed\x18\x02 \x01(\r\x12(\n\x04tree\x18\x03 \x01(\x0b\x32\x15.sequoia.v1.TokenTreeH\x00\x88\x01\x01\x12\x16\n\x0eworker_seconds\x18\x04 \x01(\x01\x12%\n\x05\x61head\x18\x05 \x01(\x0e\x32\x16.sequoia.v1.DraftAhead\x12&\n\x05times\x18\x06 \x01(\x0b\x32\x17.sequoia.v1.WorkerTimes\x12\x13\n\x0bngram_nodes\x18\t \x03(\rB\x07\n\x05_tree*s\n\nDraftAhead\x12\x1b\n\x17\x44RAFT_AHEAD_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x44RAFT_AHEAD_NOT_ATTEMPTED\x10\x01\x12\x13\n\x0f\x44RAFT_AHEAD_HIT\x10\x02\x12\x14\n\x10\x44RAFT_AHEAD_MISS\x10\x03\x32P\n\x0c\x44raftService\x12@\n\x05\x44raft\x12\x18.sequoia.v1.DraftRequest\x1a\x19.sequoia.v1.DraftResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sequoia.v1.draft_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAFTAHEAD']._serialized_start=737
-  _globals['_DRAFTAHEAD']._serialized_end=852
+  _globals['_DRAFTAHEAD']._serialized_start=761
+  _globals['_DRAFTAHEAD']._serialized_end=876
   _globals['_DRAFTREQUEST']._serialized_start=88
   _globals['_DRAFTREQUEST']._serialized_end=188
   _globals['_DRAFTOPEN']._serialized_start=191
-  _globals['_DRAFTOPEN']._serialized_end=344
-  _globals['_DRAFTSTEP']._serialized_start=347
-  _globals['_DRAFTSTEP']._serialized_end=505
-  _globals['_DRAFTRESPONSE']._serialized_start=508
-  _globals['_DRAFTRESPONSE']._serialized_end=735
-  _globals['_DRAFTSERVICE']._serialized_start=854
-  _globals['_DRAFTSERVICE']._serialized_end=934
+  _globals['_DRAFTOPEN']._serialized_end=368
+  _globals['_DRAFTSTEP']._serialized_start=371
+  _globals['_DRAFTSTEP']._serialized_end=529
+  _globals['_DRAFTRESPONSE']._serialized_start=532
+  _globals['_DRAFTRESPONSE']._serialized_end=759
+  _globals['_DRAFTSERVICE']._serialized_start=878
+  _globals['_DRAFTSERVICE']._serialized_end=958
 # @@protoc_insertion_point(module_scope)

@@ -29,18 +29,20 @@ class DraftRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[DraftOpen, _Mapping]] = ..., step: _Optional[_Union[DraftStep, _Mapping]] = ...) -> None: ...
 
 class DraftOpen(_message.Message):
-    __slots__ = ("token_ids", "num_prompt_tokens", "sampling", "rule", "has_own_device")
+    __slots__ = ("token_ids", "num_prompt_tokens", "sampling", "rule", "has_own_device", "max_num_tokens")
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     RULE_FIELD_NUMBER: _ClassVar[int]
     HAS_OWN_DEVICE_FIELD_NUMBER: _ClassVar[int]
+    MAX_NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     num_prompt_tokens: int
     sampling: _sampling_pb2.Sampling
     rule: _sampling_pb2.Rule
     has_own_device: bool
-    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., has_own_device: bool = ...) -> None: ...
+    max_num_tokens: int
+    def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., num_prompt_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_sampling_pb2.Sampling, _Mapping]] = ..., rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., has_own_device: bool = ..., max_num_tokens: _Optional[int] = ...) -> None: ...
 
 class DraftStep(_message.Message):
     __slots__ = ("step", "base_len", "token_ids", "topology", "dynamic")

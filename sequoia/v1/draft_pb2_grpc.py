@@ -48,7 +48,8 @@ class DraftServiceServicer(object):
 
     def Draft(self, request_iterator, context):
         """A stream is a session: its KV slot is taken by the opening message and freed when the stream ends, breaks or is
-        cancelled. One response per request, in order. RESOURCE_EXHAUSTED when no KV slot is free.
+        cancelled. One response per request, in order. RESOURCE_EXHAUSTED when no KV slot is free, or too little KV memory
+        for one more session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

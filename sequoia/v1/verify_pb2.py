@@ -26,7 +26,7 @@ from sequoia.v1 import sampling_pb2 as sequoia_dot_v1_dot_sampling__pb2
 from sequoia.v1 import tree_pb2 as sequoia_dot_v1_dot_tree__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sequoia/v1/verify.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\"g\n\rVerifyRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.sequoia.v1.VerifyOpenH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.sequoia.v1.VerifyStepH\x00\x42\x06\n\x04kind\"\x82\x01\n\nVerifyOpen\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x1e\n\x04rule\x18\x04 \x01(\x0e\x32\x10.sequoia.v1.Rule\"z\n\nVerifyStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nprefix_len\x18\x02 \x01(\r\x12(\n\x04tree\x18\x03 \x01(\x0b\x32\x15.sequoia.v1.TokenTreeH\x00\x88\x01\x01\x12\x17\n\x0fnum_plain_steps\x18\x04 \x01(\rB\x07\n\x05_tree\"\xb6\x01\n\x0eVerifyResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nprefix_len\x18\x02 \x01(\r\x12$\n\x07verdict\x18\x03 \x01(\x0b\x32\x13.sequoia.v1.Verdict\x12\x16\n\x0eworker_seconds\x18\x04 \x01(\x01\x12\x1c\n\x14num_plain_steps_left\x18\x05 \x01(\r\x12&\n\x05times\x18\x06 \x01(\x0b\x32\x17.sequoia.v1.WorkerTimes\"f\n\x07Verdict\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x01 \x03(\r\x12\x16\n\x0e\x62onus_token_id\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.sequoia.v1.TokenLogprobs2T\n\rVerifyService\x12\x43\n\x06Verify\x12\x19.sequoia.v1.VerifyRequest\x1a\x1a.sequoia.v1.VerifyResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sequoia/v1/verify.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\"g\n\rVerifyRequest\x12&\n\x04open\x18\x01 \x01(\x0b\x32\x16.sequoia.v1.VerifyOpenH\x00\x12&\n\x04step\x18\x02 \x01(\x0b\x32\x16.sequoia.v1.VerifyStepH\x00\x42\x06\n\x04kind\"\x9a\x01\n\nVerifyOpen\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x1e\n\x04rule\x18\x04 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x16\n\x0emax_num_tokens\x18\x05 \x01(\r\"z\n\nVerifyStep\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nprefix_len\x18\x02 \x01(\r\x12(\n\x04tree\x18\x03 \x01(\x0b\x32\x15.sequoia.v1.TokenTreeH\x00\x88\x01\x01\x12\x17\n\x0fnum_plain_steps\x18\x04 \x01(\rB\x07\n\x05_tree\"\xd1\x01\n\x0eVerifyResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x12\n\nprefix_len\x18\x02 \x01(\r\x12$\n\x07verdict\x18\x03 \x01(\x0b\x32\x13.sequoia.v1.Verdict\x12\x16\n\x0eworker_seconds\x18\x04 \x01(\x01\x12\x1c\n\x14num_plain_steps_left\x18\x05 \x01(\r\x12&\n\x05times\x18\x06 \x01(\x0b\x32\x17.sequoia.v1.WorkerTimes\x12\x19\n\x11num_reused_tokens\x18\x07 \x01(\r\"f\n\x07Verdict\x12\x16\n\x0e\x61\x63\x63\x65pted_nodes\x18\x01 \x03(\r\x12\x16\n\x0e\x62onus_token_id\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x03(\x0b\x32\x19.sequoia.v1.TokenLogprobs2T\n\rVerifyService\x12\x43\n\x06Verify\x12\x19.sequoia.v1.VerifyRequest\x1a\x1a.sequoia.v1.VerifyResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,13 +36,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VERIFYREQUEST']._serialized_start=89
   _globals['_VERIFYREQUEST']._serialized_end=192
   _globals['_VERIFYOPEN']._serialized_start=195
-  _globals['_VERIFYOPEN']._serialized_end=325
-  _globals['_VERIFYSTEP']._serialized_start=327
-  _globals['_VERIFYSTEP']._serialized_end=449
-  _globals['_VERIFYRESPONSE']._serialized_start=452
-  _globals['_VERIFYRESPONSE']._serialized_end=634
-  _globals['_VERDICT']._serialized_start=636
-  _globals['_VERDICT']._serialized_end=738
-  _globals['_VERIFYSERVICE']._serialized_start=740
-  _globals['_VERIFYSERVICE']._serialized_end=824
+  _globals['_VERIFYOPEN']._serialized_end=349
+  _globals['_VERIFYSTEP']._serialized_start=351
+  _globals['_VERIFYSTEP']._serialized_end=473
+  _globals['_VERIFYRESPONSE']._serialized_start=476
+  _globals['_VERIFYRESPONSE']._serialized_end=685
+  _globals['_VERDICT']._serialized_start=687
+  _globals['_VERDICT']._serialized_end=789
+  _globals['_VERIFYSERVICE']._serialized_start=791
+  _globals['_VERIFYSERVICE']._serialized_end=875
 # @@protoc_insertion_point(module_scope)

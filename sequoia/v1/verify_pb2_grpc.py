@@ -49,7 +49,7 @@ class VerifyServiceServicer(object):
     def Verify(self, request_iterator, context):
         """A stream is a session: its KV slot is taken by the opening message and freed when the stream ends, breaks or is
         cancelled. One verdict for the opening, then 1 + num_plain_steps verdicts per step.
-        RESOURCE_EXHAUSTED when no KV slot is free.
+        RESOURCE_EXHAUSTED when no KV slot is free, or too little KV memory for one more session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

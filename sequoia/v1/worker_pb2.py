@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sequoia.v1 import sampling_pb2 as sequoia_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sequoia/v1/worker.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\",\n\x0f\x44\x65scribeRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\x83\x01\n\x10\x44\x65scribeResponse\x12-\n\x06worker\x18\x01 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescription\x12\x32\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.sequoia.v1.TokenizerFilesH\x00\x88\x01\x01\x42\x0c\n\n_tokenizer\"\xa0\x03\n\x11WorkerDescription\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.sequoia.v1.WorkerRole\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x19\n\x11padded_vocab_size\x18\t \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\r\x12\x15\n\rmax_tree_size\x18\x0b \x01(\r\x12\x1f\n\x05rules\x18\x0c \x03(\x0e\x32\x10.sequoia.v1.Rule\x12\x14\n\x0chardware_key\x18\r \x01(\t\x12\x11\n\tnum_slots\x18\x0f \x01(\r\x12+\n\tlatencies\x18\x10 \x03(\x0b\x32\x18.sequoia.v1.LatencyCurve\x12\x11\n\tdevice_id\x18\x11 \x01(\tJ\x04\x08\x0e\x10\x0f\"e\n\x0cLatencyCurve\x12\x12\n\nnum_tokens\x18\x01 \x03(\r\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x1a\n\x12num_context_tokens\x18\x04 \x01(\r\"\xd3\x01\n\x0eTokenizerFiles\x12\x16\n\x0etokenizer_json\x18\x01 \x01(\x0c\x12\x15\n\rchat_template\x18\x02 \x01(\t\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x45\n\x0especial_tokens\x18\x04 \x03(\x0b\x32-.sequoia.v1.TokenizerFiles.SpecialTokensEntry\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x12\n\x10GetStatusRequest\"\xad\x01\n\x11GetStatusResponse\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x16\n\x0enum_slots_used\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x1a\n\x12num_forward_tokens\x18\x04 \x01(\x04\x12/\n\x07offload\x18\x05 \x01(\x0b\x32\x19.sequoia.v1.OffloadStatusH\x00\x88\x01\x01\x42\n\n\x08_offload\"\xaf\x01\n\rOffloadStatus\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x1b\n\x13num_resident_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cread_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x06 \x01(\x01\x12\x15\n\rstall_seconds\x18\x07 \x01(\x01*X\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_DRAFT\x10\x01\x12\x16\n\x12WORKER_ROLE_VERIFY\x10\x02\x32\xa0\x01\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.sequoia.v1.DescribeRequest\x1a\x1c.sequoia.v1.DescribeResponse\x12H\n\tGetStatus\x12\x1c.sequoia.v1.GetStatusRequest\x1a\x1d.sequoia.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17sequoia/v1/worker.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\",\n\x0f\x44\x65scribeRequest\x12\x19\n\x11include_tokenizer\x18\x01 \x01(\x08\"\x83\x01\n\x10\x44\x65scribeResponse\x12-\n\x06worker\x18\x01 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescription\x12\x32\n\ttokenizer\x18\x02 \x01(\x0b\x32\x1a.sequoia.v1.TokenizerFilesH\x00\x88\x01\x01\x42\x0c\n\n_tokenizer\"\xb3\x03\n\x11WorkerDescription\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12$\n\x04role\x18\x02 \x01(\x0e\x32\x16.sequoia.v1.WorkerRole\x12\r\n\x05model\x18\x03 \x01(\t\x12\x16\n\x0emodel_revision\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x16\n\x0etokenizer_hash\x18\x07 \x01(\t\x12\x12\n\nvocab_size\x18\x08 \x01(\r\x12\x19\n\x11padded_vocab_size\x18\t \x01(\r\x12\x16\n\x0e\x63ontext_length\x18\n \x01(\r\x12\x15\n\rmax_tree_size\x18\x0b \x01(\r\x12\x1f\n\x05rules\x18\x0c \x03(\x0e\x32\x10.sequoia.v1.Rule\x12\x14\n\x0chardware_key\x18\r \x01(\t\x12\x11\n\tnum_slots\x18\x0f \x01(\r\x12+\n\tlatencies\x18\x10 \x03(\x0b\x32\x18.sequoia.v1.LatencyCurve\x12\x11\n\tdevice_id\x18\x11 \x01(\t\x12\x11\n\tkv_tokens\x18\x12 \x01(\rJ\x04\x08\x0e\x10\x0f\"e\n\x0cLatencyCurve\x12\x12\n\nnum_tokens\x18\x01 \x03(\r\x12\x0f\n\x07seconds\x18\x02 \x03(\x01\x12\x14\n\x0cnum_sessions\x18\x03 \x01(\r\x12\x1a\n\x12num_context_tokens\x18\x04 \x01(\r\"\xd3\x01\n\x0eTokenizerFiles\x12\x16\n\x0etokenizer_json\x18\x01 \x01(\x0c\x12\x15\n\rchat_template\x18\x02 \x01(\t\x12\x15\n\reos_token_ids\x18\x03 \x03(\r\x12\x45\n\x0especial_tokens\x18\x04 \x03(\x0b\x32-.sequoia.v1.TokenizerFiles.SpecialTokensEntry\x1a\x34\n\x12SpecialTokensEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x12\n\x10GetStatusRequest\"\xe0\x01\n\x11GetStatusResponse\x12\x11\n\tnum_slots\x18\x01 \x01(\r\x12\x16\n\x0enum_slots_used\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x1a\n\x12num_forward_tokens\x18\x04 \x01(\x04\x12/\n\x07offload\x18\x05 \x01(\x0b\x32\x19.sequoia.v1.OffloadStatusH\x00\x88\x01\x01\x12\x16\n\x0ekv_tokens_used\x18\x06 \x01(\r\x12\x19\n\x11num_reused_tokens\x18\x07 \x01(\x04\x42\n\n\x08_offload\"\xaf\x01\n\rOffloadStatus\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x1b\n\x13num_resident_layers\x18\x02 \x01(\r\x12\x14\n\x0cnum_forwards\x18\x03 \x01(\x04\x12\x11\n\tnum_bytes\x18\x04 \x01(\x04\x12\x14\n\x0cread_seconds\x18\x05 \x01(\x01\x12\x17\n\x0f\x66orward_seconds\x18\x06 \x01(\x01\x12\x15\n\rstall_seconds\x18\x07 \x01(\x01*X\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x15\n\x11WORKER_ROLE_DRAFT\x10\x01\x12\x16\n\x12WORKER_ROLE_VERIFY\x10\x02\x32\xa0\x01\n\rWorkerService\x12\x45\n\x08\x44\x65scribe\x12\x1b.sequoia.v1.DescribeRequest\x1a\x1c.sequoia.v1.DescribeResponse\x12H\n\tGetStatus\x12\x1c.sequoia.v1.GetStatusRequest\x1a\x1d.sequoia.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,26 +34,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._loaded_options = None
   _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._serialized_options = b'8\001'
-  _globals['_WORKERROLE']._serialized_start=1356
-  _globals['_WORKERROLE']._serialized_end=1444
+  _globals['_WORKERROLE']._serialized_start=1426
+  _globals['_WORKERROLE']._serialized_end=1514
   _globals['_DESCRIBEREQUEST']._serialized_start=66
   _globals['_DESCRIBEREQUEST']._serialized_end=110
   _globals['_DESCRIBERESPONSE']._serialized_start=113
   _globals['_DESCRIBERESPONSE']._serialized_end=244
   _globals['_WORKERDESCRIPTION']._serialized_start=247
-  _globals['_WORKERDESCRIPTION']._serialized_end=663
-  _globals['_LATENCYCURVE']._serialized_start=665
-  _globals['_LATENCYCURVE']._serialized_end=766
-  _globals['_TOKENIZERFILES']._serialized_start=769
-  _globals['_TOKENIZERFILES']._serialized_end=980
-  _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._serialized_start=928
-  _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._serialized_end=980
-  _globals['_GETSTATUSREQUEST']._serialized_start=982
-  _globals['_GETSTATUSREQUEST']._serialized_end=1000
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1003
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1176
-  _globals['_OFFLOADSTATUS']._serialized_start=1179
-  _globals['_OFFLOADSTATUS']._serialized_end=1354
-  _globals['_WORKERSERVICE']._serialized_start=1447
-  _globals['_WORKERSERVICE']._serialized_end=1607
+  _globals['_WORKERDESCRIPTION']._serialized_end=682
+  _globals['_LATENCYCURVE']._serialized_start=684
+  _globals['_LATENCYCURVE']._serialized_end=785
+  _globals['_TOKENIZERFILES']._serialized_start=788
+  _globals['_TOKENIZERFILES']._serialized_end=999
+  _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._serialized_start=947
+  _globals['_TOKENIZERFILES_SPECIALTOKENSENTRY']._serialized_end=999
+  _globals['_GETSTATUSREQUEST']._serialized_start=1001
+  _globals['_GETSTATUSREQUEST']._serialized_end=1019
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1022
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1246
+  _globals['_OFFLOADSTATUS']._serialized_start=1249
+  _globals['_OFFLOADSTATUS']._serialized_end=1424
+  _globals['_WORKERSERVICE']._serialized_start=1517
+  _globals['_WORKERSERVICE']._serialized_end=1677
 # @@protoc_insertion_point(module_scope)

@@ -32,7 +32,7 @@ class DescribeResponse(_message.Message):
     def __init__(self, worker: _Optional[_Union[WorkerDescription, _Mapping]] = ..., tokenizer: _Optional[_Union[TokenizerFiles, _Mapping]] = ...) -> None: ...
 
 class WorkerDescription(_message.Message):
-    __slots__ = ("instance_id", "role", "model", "model_revision", "dtype", "quantization", "tokenizer_hash", "vocab_size", "padded_vocab_size", "context_length", "max_tree_size", "rules", "hardware_key", "num_slots", "latencies", "device_id")
+    __slots__ = ("instance_id", "role", "model", "model_revision", "dtype", "quantization", "tokenizer_hash", "vocab_size", "padded_vocab_size", "context_length", "max_tree_size", "rules", "hardware_key", "num_slots", "latencies", "device_id", "kv_tokens")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
@@ -49,6 +49,7 @@ class WorkerDescription(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     LATENCIES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: WorkerRole
     model: str
@@ -65,7 +66,8 @@ class WorkerDescription(_message.Message):
     num_slots: int
     latencies: _containers.RepeatedCompositeFieldContainer[LatencyCurve]
     device_id: str
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., padded_vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_tree_size: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[_sampling_pb2.Rule, str]]] = ..., hardware_key: _Optional[str] = ..., num_slots: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyCurve, _Mapping]]] = ..., device_id: _Optional[str] = ...) -> None: ...
+    kv_tokens: int
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., model: _Optional[str] = ..., model_revision: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tokenizer_hash: _Optional[str] = ..., vocab_size: _Optional[int] = ..., padded_vocab_size: _Optional[int] = ..., context_length: _Optional[int] = ..., max_tree_size: _Optional[int] = ..., rules: _Optional[_Iterable[_Union[_sampling_pb2.Rule, str]]] = ..., hardware_key: _Optional[str] = ..., num_slots: _Optional[int] = ..., latencies: _Optional[_Iterable[_Union[LatencyCurve, _Mapping]]] = ..., device_id: _Optional[str] = ..., kv_tokens: _Optional[int] = ...) -> None: ...
 
 class LatencyCurve(_message.Message):
     __slots__ = ("num_tokens", "seconds", "num_sessions", "num_context_tokens")
@@ -103,18 +105,22 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("num_slots", "num_slots_used", "num_forwards", "num_forward_tokens", "offload")
+    __slots__ = ("num_slots", "num_slots_used", "num_forwards", "num_forward_tokens", "offload", "kv_tokens_used", "num_reused_tokens")
     NUM_SLOTS_FIELD_NUMBER: _ClassVar[int]
     NUM_SLOTS_USED_FIELD_NUMBER: _ClassVar[int]
     NUM_FORWARDS_FIELD_NUMBER: _ClassVar[int]
     NUM_FORWARD_TOKENS_FIELD_NUMBER: _ClassVar[int]
     OFFLOAD_FIELD_NUMBER: _ClassVar[int]
+    KV_TOKENS_USED_FIELD_NUMBER: _ClassVar[int]
+    NUM_REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_slots: int
     num_slots_used: int
     num_forwards: int
     num_forward_tokens: int
     offload: OffloadStatus
-    def __init__(self, num_slots: _Optional[int] = ..., num_slots_used: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_forward_tokens: _Optional[int] = ..., offload: _Optional[_Union[OffloadStatus, _Mapping]] = ...) -> None: ...
+    kv_tokens_used: int
+    num_reused_tokens: int
+    def __init__(self, num_slots: _Optional[int] = ..., num_slots_used: _Optional[int] = ..., num_forwards: _Optional[int] = ..., num_forward_tokens: _Optional[int] = ..., offload: _Optional[_Union[OffloadStatus, _Mapping]] = ..., kv_tokens_used: _Optional[int] = ..., num_reused_tokens: _Optional[int] = ...) -> None: ...
 
 class OffloadStatus(_message.Message):
     __slots__ = ("num_layers", "num_resident_layers", "num_forwards", "num_bytes", "read_seconds", "forward_seconds", "stall_seconds")
