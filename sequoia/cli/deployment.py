@@ -46,6 +46,7 @@ class DeploymentSettings:
     memory_limit: str | None = None  # of the offloaded target, as 2GiB
     resident_layers: int | None = None  # of it; None: as many as fit
     draft_ahead: str | None = None  # auto, on or off; None: as the environment has it
+    prefix_reuse: str | None = None  # on or off; None: the same
 
     @property
     def models(self) -> dict[str, str]:
@@ -78,6 +79,8 @@ class DeploymentSettings:
         }
         if self.context_length is not None:
             flags["context-length"] = self.context_length
+        if self.prefix_reuse is not None:
+            flags["prefix-reuse"] = self.prefix_reuse
         if name == "draft" and self.draft_ahead is not None:
             flags["draft-ahead"] = self.draft_ahead
         if self.offload != "none":

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.measuring import PROMPTS
 from coordinator.planner_job import plan_pair
@@ -45,7 +45,9 @@ def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchS
     if arguments.address is not None:
         yield BenchSystem(arguments.address)
         return
-    with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as deployment:
+    # Arms are asked the same prompts: none may have the rows that another one made.
+    settings = replace(deployment_settings(arguments, "127.0.0.1:0", None), prefix_reuse="off")
+    with Deployment(settings, steps) as deployment:
         process_ids = {name: each.pid for name, each in deployment.processes.items()}
         yield BenchSystem(deployment.address, deployment.redis_url, process_ids, deployment.addresses["verify"])
 
