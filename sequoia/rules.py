@@ -46,7 +46,7 @@ SAMPLE_AND_WALK = Rule("sample_and_walk", "top", needs_q=False, refuses=_NO_SEED
 
 RULES = {each.name: each for each in (GREEDY, SEQUOIA, TRAVERSAL, COUPLED, SAMPLE_AND_WALK)}
 SAMPLED_RULES = tuple(each for each in RULES.values() if not each.greedy)
-# By measured seconds per token on two pairs (README, "Exact, by proof"); every answer then has a seed to repeat it by.
+# By measured seconds per token on two pairs (docs/exactness.md); every answer then has a seed to repeat it by.
 DEFAULT_RULE = COUPLED
 # For comparison only, never served: what a benchmark may be asked to measure besides.
 BASELINES = ("specinfer", "naive_top_k")

@@ -252,7 +252,7 @@ def catcher(fault: Fault) -> str | None:
         _edit(copy / fault.file, fault)
         first = FIRST.get(fault.rule, "test_parameters.py")
         tests = [f"tests/{name}" for name in sorted(PROOFS, key=lambda name: name != first)]
-        flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--deselect", _README_TEST]
+        flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--deselect", _DOCS_TEST]
         command = [sys.executable, "-m", "pytest", *flags, *tests]
         # Two run at a time, and their tensors are tiny.
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -264,7 +264,7 @@ def catcher(fault: Fault) -> str | None:
     return failed[1]
 
 
-_README_TEST = "tests/test_parameters.py::test_the_matrix_in_the_readme_is_the_generated_one"
+_DOCS_TEST = "tests/test_parameters.py::test_the_matrix_in_the_docs_is_the_generated_one"
 
 
 def _edit(path: Path, fault: Fault) -> None:
