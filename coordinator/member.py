@@ -23,6 +23,8 @@ _REMEMBERED = 5
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
 # A reply may take this many times the longest of the last ones.
 _PATIENCE, _LEAST_PATIENCE_SECONDS, _NUM_REPLIES = 4.0, 0.25, 32
+# One that must answer is left when it takes that many times the longest, and where another can take its place.
+_HANGS, _LEAST_HANG_SECONDS = 10.0, 5.0
 
 
 class WorkerLink:
@@ -134,3 +136,8 @@ class Member:
         if len(self._reply_seconds) < _NUM_REPLIES // 4:
             return most
         return min(most, max(_LEAST_PATIENCE_SECONDS, _PATIENCE * max(self._reply_seconds)))
+
+    @property
+    def hang_seconds(self) -> float:
+        """After which a reply to a step is so late that the worker must be hanging; by its own history."""
+        return max(_LEAST_HANG_SECONDS, _HANGS * max(self._reply_seconds, default=_LEAST_HANG_SECONDS))

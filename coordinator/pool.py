@@ -60,6 +60,10 @@ class Pool:
         """The one with the most room; None while there is none."""
         return min((each for each in self.members if each.is_usable), key=lambda each: each.load, default=None)
 
+    def has_other(self, member: Member) -> bool:
+        """Whether a session on it could go on elsewhere."""
+        return any(each.is_usable for each in self.members if each is not member)
+
     async def meet(
         self, member: Member, timeout_seconds: float, *, include_tokenizer: bool = False
     ) -> worker_pb2.DescribeResponse:

@@ -118,8 +118,17 @@ class VerifyStream:
         assert self._call is not None
         assert self._member is not None
         member, started = self._member, time.monotonic()
+        # How long an opening takes depends on its prompt: that a worker hangs then is for keepalive to find out.
+        has_history = self._step > 0 and self._pool.has_other(member)
         try:
-            response = await _exchange(self._call, request)
+            async with asyncio.timeout(member.hang_seconds if has_history else None):
+                response = await _exchange(self._call, request)
+        except TimeoutError as error:
+            problem = (
+                f"the verify worker at {member.link.address} hangs: nothing for {time.monotonic() - started:.0f} s"
+            )
+            member.failed(problem)
+            raise Unavailable(problem) from error
         except _LOST as error:
             member.failed(str(error))
             raise Unavailable(f"the verify worker at {member.link.address} is lost ({error})") from error
