@@ -19,9 +19,13 @@ from sequoia.topology import Topology, TreeShape
 LEAST_SPEEDUP = 1.05
 # A gait is left for one that is faster by this much at least, and by so many standard errors of the difference.
 _LEAST_GAIN, _STANDARD_ERRORS = 0.02, 2.5
-# A trial's length in steps. Plain steps vary less, so that fewer of them will do.
+# A trial's length in steps of a session. Plain steps vary less, so that fewer of them will do.
 _TRIAL_STEPS, _PLAIN_TRIAL_STEPS = 8, 4
-# Steps between the end of a trial and the next one, at least; fewer as long as plain decoding's pace is not known.
+# First steps of a trial that are left out of it, for each other session: until the last of them has changed over.
+_SETTLING_STEPS = 2
+# Plain steps that a session runs on by itself before it asks again: of all sessions together, of one at least.
+_PLAIN_STEPS, _LEAST_PLAIN_STEPS = 64, 4
+# Steps of a session between the end of a trial and the next one, at least; fewer as long as plain decoding's pace is not known.
 _BETWEEN_TRIALS, _BETWEEN_FIRST_TRIALS = 24, 8
 # The share of the time that trials may lose.
 _TRIAL_SHARE = 0.01
@@ -73,15 +77,19 @@ class Gaits:
 
 
 class Governor:
-    """Decides on the gait of requests of one kind, for all of them together, by what it is told their steps took."""
+    """Decides on the gait of requests of one kind, for all of them together, by what it is told their steps took.
 
-    def __init__(self, gaits: Gaits) -> None:
-        self._gaits = gaits
+    Of `num_sessions` that run at a time, about, all change at once, and a trial lasts until all have: among sessions that
+    draft, plain decoding is slow, and by what it takes there trees would seem to pay that cost all sessions time.
+    """
+
+    def __init__(self, gaits: Gaits, num_sessions: int = 1) -> None:
+        self._gaits, self._num_sessions = gaits, num_sessions
         self.gait = gaits.first
         self.reason = gaits.promise
         self._paces: dict[TreeShape, Pace] = {}
         self._trial: Gait | None = None
-        self._trial_steps_left = self._trial_waits = 0
+        self._trial_steps_left = self._trial_waits = self._num_unsettled = 0
         self._steps_since_trial = 0
         self._credit_seconds = 0.0
 
@@ -102,9 +110,11 @@ class Governor:
         return self._gaits.trees[self._trial or self.gait]
 
     @property
-    def num_trial_steps_left(self) -> int:
-        """Steps until the gait may change back; 0 when no trial runs."""
-        return self._trial_steps_left if self._trial else 0
+    def num_plain_steps(self) -> int:
+        """That a session without a tree may run on by itself before it asks again."""
+        if self._trial:
+            return math.ceil((self._num_unsettled + self._trial_steps_left) / self._num_sessions) - 1
+        return max(_LEAST_PLAIN_STEPS, _PLAIN_STEPS // self._num_sessions)
 
     def observe(self, shape: TreeShape, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
         """What one step took for which `shape` was chosen.
@@ -114,8 +124,9 @@ class Governor:
         """
         gait = self._gait_of(shape)
         is_trial = gait is self._trial
-        if usual or not is_trial:
-            self._paces.setdefault(self._gaits.trees[gait], Pace()).add(seconds, num_tokens)
+        if not is_trial or (usual and not self._num_unsettled):
+            pace = self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions))
+            pace.add(seconds, num_tokens)
         if is_trial:
             self._charge(seconds, num_tokens, usual)
         elif self._trial is None:
@@ -133,11 +144,13 @@ class Governor:
     def _charge(self, seconds: float, num_tokens: int, usual: bool) -> None:
         """A trial pays for what it takes longer than the gait that it interrupts."""
         self._credit_seconds -= max(0.0, seconds - num_tokens * self._expected(self.gait))
-        if usual:
+        if self._num_unsettled:
+            self._num_unsettled -= 1
+        elif usual:
             self._trial_steps_left -= 1
         else:
             self._trial_waits += 1
-        if self._trial_steps_left == 0 or self._trial_waits >= _PATIENCE_STEPS:
+        if self._trial_steps_left == 0 or self._trial_waits >= _PATIENCE_STEPS * self._num_sessions:
             self._trial, self._steps_since_trial = None, 0
 
     def _decide(self) -> None:
@@ -166,9 +179,9 @@ class Governor:
         others = [gait for gait in self._gaits.trees if gait is not self.gait]
         if self._is_open(Gait.OFF):
             # Nothing can be said before plain decoding was measured: that trial is on credit.
-            if self._steps_since_trial >= _BETWEEN_FIRST_TRIALS:
+            if self._steps_since_trial >= _BETWEEN_FIRST_TRIALS * self._num_sessions:
                 self._try(Gait.OFF)
-        elif others and self._steps_since_trial >= _BETWEEN_TRIALS:
+        elif others and self._steps_since_trial >= _BETWEEN_TRIALS * self._num_sessions:
             gait = min(others, key=self._evidence)
             if self._credit_seconds >= self._expected_loss(gait):
                 self._try(gait)
@@ -178,11 +191,13 @@ class Governor:
 
     def _try(self, gait: Gait) -> None:
         self._trial, self._trial_waits = gait, 0
-        self._trial_steps_left = _num_trial_steps(gait)
+        self._trial_steps_left = _num_trial_steps(gait) * self._num_sessions
+        self._num_unsettled = _SETTLING_STEPS * (self._num_sessions - 1)
 
     def _expected_loss(self, gait: Gait) -> float:
         pace = self._paces.get(self._gaits.trees[gait])
-        num_tokens = _num_trial_steps(gait) * (pace.num_tokens / pace.num_steps if pace else _USUAL_TOKENS)
+        num_steps = _num_trial_steps(gait) * self._num_sessions + _SETTLING_STEPS * (self._num_sessions - 1)
+        num_tokens = num_steps * (pace.num_tokens / pace.num_steps if pace else _USUAL_TOKENS)
         return max(0.0, num_tokens * (self._expected(gait) - self._expected(self.gait)))
 
     def _evidence(self, gait: Gait) -> int:

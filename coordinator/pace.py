@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import math
 
-# Steps after which an observation counts half.
+# Steps after which an observation counts half, of one session.
 _HALF_LIFE_STEPS = 64
-# A pace is known after so many steps.
+# A pace is known after so many steps, of one session.
 _KNOWN_STEPS = 8
 
 
 class Pace:
-    """Seconds per token of one tree, from its steps; older ones count less."""
+    """Seconds per token of one tree, from its steps; older ones count less.
 
-    def __init__(self) -> None:
+    Of sessions that run at the same time so many steps more are wanted: what disturbs one forward disturbs them all.
+    """
+
+    def __init__(self, num_sessions: int = 1) -> None:
+        self._num_sessions = num_sessions
         self.num_steps = self.num_tokens = self.seconds = 0.0
         self._squares = self._tokens_squared = self._products = self._seconds_squared = 0.0
         self.observed = 0
 
     def add(self, seconds: float, num_tokens: int) -> None:
         """One step."""
-        keep = 0.5 ** (1 / _HALF_LIFE_STEPS)
+        keep = 0.5 ** (1 / (_HALF_LIFE_STEPS * self._num_sessions))
         self.num_steps = keep * self.num_steps + 1.0
         self._squares = keep * keep * self._squares + 1.0
         self.num_tokens = keep * self.num_tokens + num_tokens
@@ -33,7 +37,7 @@ class Pace:
     @property
     def is_known(self) -> bool:
         """Whether it was observed often enough to be compared."""
-        return self.observed >= _KNOWN_STEPS
+        return self.observed >= _KNOWN_STEPS * self._num_sessions
 
     @property
     def seconds_per_token(self) -> float:

@@ -11,7 +11,7 @@ from coordinator.request import Request
 from coordinator.trees import FoundPlan, Pair, TreePlans, max_tree_size
 from sequoia.acceptance import PRIOR
 from sequoia.optimal_tree import Acceptance
-from sequoia.situation import Situation
+from sequoia.situation import SESSIONS, Situation
 from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1 import coordinator_pb2, draft_pb2
 
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 BUILT_IN_TREE = Topology((-1, 0, 0, 1, 1, 2, 3, 5))
 BUILT_IN_CHAIN = Topology.chain(3)
 
-# Plain steps that the verify worker runs by itself before anything can change.
+# Plain steps that the verify worker runs by itself where there is nothing to ask.
 _PLAIN_STEPS = 64
 # One drafted step in so many offers the root's children of ranks that the tree has not, to learn about them.
 _EXPLORE_EVERY, _EXPLORED_RANKS = 64, 8
@@ -88,7 +88,8 @@ class Speculator:
         anywhere = replace(situation, round_trip="")
         governor = self._governors.get(anywhere)
         if governor is None:
-            governor = self._governors[anywhere] = Governor(gaits)
+            num_sessions = round(SESSIONS.planned_at[SESSIONS.names.index(situation.sessions)])
+            governor = self._governors[anywhere] = Governor(gaits, num_sessions)
         governor.follow(gaits)
         return governor
 
@@ -162,7 +163,7 @@ class RequestSpeculation:
     def _governed(self, governor: Governor) -> Choice:
         tree = governor.tree()
         if tree == PLAIN:
-            return Choice(PLAIN, (governor.num_trial_steps_left or _PLAIN_STEPS + 1) - 1)
+            return Choice(PLAIN, governor.num_plain_steps)
         return Choice(self._speculator.explored(tree))
 
     def _tell(self, governor: Governor) -> None:

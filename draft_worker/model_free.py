@@ -10,7 +10,8 @@ from torch import Tensor
 
 from sequoia.config import MODEL_FREE, num_cores
 from sequoia.engine.attention import PackedBatch
-from sequoia.engine.executor import Engine, Executor
+from sequoia.engine.executor import Executor
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.sources import default_cache_dir
 from sequoia.rules import RULES

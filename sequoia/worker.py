@@ -22,7 +22,8 @@ from sequoia.config import num_bytes, num_cores
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.decoder import Decoder
 from sequoia.engine.decoders import Arithmetic, build_decoder, why_not_native
-from sequoia.engine.executor import Engine, EngineThread, Executor, Job
+from sequoia.engine.executor import EngineThread, Executor, Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.offload.budget import Demands, bytes_for_layers
@@ -194,7 +195,8 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
 
 
 def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worker:
-    executor = Executor(thread, config.prefill_chunk + config.max_tree_size)
+    verifies = kind.role == worker_pb2.WORKER_ROLE_VERIFY
+    executor = Executor(thread, config.prefill_chunk + config.max_tree_size, lets_others_end=verifies)
     return executor.call(lambda: kind.start(config, kind.role, executor))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
 from sequoia.engine.native.library import NativeUnavailable, library

@@ -13,7 +13,7 @@ from tiny_models import write_narrow_model, write_tiny_model
 
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.draft_vocabulary import FILE
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
 from sequoia.errors import InvalidArgument

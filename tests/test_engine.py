@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from sequoia.engine.attention import Segment, chunk_segment, tree_segment
-from sequoia.engine.executor import Engine, EngineThread, Executor, Job
+from sequoia.engine.executor import EngineThread, Executor, Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import ResourceExhausted
 from sequoia.topology import TokenTree, Topology

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sequoia.engine.attention import TREE_ATTENTION, Segment, chunk_segment, register
 from sequoia.engine.decoder import TransformersDecoder
-from sequoia.engine.executor import Engine, EngineThread, Executor, Job
+from sequoia.engine.executor import EngineThread, Executor, Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve

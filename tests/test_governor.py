@@ -1,5 +1,6 @@
 """The governor in a simulated world: what steps take and bring is known, and what it makes of that is counted."""
 
+import heapq
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -122,6 +123,73 @@ def test_what_a_trial_waits_for_does_not() -> None:
     tried = governor.tree()
     governor.observe(tried, 1.0, 1, usual=False)
     assert tried not in governor.paces
+
+
+@dataclass
+class Shared:
+    """Sessions that share the forwards of one engine: what a step takes depends on how many of the others draft.
+
+    (among plain sessions, among drafting ones): seconds of a step with a tree, of 2 tokens on average, and of a
+    plain one.
+    """
+
+    tree: tuple[float, float]
+    plain: tuple[float, float]
+    num_sessions: int = 16
+
+    def run(self, governor: Governor, num_steps: int, seed: int = 0) -> float:
+        """Seconds by those that plain sessions alone had taken for as many tokens."""
+        random, drafts, num_tokens, now = (
+            np.random.default_rng(seed),
+            dict.fromkeys(range(self.num_sessions), False),
+            0,
+            0.0,
+        )
+        left, due = (
+            dict.fromkeys(range(self.num_sessions), 0),
+            [(0.001 * n, n, PLAIN, 0.0) for n in range(self.num_sessions)],
+        )
+        for _ in range(num_steps):
+            now, session, shape, seconds = heapq.heappop(due)
+            if seconds:
+                tokens = 1 if shape == PLAIN else int(random.integers(1, 4))
+                num_tokens += tokens
+                # The first step of a kind is not a usual one.
+                governor.observe(shape, seconds, tokens, usual=drafts[session] == (shape != PLAIN))
+            drafts[session] = shape != PLAIN
+            left[session] -= 1
+            if left[session] < 0:
+                shape = governor.tree()
+                left[session] = governor.num_plain_steps if shape == PLAIN else 0
+            share = (sum(drafts.values()) - drafts[session]) / (self.num_sessions - 1)
+            low, high = self.plain if shape == PLAIN else self.tree
+            took = (low + (high - low) * share) * random.lognormal(sigma=0.05)
+            heapq.heappush(due, (now + took, session, shape, took))
+        return now / (num_tokens * self.plain[0] / self.num_sessions)
+
+
+# To each session alone a tree pays, whatever the others do; to all together it does not.
+DILEMMA = Shared(tree=(0.040, 0.060), plain=(0.023, 0.045))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sessions_that_only_gain_at_the_others_cost_are_decoded_plainly(seed: int) -> None:
+    governor = Governor(gaits(), 16)
+    DILEMMA.run(governor, 3_000, seed)
+    assert governor.gait is Gait.OFF
+    assert DILEMMA.run(governor, 20_000, seed) < 1.03
+
+
+def test_steps_of_single_sessions_would_not_show_it() -> None:
+    governor = Governor(gaits(), 1)
+    assert DILEMMA.run(governor, 20_000) > 1.04
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_pays_to_all_together_goes_on(seed: int) -> None:
+    shared, governor = Shared(tree=(0.030, 0.036), plain=(0.023, 0.035)), Governor(gaits(), 16)
+    shared.run(governor, 3_000, seed)
+    assert shared.run(governor, 20_000, seed) < 0.82
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sequoia.engine import graphs_decoder
 from sequoia.engine.attention import Segment, chunk_segment, tree_segment
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.graphs_decoder import GraphsDecoder
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.lean_decoder import LeanDecoder

@@ -9,7 +9,7 @@ from engines import load_engine
 from tiny_models import write_tiny_model
 
 from sequoia.engine.attention import chunk_segment
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.kv_memory import KVMemory, Run, Tokens
 from sequoia.errors import ResourceExhausted

@@ -22,7 +22,7 @@ from sequoia.cli.subject import load
 from sequoia.config import cpu_flags
 from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.model import load_model
 from sequoia.engine.native.library import NativeUnavailable, library
 from sequoia.engine.native.linear import NativeLinear

@@ -15,7 +15,7 @@ from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from sequoia.engine.decoders import Arithmetic
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
 from sequoia.engine.native.library import library

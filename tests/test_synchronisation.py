@@ -19,7 +19,8 @@ from torch.nn.functional import linear
 
 from draft_worker.drafter import DraftLimits, DraftSession
 from sequoia.engine.attention import tree_attention
-from sequoia.engine.executor import Engine, Job
+from sequoia.engine.executor import Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.graphs_decoder import GraphsDecoder
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.lean_decoder import LeanDecoder

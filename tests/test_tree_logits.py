@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.children import draft_distributions, draw_children
-from sequoia.engine.executor import Engine, Job
+from sequoia.engine.executor import Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.sampling import RandomChoices
 from sequoia.engine.tree_logits import MOST_AT_ONCE, HiddenRows, TreeLogits
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule

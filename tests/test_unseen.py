@@ -14,7 +14,8 @@ from tiny_models import write_tiny_model
 
 from draft_worker.drafter import DraftLimits, DraftSession
 from draft_worker.growth import DEAD
-from sequoia.engine.executor import Engine, Job
+from sequoia.engine.executor import Job
+from sequoia.engine.forwards import Engine
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, Rule
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology

@@ -23,7 +23,8 @@ from draft_worker import mixture
 from draft_worker.drafter import DraftLimits, DraftSession
 from sequoia.engine.attention import Segment, chunk_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine, EngineThread, Executor, Job
+from sequoia.engine.executor import EngineThread, Executor, Job
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve

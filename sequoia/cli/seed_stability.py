@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sequoia.cli.subject import CHUNK, NUM_NEIGHBOURS, Subject, prefill
 from sequoia.engine.attention import tree_segment
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.sampling import coupled_token
 from sequoia.sampling import Sampling

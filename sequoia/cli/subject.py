@@ -11,7 +11,7 @@ from coordinator.text import TextCodec
 from sequoia.config import num_cores
 from sequoia.engine.attention import tree_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve

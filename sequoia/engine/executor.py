@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import replace
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -15,13 +15,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from sequoia.engine.attention import PackedBatch, Segment
-from sequoia.engine.decoder import Decoder
-from sequoia.engine.draft_vocabulary import DraftVocabulary
-from sequoia.engine.kv_cache import KVCache
-from sequoia.engine.target_table import TargetTable
+from sequoia.engine.attention import Segment
+from sequoia.engine.forwards import Engine
+from sequoia.engine.gathering import Gathering
 from sequoia.engine.tree_logits import HiddenRows
-from sequoia.engine.verification import MakeTarget, TargetRows
 from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree
 
 Result = TypeVar("Result")
@@ -32,94 +29,11 @@ Result = TypeVar("Result")
 Job = Generator[Segment | AnyWholeTree, Any, Result]
 
 
-class Engine:
-    """A model with its KV cache. `forward` is called by one thread only.
-
-    `reads_once`: trees are grown and verified where the logits are, and the host reads the result in one copy a step,
-    because it would wait for the device with each. By default on every device but the CPU.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: KVCache,
-        device: torch.device,
-        dtype: torch.dtype,
-        *,
-        reads_once: bool | None = None,
-        vocabulary: DraftVocabulary | None = None,
-    ) -> None:
-        self._decoder, self._device, self._dtype, self._vocabulary = decoder, device, dtype, vocabulary
-        self.reads_once = device.type != "cpu" if reads_once is None else reads_once
-        self.cache = cache
-        decoder.attach(cache)
-        self.num_forwards = 0
-        self.num_forward_tokens = 0
-
-    @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> list[Tensor]:
-        """One forward over all segments. Returns each segment's logits, (wanted tokens, vocabulary)."""
-        assert not any(each.logits_later for each in segments), "they are answered by `forward_some`"
-        logits = self._decoder.forward(self._packed(segments), self.cache)
-        if self._vocabulary is not None:
-            logits = self._vocabulary.widened(logits)
-        return list(logits.split([len(s.logit_tokens) for s in segments]))
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether logits can be made later."""
-        return self._decoder.hidden_rows is not None and self._vocabulary is None
-
-    @torch.inference_mode()
-    def forward_some(self, segments: Sequence[Segment]) -> list[Tensor | HiddenRows]:
-        """`forward`, where some segments want their logits later."""
-        if not any(each.logits_later for each in segments):
-            return [*self.forward(segments)]
-        make_rows, head = self._decoder.hidden_rows, self._decoder.logits
-        assert make_rows, "this engine makes all logits at once"
-        assert head, "of rows that come later"
-        hidden = make_rows(self._packed(segments), self.cache)
-        parts = hidden.split([len(each.logit_tokens) for each in segments])
-        pairs = zip(segments, parts, strict=True)
-        return [HiddenRows(part, head) if each.logits_later else head(part) for each, part in pairs]
-
-    def _packed(self, segments: Sequence[Segment]) -> PackedBatch:
-        batch = PackedBatch(segments, self._device, self._dtype)
-        self.num_forwards += 1
-        self.num_forward_tokens += batch.num_tokens
-        return batch
-
-    @property
-    def can_grow(self) -> bool:
-        """Whether whole trees can be asked for."""
-        return self._decoder.grow is not None
-
-    @property
-    def make_target(self) -> MakeTarget:
-        """How trees are verified: as the decoder has it, or all nodes at once, or those that are visited."""
-        return self._decoder.make_target or (TargetTable if self.reads_once else TargetRows)
-
-    @property
-    def make_target_later(self) -> MakeTarget:
-        """The same for logits that come later: only nodes that are visited. A device is then read for each of them."""
-        return self._decoder.make_target or TargetRows
-
-    @torch.inference_mode()
-    def grow(self, tree: AnyWholeTree) -> AnyGrownTree:
-        """All forwards of a tree, and the rankings between them."""
-        assert self._decoder.grow is not None, "this engine grows no whole trees"
-        if self._vocabulary is not None:
-            tree = replace(tree, vocabulary=self._vocabulary)
-        grown = self._decoder.grow(tree, self.cache)
-        self.num_forwards += grown.num_forwards
-        self.num_forward_tokens += grown.num_forwarded
-        return grown
-
-
 class _Task(Generic[Result]):
     """A job on its way: whose engine it needs, what it wants forwarded next, and who waits for its result."""
 
     wanted: Segment | AnyWholeTree
+    number: int  # in order of arrival
 
     def __init__(self, executor: Executor, job: Job[Result], *, is_idle: bool) -> None:
         self.executor, self.job, self.is_idle = executor, job, is_idle
@@ -129,6 +43,11 @@ class _Task(Generic[Result]):
     def abandoned(self) -> bool:
         """Whether nobody waits any more."""
         return self.future.cancelled()
+
+    @property
+    def wants_answer(self) -> bool:
+        """Whether it wants a tree, or logits, and not only rows of a prompt."""
+        return not isinstance(self.wanted, Segment) or bool(self.wanted.logit_tokens)
 
     def advance(self, answer: Tensor | HiddenRows | AnyGrownTree | None) -> bool:
         """Run the job to its next forward. False when it has ended."""
@@ -158,7 +77,8 @@ class EngineThread:
     Every turn is one forward of one engine, that of the job which waits longest, so engines take turns. The jobs of
     that engine share the forward in order of arrival as far as they fit; those left over are the longest waiting then,
     so a long prompt, fed in chunks, never stalls the others for more than a forward. Idle jobs have the turns that no
-    other job wants.
+    other job wants. A job of an engine that `lets_others_end` comes after the trees that were begun before it: they are
+    to be verified together, instead of one by one with a level of the others' trees in between.
 
     A model that is loaded, measured or run on another thread leaves a second OpenMP pool behind. With more threads than
     cores the pools stop spinning at their barriers, and every later forward takes longer (a draft level: 90 ms instead
@@ -168,6 +88,8 @@ class EngineThread:
     def __init__(self) -> None:
         self._tasks: list[_Task[Any]] = []
         self._new: list[_Task[Any]] = []
+        self._num_submitted = 0
+        self._gathering = Gathering()
         self._wake = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -187,6 +109,8 @@ class EngineThread:
     def submit(self, task: _Task[Any]) -> None:
         """Put a task behind those that wait."""
         with self._wake:
+            task.number = self._num_submitted = self._num_submitted + 1
+            self._gathering.came(time.monotonic())
             self._new.append(task)
             self._wake.notify()
 
@@ -201,6 +125,8 @@ class EngineThread:
         """Wait for work and let new jobs run to their first forward. False when it is time to stop."""
         with self._wake:
             self._wake.wait_for(lambda: self._new or self._tasks or self._stopping)
+            while not self._stopping and (seconds := self._gathering.seconds_left(time.monotonic())):
+                self._wake.wait(seconds)
             if self._stopping:
                 return False
             arrived, self._new = self._new, []
@@ -217,19 +143,24 @@ class EngineThread:
 
     def _take_turn(self) -> list[_Task[Any]]:
         waiting = [task for task in self._tasks if not task.is_idle] or self._tasks
-        executor = waiting[0].executor
+        executor = _next(waiting).executor
         turn = executor.fitting([task for task in waiting if task.executor is executor])
         self._tasks = [task for task in self._tasks if task not in turn]
         return turn
 
     def _forward(self, turn: list[_Task[Any]]) -> None:
+        started = time.monotonic()
         try:
             answers = _answers(turn[0].executor.engine, [task.wanted for task in turn])
         except Exception as error:  # noqa: BLE001 - it belongs to those who await the jobs of this turn
             for task in turn:
                 task.fail(error)
             return
-        self._tasks.extend(task for task, answer in zip(turn, answers, strict=True) if task.advance(answer))
+        going_on = [task for task, answer in zip(turn, answers, strict=True) if task.advance(answer)]
+        self._tasks.extend(going_on)
+        ended = time.monotonic()
+        with self._wake:
+            self._gathering.ended(len(turn) - len(going_on), ended - started, ended)
 
 
 class Executor:
@@ -237,8 +168,9 @@ class Executor:
 
     engine: Engine
 
-    def __init__(self, thread: EngineThread, max_forward_tokens: int) -> None:
+    def __init__(self, thread: EngineThread, max_forward_tokens: int, *, lets_others_end: bool = False) -> None:
         self._thread, self._max_forward_tokens = thread, max_forward_tokens
+        self.lets_others_end = lets_others_end
 
     def call(self, function: Callable[[], Result]) -> Result:
         """Run a function on the engine's thread and wait for it: all of a model's life is spent there."""
@@ -273,6 +205,15 @@ class Executor:
         task = _Task(self, job, is_idle=is_idle)
         self._thread.submit(task)
         return task.future
+
+
+def _next(waiting: Sequence[_Task[Any]]) -> _Task[Any]:
+    """The one that waits longest, or one that it lets go first."""
+    first = waiting[0]
+    if not first.executor.lets_others_end:
+        return first
+    others = (task for task in waiting if task.executor is not first.executor and task.number < first.number)
+    return next((task for task in others if task.wants_answer), first)
 
 
 def _answers(engine: Engine, wanted: Sequence[Segment | AnyWholeTree]) -> Sequence[Tensor | HiddenRows | AnyGrownTree]:

@@ -11,8 +11,8 @@ import torch
 
 from sequoia.engine.attention import tree_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder
-from sequoia.engine.executor import Engine
 from sequoia.engine.forward_cost import forward_cost
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache, KVSlot
 from sequoia.engine.machine_speed import Speed, matrix_product, stream_read
 from sequoia.engine.model import LoadedModel, load_model

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import accumulate, pairwise
 
 from sequoia.engine.attention import chunk_segment, tree_segment
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.tree_logits import MOST_AT_ONCE, HiddenRows, TreeLogits
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve

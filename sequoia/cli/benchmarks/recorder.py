@@ -15,7 +15,7 @@ from sequoia.engine import attention
 from sequoia.engine.attention import TREE_ATTENTION, chunk_segment, tree_segment
 from sequoia.engine.children import coupled_children, top_children
 from sequoia.engine.decoder import TransformersDecoder
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import LoadedModel
 from sequoia.engine.sampling import argmax, coupled_token

@@ -15,7 +15,7 @@ from sequoia.config import num_cores
 from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.distillation.corpus import Document, Shard
 from sequoia.engine.distillation.writing import Assignment, Lengths, read, write
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import LoadedModel, load_model
 from sequoia.engine.sources import resolve

@@ -10,7 +10,7 @@ from sequoia.cli.benchmarks.replay import count, replay
 from sequoia.config import num_cores
 from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.distillation.ranking import Ranks, acceptance_of
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve

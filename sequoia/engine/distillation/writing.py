@@ -12,7 +12,7 @@ import torch
 
 from sequoia.engine.attention import Segment, chunk_segment
 from sequoia.engine.distillation.corpus import TEACHER_WIDTH, Document
-from sequoia.engine.executor import Engine
+from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 
 # A question is drawn at this temperature.
