@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import Enum
+from copy import copy
 
+from coordinator.gaits import Gait, Gaits
 from coordinator.pace import Pace
-from sequoia.planner import PricedTree, TreePlan
-from sequoia.topology import Topology, TreeShape
+from coordinator.trial import Recent, Trial
+from sequoia.topology import TreeShape
 
-# What a plan must promise before it is followed at once; below, it is tried first.
-LEAST_SPEEDUP = 1.05
 # A gait is left for one that is faster by this much at least, and by so many standard errors of the difference.
 _LEAST_GAIN, _STANDARD_ERRORS = 0.02, 2.5
 # A trial's length in steps of a session. Plain steps vary less, so that fewer of them will do.
@@ -25,7 +23,8 @@ _TRIAL_STEPS, _PLAIN_TRIAL_STEPS = 8, 4
 _SETTLING_STEPS = 2
 # Plain steps that a session runs on by itself before it asks again: of all sessions together, of one at least.
 _PLAIN_STEPS, _LEAST_PLAIN_STEPS = 64, 4
-# Steps of a session between the end of a trial and the next one, at least; fewer as long as plain decoding's pace is not known.
+# Steps of a session between the end of a trial and the next one, at least; fewer while plain decoding's pace is not
+# known.
 _BETWEEN_TRIALS, _BETWEEN_FIRST_TRIALS = 24, 8
 # The share of the time that trials may lose.
 _TRIAL_SHARE = 0.01
@@ -34,62 +33,25 @@ _PATIENCE_STEPS = 64
 # Tokens that a step is taken to bring before one was seen.
 _USUAL_TOKENS = 3.0
 
-PLAIN = Topology.root_only()
-
-
-class Gait(Enum):
-    """How far the coordinator goes along with the plan."""
-
-    ON = "on"
-    REDUCED = "reduced"
-    OFF = "off"
-
-
-@dataclass(frozen=True, slots=True)
-class Gaits:
-    """The trees of a plan by gait, and the seconds per token that they were predicted to take."""
-
-    trees: Mapping[Gait, TreeShape]
-    predicted: Mapping[Gait, float]
-    first: Gait
-    promise: str
-
-    @staticmethod
-    def of(plan: TreePlan) -> Gaits:
-        """From a plan."""
-        priced: dict[Gait, PricedTree] = {}
-        if plan.best_tree is not None:
-            priced[Gait.ON] = plan.best_tree
-        if plan.reduced is not None:
-            priced[Gait.REDUCED] = plan.reduced
-        trees: dict[Gait, TreeShape] = {gait: each.shape for gait, each in priced.items()}
-        predicted = {gait: each.seconds_per_token for gait, each in priced.items()}
-        trees[Gait.OFF], predicted[Gait.OFF] = PLAIN, plan.inputs.verify_curve.at(1)
-        speedup = plan.best_tree.speedup if plan.best_tree else 0.0
-        first = Gait.ON if speedup >= LEAST_SPEEDUP else Gait.OFF
-        return Gaits(trees, predicted, first, f"the plan promises {speedup:.2f} of plain decoding's speed")
-
-    @staticmethod
-    def unplanned(tree: Topology, chain: Topology) -> Gaits:
-        """Of a pair without a plan: a built-in tree, tried before anything is known."""
-        trees: dict[Gait, TreeShape] = {Gait.ON: tree, Gait.REDUCED: chain, Gait.OFF: PLAIN}
-        return Gaits(trees, dict.fromkeys(trees, 1.0), Gait.ON, "there is no plan yet")
-
 
 class Governor:
     """Decides on the gait of requests of one kind, for all of them together, by what it is told their steps took.
 
-    Of `num_sessions` that run at a time, about, all change at once, and a trial lasts until all have: among sessions that
-    draft, plain decoding is slow, and by what it takes there trees would seem to pay that cost all sessions time.
+    What else the machine does meets the gaits at different times. So the others are compared with the gait gone in by
+    trials, whose steps lie between steps of that one; in between their paces follow the seconds that those take, not
+    their tokens, which are their own. Of `num_sessions` that run at a time, about, all change at once, and a trial
+    lasts until all have: among sessions that draft plain decoding is slow, and by what it takes there trees would seem
+    to pay that cost all sessions time.
     """
 
     def __init__(self, gaits: Gaits, num_sessions: int = 1) -> None:
         self._gaits, self._num_sessions = gaits, num_sessions
-        self.gait = gaits.first
-        self.reason = gaits.promise
+        self.gait, self.reason = gaits.first, gaits.promise
         self._paces: dict[TreeShape, Pace] = {}
-        self._trial: Gait | None = None
-        self._trial_steps_left = self._trial_waits = self._num_unsettled = 0
+        self._usual = Pace(num_sessions)  # of the gait's usual steps
+        self._recent = Recent(num_sessions)
+        self._trial: Trial | None = None
+        self._past_trial: Trial | None = None  # over, and not yet compared with what comes after it
         self._steps_since_trial = 0
         self._credit_seconds = 0.0
 
@@ -99,21 +61,23 @@ class Governor:
         return dict(self._paces)
 
     def follow(self, gaits: Gaits) -> None:
-        """Go on with another plan's trees. What is known of a tree that both have stays known."""
-        if gaits.trees != self._gaits.trees or gaits.first != self._gaits.first:
-            self.gait, self.reason, self._trial = gaits.first, gaits.promise, None
+        """Go on with another plan's trees; with the same ones what is known of them stays known."""
+        is_other = gaits.trees != self._gaits.trees or gaits.first != self._gaits.first
         self._gaits = gaits
-        self._paces = {tree: pace for tree, pace in self._paces.items() if tree in gaits.trees.values()}
+        if is_other:
+            self.reason, self._trial = gaits.promise, None
+            self._paces = {tree: pace for tree, pace in self._paces.items() if tree in gaits.trees.values()}
+            self._go(gaits.first)
 
     def tree(self) -> TreeShape:
         """Of the next step."""
-        return self._gaits.trees[self._trial or self.gait]
+        return self._gaits.trees[self._trial.gait if self._trial else self.gait]
 
     @property
     def num_plain_steps(self) -> int:
         """That a session without a tree may run on by itself before it asks again."""
         if self._trial:
-            return math.ceil((self._num_unsettled + self._trial_steps_left) / self._num_sessions) - 1
+            return math.ceil((self._trial.num_unsettled + self._trial.num_steps_left) / self._num_sessions) - 1
         return max(_LEAST_PLAIN_STEPS, _PLAIN_STEPS // self._num_sessions)
 
     def observe(self, shape: TreeShape, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
@@ -123,35 +87,59 @@ class Governor:
         of every answer. That belongs to the pace of a gait that is gone in, and not to that of one which is only tried.
         """
         gait = self._gait_of(shape)
-        is_trial = gait is self._trial
-        if not is_trial or (usual and not self._num_unsettled):
-            pace = self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions))
-            pace.add(seconds, num_tokens)
-        if is_trial:
-            self._charge(seconds, num_tokens, usual)
-        elif self._trial is None:
-            self._credit_seconds += _TRIAL_SHARE * seconds
-            self._steps_since_trial += 1
-        if self._trial is None:
-            self._decide()
+        if self._trial and gait is self._trial.gait:
+            self._try_on(self._trial, seconds, num_tokens, usual)
+            return
+        if gait is self.gait:
+            self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions)).add(seconds, num_tokens)
+        if self._trial is not None:
+            return
+        self._credit_seconds += _TRIAL_SHARE * seconds
+        self._steps_since_trial += 1
+        if usual and gait is self.gait:
+            self._recent.add(seconds)
+            self._drift(seconds, num_tokens)
+            self._compare()
+        self._decide()
+        if self._past_trial is None:
             self._try_another()
+
+    def charge(self, seconds: float) -> None:
+        """What a session has paid before its first tree: the draft has read its prompt, where the target waits."""
+        if self.gait is not Gait.OFF:
+            self._paces.setdefault(self._gaits.trees[self.gait], Pace(self._num_sessions)).seconds += seconds
+
+    def _try_on(self, trial: Trial, seconds: float, num_tokens: int, usual: bool) -> None:
+        """A step of a trial, which pays for what it takes longer than the gait that it interrupts."""
+        self._credit_seconds -= max(0.0, seconds - num_tokens * self._expected(self.gait))
+        trial.add(seconds, num_tokens, usual=usual)
+        if trial.is_over:
+            self._trial, self._past_trial, self._steps_since_trial = None, trial, 0
+            self._recent.clear()
+
+    def _drift(self, seconds: float, num_tokens: int) -> None:
+        """Let the other gaits' paces follow what a usual step takes now."""
+        before = self._usual.seconds_per_step if self._usual.is_known else None
+        self._usual.add(seconds, num_tokens)
+        for shape, pace in self._paces.items():
+            if before and shape != self._gaits.trees[self.gait]:
+                pace.scale(self._usual.seconds_per_step / before)
+
+    def _compare(self) -> None:
+        """Take the last trial's steps into its gait's pace, as if the machine had been then as it mostly is now."""
+        trial, after = self._past_trial, self._recent.step_seconds
+        if trial is None or after is None or not self._recent.is_full:
+            return
+        self._past_trial, then = None, trial.machine_speed(after)
+        if then is not None and trial.steps:
+            pace = self._paces.setdefault(self._gaits.trees[trial.gait], Pace(self._num_sessions))
+            for seconds, num_tokens in trial.steps:
+                pace.add(seconds * self._usual.seconds_per_step / then, num_tokens)
 
     def _gait_of(self, shape: TreeShape) -> Gait:
         """Trees that were cut at the end of an answer, or explored, belong to the gait that is gone in."""
         known = (gait for gait, tree in self._gaits.trees.items() if tree == shape)
-        return next(known, self._trial or self.gait)
-
-    def _charge(self, seconds: float, num_tokens: int, usual: bool) -> None:
-        """A trial pays for what it takes longer than the gait that it interrupts."""
-        self._credit_seconds -= max(0.0, seconds - num_tokens * self._expected(self.gait))
-        if self._num_unsettled:
-            self._num_unsettled -= 1
-        elif usual:
-            self._trial_steps_left -= 1
-        else:
-            self._trial_waits += 1
-        if self._trial_steps_left == 0 or self._trial_waits >= _PATIENCE_STEPS * self._num_sessions:
-            self._trial, self._steps_since_trial = None, 0
+        return next(known, self._trial.gait if self._trial else self.gait)
 
     def _decide(self) -> None:
         known = {gait: pace for gait in self._gaits.trees if (pace := self._pace(gait)) is not None}
@@ -166,9 +154,18 @@ class Governor:
         # Down by one step first, when the smaller tree is not known and may still pay.
         if self.gait is Gait.ON and gait is Gait.OFF and self._may_pay(Gait.REDUCED, known):
             gait = Gait.REDUCED
-        self.gait = gait
         paces = ", ".join(f"{each.value} {pace.seconds_per_token * 1e3:.1f}" for each, pace in known.items())
         self.reason = f"measured, in ms a token: {paces}"
+        self._go(gait)
+
+    def _go(self, gait: Gait) -> None:
+        pace = self._pace(gait)
+        self.gait, self._past_trial = gait, None
+        self._usual = copy(pace) if pace else Pace(self._num_sessions)
+        self._recent.clear()
+        if pace is None:
+            # Nothing tells how the others' paces are to be compared with those of its steps.
+            self._paces = {}
 
     def _may_pay(self, gait: Gait, known: Mapping[Gait, Pace]) -> bool:
         is_open = gait in self._gaits.trees and gait not in known
@@ -190,9 +187,13 @@ class Governor:
         return gait is not self.gait and self._pace(gait) is None
 
     def _try(self, gait: Gait) -> None:
-        self._trial, self._trial_waits = gait, 0
-        self._trial_steps_left = _num_trial_steps(gait) * self._num_sessions
-        self._num_unsettled = _SETTLING_STEPS * (self._num_sessions - 1)
+        self._trial = Trial(
+            gait,
+            num_steps_left=_num_trial_steps(gait) * self._num_sessions,
+            num_unsettled=_SETTLING_STEPS * (self._num_sessions - 1),
+            num_waits_left=_PATIENCE_STEPS * self._num_sessions,
+            before=self._recent.step_seconds,
+        )
 
     def _expected_loss(self, gait: Gait) -> float:
         pace = self._paces.get(self._gaits.trees[gait])

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from coordinator.governor import Gait
+from coordinator.gaits import Gait
 from coordinator.speculation import Speculator
 from sequoia.errors import InvalidArgument
 

@@ -34,10 +34,21 @@ class Pace:
         self._seconds_squared = keep * self._seconds_squared + seconds**2
         self.observed += 1
 
+    def scale(self, factor: float) -> None:
+        """Take it that everything took so many times as long."""
+        self.seconds *= factor
+        self._products *= factor
+        self._seconds_squared *= factor**2
+
     @property
     def is_known(self) -> bool:
         """Whether it was observed often enough to be compared."""
-        return self.observed >= _KNOWN_STEPS * self._num_sessions
+        return self.num_tokens > 0.0 and self.observed >= _KNOWN_STEPS * self._num_sessions
+
+    @property
+    def seconds_per_step(self) -> float:
+        """On average."""
+        return self.seconds / self.num_steps
 
     @property
     def seconds_per_token(self) -> float:

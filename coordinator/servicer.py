@@ -11,15 +11,17 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.draft_stream import DraftStream
 from coordinator.explanation import explain
 from coordinator.learning import Learning
 from coordinator.request import Request, parse_request
 from coordinator.session import Session
 from coordinator.speculation import RequestSpeculation, Speculator
-from coordinator.streams import DraftStream, Opening, VerifyStream
+from coordinator.stream import Opening
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Step, Transcript
 from coordinator.trees import max_tree_size
+from coordinator.verify_stream import VerifyStream
 from coordinator.workers import Workers
 from sequoia.rpc import error_border
 from sequoia.rules import Rule

@@ -8,11 +8,12 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from coordinator.governor import PLAIN
+from coordinator.draft_stream import DraftStream
+from coordinator.gaits import PLAIN
 from coordinator.report import Report
 from coordinator.speculation import Choice, RequestSpeculation
-from coordinator.streams import DraftStream, VerifyStream
 from coordinator.transcript import Step, Transcript
+from coordinator.verify_stream import VerifyStream
 from sequoia.errors import InvalidArgument, Unavailable
 from sequoia.v1 import draft_pb2, verify_pb2
 
@@ -78,6 +79,7 @@ class Session:
         if self._draft is None or shape == PLAIN:
             return await self._verified(None, min(most, self._choice.num_plain_steps))
         draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
+        self._speculation.opened(self._draft.take_opening_seconds())
         if draft is None:
             self.report.fell_back(self._draft.reason)
             return await self._verified(None, 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS))

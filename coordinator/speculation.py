@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from coordinator.governor import PLAIN, Gait, Gaits, Governor
+from coordinator.gaits import PLAIN, Gait, Gaits
+from coordinator.governor import Governor
 from coordinator.request import Request
 from coordinator.trees import FoundPlan, Pair, TreePlans, max_tree_size
 from sequoia.acceptance import PRIOR
@@ -154,6 +155,11 @@ class RequestSpeculation:
         """A tree came for the step."""
         self._speculator.num_ahead_hits += ahead == draft_pb2.DRAFT_AHEAD_HIT
         self._speculator.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
+
+    def opened(self, seconds: float) -> None:
+        """The draft has read the prompt, on the target's own device, in so many seconds."""
+        if self._governor is not None:
+            self._governor.charge(seconds)
 
     def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
         """What the step took. `usual`: it went as chosen, right after one that did."""

@@ -1,9 +1,11 @@
 import socket
 import urllib.request
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from coordinator.governor import PLAIN, Gaits, Governor
+from coordinator.gaits import PLAIN, Gaits
+from coordinator.governor import Governor
 from coordinator.metrics import serve_metrics
 from coordinator.speculation import BUILT_IN_CHAIN, BUILT_IN_TREE, Speculator
 from sequoia.rules import GREEDY
@@ -21,8 +23,8 @@ class Served(Speculator):
 def test_prometheus_reads_state_and_paces() -> None:
     served = Served()
     [governor] = served.governors.values()
-    governor.observe(BUILT_IN_TREE, 0.2, 4)
-    governor.observe(PLAIN, 0.1, 1)
+    for shape in [BUILT_IN_TREE] * 8 + [PLAIN] * 4 + [BUILT_IN_TREE] * 4:  # with a trial in the middle
+        governor.observe(shape, *((0.1, 1) if shape == PLAIN else (0.2, 4)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -36,7 +38,7 @@ def test_prometheus_reads_state_and_paces() -> None:
     }
     assert values["sequoia_speculation_state", "on"] == 1.0
     assert values["sequoia_speculation_state", "off"] == 0.0
-    assert values["sequoia_seconds_per_token", "8"] == 0.05
-    assert values["sequoia_seconds_per_token", "1"] == 0.1
-    assert values["sequoia_tokens_per_step", "8"] == 4.0
+    assert values["sequoia_seconds_per_token", "8"] == pytest.approx(0.05)
+    assert values["sequoia_seconds_per_token", "1"] == pytest.approx(0.1)
+    assert values["sequoia_tokens_per_step", "8"] == pytest.approx(4.0)
     assert (values["sequoia_draft_ahead_attempts",], values["sequoia_draft_ahead_hits",]) == (7.0, 3.0)

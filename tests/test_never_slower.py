@@ -8,8 +8,9 @@ import time
 import pytest
 from conftest import System
 
+from coordinator.draft_stream import DraftStream
 from coordinator.pool import Pool
-from coordinator.streams import DraftStream, Opening
+from coordinator.stream import Opening
 from sequoia.client import Generation
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling

@@ -12,12 +12,14 @@ import pytest
 from google.protobuf import json_format
 from tiny_models import build_tokenizer
 
+from coordinator.draft_stream import DraftStream
 from coordinator.pool import Pool
 from coordinator.session import Session
 from coordinator.speculation import Choice
-from coordinator.streams import DraftStream, Opening, VerifyStream
+from coordinator.stream import Opening
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Transcript
+from coordinator.verify_stream import VerifyStream
 from sequoia.errors import InvalidArgument
 from sequoia.rpc import Context, Server, error_border
 from sequoia.rules import GREEDY
@@ -59,6 +61,9 @@ class AlwaysTree:
 
     def drafted(self, ahead: int) -> None:
         """Nobody counts."""
+
+    def opened(self, seconds: float) -> None:
+        """Nobody counts that either."""
 
     def observe(self, *observed: object, **how: object) -> None:
         """Nobody learns."""

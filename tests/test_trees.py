@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from redis import Redis
 
-from coordinator.governor import LEAST_SPEEDUP
+from coordinator.gaits import LEAST_SPEEDUP
 from coordinator.request import Request
 from coordinator.speculation import BUILT_IN_TREE, Choice, RequestSpeculation, Speculator
 from coordinator.trees import FoundPlan, TreePlans, plan_key

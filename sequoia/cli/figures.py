@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.table import Table
 
-from coordinator.governor import LEAST_SPEEDUP
+from coordinator.gaits import LEAST_SPEEDUP
 from sequoia.cli.shape_names import in_words
 from sequoia.planner import PricedTree, TreePlan
 from sequoia.rules import ParameterError
