@@ -20,7 +20,7 @@ _LEAST_GAIN, _STANDARD_ERRORS = 0.02, 2.5
 # A trial's length in steps of a session. Plain steps vary less, so that fewer of them will do.
 _TRIAL_STEPS, _PLAIN_TRIAL_STEPS = 8, 4
 # First steps of a trial that are left out of it, for each other session: until the last of them has changed over.
-_SETTLING_STEPS = 2
+_SETTLING_STEPS = 4
 # Plain steps that a session runs on by itself before it asks again: of all sessions together, of one at least.
 _PLAIN_STEPS, _LEAST_PLAIN_STEPS = 64, 4
 # Steps of a session between the end of a trial and the next one, at least; fewer while plain decoding's pace is not
