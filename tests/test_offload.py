@@ -12,7 +12,7 @@ from engines import CACHE_DIR, load_engine, needs_native
 from safetensors.torch import load_file, save_file
 from test_native import tree_logits
 from tiny_models import READABLE_ARCHITECTURES, write_tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from sequoia.engine.decoders import Arithmetic
 from sequoia.engine.forwards import Engine
@@ -20,6 +20,7 @@ from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.model import load_model
 from sequoia.engine.native.library import library
 from sequoia.engine.offload.decoder import NUM_BUFFERS, Offloaded, build_offloaded
+from sequoia.engine.offload.modules import HollowModules
 from sequoia.engine.sources import resolve
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 
@@ -179,9 +180,52 @@ def test_too_little_memory_is_refused_with_what_is_needed(llama: Path, tmp_path:
         build(llama, tmp_path / "cache", "float32", "auto", "none", 1000)
 
 
-def test_the_modules_of_transformers_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgument, match=r"offload: .* cannot be streamed"):
-        build(llama, tmp_path / "cache", "float32", "transformers", "none", ROOM_FOR_ALL)
+@pytest.mark.parametrize("tier", ["disk", "host"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "phi", "starcoder2", "llama", "gemma3"])
+def test_a_model_s_own_modules_are_streamed(tmp_path: Path, architecture: str, tier: str) -> None:
+    folder, cache = tmp_path / architecture, tmp_path / "cache"
+    write_tiny_model(folder, architecture, num_layers=5, tie_word_embeddings=architecture == "starcoder2")
+    expected = tree_logits(load_engine(folder, engine="transformers"))
+    for num_resident in (None, 0, 2):
+        how = {"tier": tier, "num_resident": num_resident}
+        offloaded = build(folder, cache, "float32", "transformers", "none", ROOM_FOR_ALL, **how)
+        with offloaded.stream as stream:
+            engine = engine_of(offloaded, "float32")
+            for _ in range(2):
+                torch.testing.assert_close(tree_logits(engine), expected, rtol=0.0, atol=2e-5)
+            assert stream.num_resident == (5 if num_resident is None else num_resident)
+            assert stream.passed.num_passes == (1 if num_resident is None else 6)
+
+
+def test_a_forward_that_fails_leaves_the_next_one_whole(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "phi", "phi", num_layers=5)
+    offloaded = build(tmp_path / "phi", tmp_path / "cache", "float32", "auto", "none", ROOM_FOR_ALL, num_resident=0)
+    with offloaded.stream:
+        engine = engine_of(offloaded, "float32")
+        expected = tree_logits(engine)
+        layer = offloaded.decoder._hollow.layers[2]  # type: ignore[attr-defined]
+
+        def fail(*_: object) -> None:
+            raise RuntimeError("in the middle")
+
+        handle = layer.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            tree_logits(engine)
+        handle.remove()
+        assert torch.equal(tree_logits(engine), expected)
+
+
+def test_layers_that_cannot_be_told_are_refused_by_name() -> None:
+    module = torch.nn.Module()
+    module.a, module.b = (torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)]) for _ in range(2))
+    module.config = LlamaConfig(num_hidden_layers=3)
+    with pytest.raises(InvalidArgument, match=r"offload: which of the modules of llama models are its 3 layers .*a, b"):
+        HollowModules(module, None)  # type: ignore[arg-type]
+
+
+def test_quantised_modules_are_refused_by_name(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgument, match=r"quantization: int8 needs the native engine"):
+        build(llama, tmp_path / "cache", "float32", "transformers", "int8", ROOM_FOR_ALL)
 
 
 def test_missing_weights_are_refused_by_name(llama: Path, tmp_path: Path) -> None:

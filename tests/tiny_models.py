@@ -13,10 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPTNeoXConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -24,6 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Starcoder2Config,
 )
 
 from sequoia.engine.draft_vocabulary import DraftVocabulary
@@ -31,6 +34,8 @@ from sequoia.engine.draft_vocabulary import DraftVocabulary
 ARCHITECTURES = ("llama", "qwen2", "gemma3")
 # What the native and the lean decoder know.
 READABLE_ARCHITECTURES = (*ARCHITECTURES, "mistral", "qwen3")
+# Served by their own modules.
+_OTHERS = {"gpt_neox": GPTNeoXConfig, "phi": PhiConfig, "starcoder2": Starcoder2Config}
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
@@ -119,6 +124,8 @@ def _build(architecture: str, vocab_size: int, num_layers: int, tie_word_embeddi
         "eos_token_id": 1,
         "pad_token_id": 1,
     }
+    if architecture in _OTHERS:
+        return AutoModelForCausalLM.from_config(_OTHERS[architecture](**common))
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**common))
     if architecture == "qwen2":

@@ -57,13 +57,9 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
     `engine` or `quantization` for what this model or machine cannot do.
     """
     assert model.checkpoint is None, "a hollow model is decoded by `build_offloaded`"
-    if arithmetic.engine == "transformers":
-        return _transformers(model, arithmetic)
-    if not is_readable(model.module):
-        if arithmetic.engine != "auto":
-            kind = model.module.config.model_type
-            raise InvalidArgument(f"{arithmetic.engine} does not know {kind} models; use transformers", "engine")
-        return _transformers(model, arithmetic)
+    if arithmetic.engine == "transformers" or not is_readable(model.module):
+        check_engine(model, arithmetic)
+        return build_transformers(model, arithmetic)
     if arithmetic.engine in ("auto", "native") and not (reason := why_not_native(model, cache_dir)):
         weights = take_weights(model.module, num_positions)
         return NativeDecoder(
@@ -83,6 +79,13 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
     return GraphsDecoder(lean, model.device) if captures else lean
 
 
+def check_engine(model: LoadedModel, arithmetic: Arithmetic) -> None:
+    """Raises InvalidArgument naming `engine` for one that does not know this kind of model."""
+    if arithmetic.engine not in ("auto", "transformers") and not is_readable(model.module):
+        kind = model.module.config.model_type
+        raise InvalidArgument(f"{arithmetic.engine} does not know {kind} models; use transformers", "engine")
+
+
 def _captures(model: LoadedModel, arithmetic: Arithmetic) -> bool:
     """Whether forwards become graphs: on a CUDA device, or when asked for. A row's company then has a say in it."""
     if arithmetic.engine == "graphs" and arithmetic.deterministic:
@@ -96,6 +99,8 @@ def why_not_native(model: LoadedModel, cache_dir: Path) -> str:
     """What keeps the C engine from it; empty when the C engine runs this model."""
     if model.device.type != "cpu":
         return f"it runs on the CPU, and the model is on {model.device.type}"
+    if not is_readable(model.module):
+        return f"it does not know {model.module.config.model_type} models"
     if model.dtype != torch.bfloat16:
         return f"it computes in bfloat16, and the model is in {model.dtype_name}"
     if not can_run(read_shape(model.module)):
@@ -115,7 +120,8 @@ def check_quantization(arithmetic: Arithmetic, reason: str) -> None:
         raise InvalidArgument(f"{wanted} needs the native engine{why}; use none", "quantization")
 
 
-def _transformers(model: LoadedModel, arithmetic: Arithmetic) -> Decoder:
+def build_transformers(model: LoadedModel, arithmetic: Arithmetic) -> TransformersDecoder:
+    """The model's own modules."""
     check_quantization(arithmetic, "")
     register()
     determinism.register()

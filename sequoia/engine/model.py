@@ -16,7 +16,7 @@ from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.dense import dense_files
 from sequoia.engine.draft_vocabulary import DraftVocabulary, narrow_head, read_vocabulary
 from sequoia.engine.offload.checkpoint import Checkpoint
-from sequoia.engine.offload.hollow import hollow_module
+from sequoia.engine.offload.hollow import hollow_module, weight_names
 from sequoia.engine.sources import ModelFiles
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
@@ -90,7 +90,7 @@ def load_model(
         revision=files.revision,
         reference=files.reference,
         vocabulary=vocabulary,
-        checkpoint=Checkpoint(files.directory, element) if is_hollow else None,
+        checkpoint=Checkpoint(files.directory, element, weight_names(module)) if is_hollow else None,
     )
 
 

@@ -8,16 +8,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
 from sequoia.engine.decoder import Decoder
-from sequoia.engine.decoders import BITS, Arithmetic, build_lean, check_quantization, why_not_native
+from sequoia.engine.decoders import (
+    BITS,
+    Arithmetic,
+    build_lean,
+    build_transformers,
+    check_engine,
+    check_quantization,
+    why_not_native,
+)
 from sequoia.engine.model import LoadedModel
 from sequoia.engine.native.decoder import NativeDecoder
 from sequoia.engine.native.layers import pack_layer
 from sequoia.engine.native.library import library
 from sequoia.engine.offload.block import Block
-from sequoia.engine.offload.hollow import fill_buffers
 from sequoia.engine.offload.host import HostBlock
-from sequoia.engine.offload.layout import HollowModel, OnProgress, lay_out
+from sequoia.engine.offload.layout import HollowModel, OnProgress, Store, lay_out
+from sequoia.engine.offload.modules import HollowModules, StreamedModules, modules_shape
 from sequoia.engine.offload.stream import AnyBlock, B, BlockStream
 from sequoia.engine.weights import DecoderShape, is_readable, layer_tensors, on_device
 from sequoia.errors import InvalidArgument
@@ -57,9 +67,7 @@ def build_offloaded(
     naming `offload` for files that cannot be written or read.
     """
     if not is_readable(model.module) or arithmetic.engine == "transformers":
-        kind = model.module.config.model_type
-        raise InvalidArgument(f"the modules of transformers, which run {kind} models, cannot be streamed", "offload")
-    fill_buffers(model.module)
+        return _of_modules(model, arithmetic, cache_dir, room, tier, num_resident, on_progress)
     reason = _why_not_native(model, arithmetic, tier, cache_dir)
     if reason and arithmetic.engine not in ("auto", "lean"):
         raise InvalidArgument(f"{arithmetic.engine} cannot stream this model: {reason}; use auto", "engine")
@@ -71,8 +79,8 @@ def build_offloaded(
         return _from_host(model, hollow, arithmetic, room, num_resident, on_progress)
     bits = BITS[arithmetic.quantization]
     form, encode = ("plain", layer_tensors) if reason else (f"panels{bits}", partial(pack_layer, bits=bits))
-    folder = cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
-    blocks = list(map(Block, lay_out(hollow, encode, folder, on_progress)))
+    write = partial(hollow.encode, encode)
+    blocks = _on_disk(hollow.num_layers, write, _folder(model, cache_dir, form), on_progress)
     stream = _stream(blocks, room(hollow.weights.shape), num_resident)
     if reason:
         return Offloaded(build_lean(model, arithmetic, hollow.weights, stream), stream)
@@ -85,6 +93,45 @@ def build_offloaded(
         stream=stream,
     )
     return Offloaded(decoder, stream)
+
+
+def _of_modules(
+    model: LoadedModel,
+    arithmetic: Arithmetic,
+    cache_dir: Path,
+    room: Room,
+    tier: str,
+    num_resident: int | None,
+    on_progress: OnProgress,
+) -> Offloaded:
+    """By the model's own modules, from either tier."""
+    check_engine(model, arithmetic)
+    if arithmetic.quantization != "none":
+        problem = f"{arithmetic.quantization} needs the native engine where weights are streamed"
+        raise InvalidArgument(f"{problem}; use none", "quantization")
+    assert model.checkpoint is not None
+    hollow = HollowModules(model.module, model.checkpoint)
+    decoder = build_transformers(model, arithmetic)
+    blocks: list[Any] = []
+    if tier == "host":
+        hollow.encode(lambda _, tensors: blocks.append(HostBlock(tensors, model.device)), on_progress)
+        module: nn.Module = model.module
+        module.to(model.device)
+    else:
+        folder = _folder(model, cache_dir, "modules")
+        blocks = _on_disk(len(hollow.layers), hollow.encode, folder, on_progress)
+    stream: BlockStream[Any] = _stream(blocks, room(modules_shape(model.module)), num_resident)
+    return Offloaded(StreamedModules(decoder, hollow, stream), stream)
+
+
+def _folder(model: LoadedModel, cache_dir: Path, form: str) -> Path:
+    return cache_dir / "offload" / f"{model.revision}-{model.dtype_name}-{form}-{_VERSION}"
+
+
+def _on_disk(
+    num_layers: int, write: Callable[[Store, OnProgress], None], folder: Path, on_progress: OnProgress
+) -> list[Block]:
+    return list(map(Block, lay_out(num_layers, write, folder, on_progress)))
 
 
 def _why_not_native(model: LoadedModel, arithmetic: Arithmetic, tier: str, cache_dir: Path) -> str:

@@ -24,6 +24,7 @@ from sequoia.errors import FailedPrecondition
 _LOG = logging.getLogger(__name__)
 
 Encode = Callable[[LayerWeights], Mapping[str, Tensor]]
+Store = Callable[[int, Tensors], None]  # a layer's tensors, by its index
 OnProgress = Callable[[int, int], None]  # (layers done, layers in all)
 
 
@@ -49,17 +50,19 @@ class HollowModel:
         """Of the model."""
         return self.weights.shape.num_layers
 
-    def encode(self, encode: Encode, store: Callable[[int, Tensors], None], on_progress: OnProgress) -> None:
+    def encode(self, encode: Encode, store: Store, on_progress: OnProgress) -> None:
         """Store one layer after another, by its index, each out of memory before the next one. Once only."""
         for index, layer in enumerate(self._body.layers):
             self._checkpoint.fill(layer, f"model.layers.{index}.")
             store(index, {name: each.contiguous() for name, each in encode(next(self.weights.layers)).items()})
-            _give_back()
+            give_back()
             on_progress(index + 1, self.num_layers)
 
 
-def lay_out(model: HollowModel, encode: Encode, folder: Path, on_progress: OnProgress) -> list[Path]:
-    """A file for each layer in `folder`, written by the first process that asks.
+def lay_out(
+    num_layers: int, encode: Callable[[Store, OnProgress], None], folder: Path, on_progress: OnProgress
+) -> list[Path]:
+    """A file for each layer in `folder`, written by the first process that asks with what `encode` stores.
 
     Raises FailedPrecondition naming `offload` where the disk does not take them.
     """
@@ -67,23 +70,23 @@ def lay_out(model: HollowModel, encode: Encode, folder: Path, on_progress: OnPro
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             _LOG.info("laying the model out for offloading", extra={"folder": str(folder)})
-            _write(model, encode, folder, on_progress)
-    return [folder / _name(index) for index in range(model.num_layers)]
+            _write(encode, folder, on_progress)
+    return [folder / _name(index) for index in range(num_layers)]
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """What was freed: glibc keeps pieces of a layer in its heap, some hundred megabytes when all are written."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _write(model: HollowModel, encode: Encode, folder: Path, on_progress: OnProgress) -> None:
+def _write(encode: Callable[[Store, OnProgress], None], folder: Path, on_progress: OnProgress) -> None:
     """Whole or not at all."""
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as scratch:
         written = Path(scratch) / "layers"
         written.mkdir()
         try:
-            model.encode(encode, lambda index, tensors: write_block(written / _name(index), tensors), on_progress)
+            encode(lambda index, tensors: write_block(written / _name(index), tensors), on_progress)
         except OSError as error:
             free = shutil.disk_usage(scratch).free
             problem = f"layers cannot be written to {folder.parent}, where {free / 1e9:.1f} GB are free: {error}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from queue import Queue
@@ -114,7 +114,7 @@ class BlockStream(Generic[B]):
         for block in self._streamed:
             block.close()
 
-    def blocks(self) -> Iterator[Tensors]:
+    def blocks(self) -> Generator[Tensors]:
         """One pass: every block's tensors, good until the next ones are asked for.
 
         Raises what Block.read raises. A pass that does not come to its end costs what was read ahead, no more; the next
