@@ -63,8 +63,10 @@ class Transcript:
 
     def _named(self, logprobs: Sequence[sampling_pb2.TokenLogprobs]) -> tuple[sampling_pb2.TokenLogprobs, ...]:
         """With the bytes of every token."""
-        for message in (part for each in logprobs for part in (each, *each.top)):
-            message.token_bytes = self._text.token_bytes[message.token_id]
+        for each in logprobs:
+            each.token_bytes = self._text.token_bytes[each.token_id]
+            for likely in each.top:
+                likely.token_bytes = self._text.token_bytes[likely.token_id]
         return tuple(logprobs)
 
     def _take(self, token_id: int) -> tuple[str, coordinator_pb2.FinishReason | None]:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 _COMMANDS = {
     "demo": "start the system, stream one answer, show what speculation did, stop",
     "up": "start the system on this machine and keep it running",
+    "gateway": "serve the OpenAI API over HTTP, before a running system",
     "generate": "continue a prompt on a running system",
     "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
     "explain": "show why a pair is decoded the way it is, and what other trees would bring",
