@@ -185,6 +185,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _failure(error: ApiError) -> Response:
+    _log.info("refused", extra={"status": error.status, "error": error.message})
     return JSONResponse(error.to_dict(), error.status, headers=error.headers)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import time
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from coordinator.gateway.failures import ApiError
@@ -72,8 +73,13 @@ def _served(pair: coordinator_pb2.DescribePairResponse, further_names: tuple[str
     # What decides the text for a seed.
     parts = (verify.model, verify.model_revision, verify.dtype, verify.quantization)
     return ServedModel(
-        names=tuple(dict.fromkeys((verify.model, *further_names))),
-        draft=pair.draft.model if pair.HasField("draft") else None,
+        names=tuple(dict.fromkeys((_name(verify.model), *further_names))),
+        draft=_name(pair.draft.model) if pair.HasField("draft") else None,
         context_length=verify.context_length,
         fingerprint="fp_" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:10],
     )
+
+
+def _name(model: str) -> str:
+    """Where a model lies on its server is nobody's business: of a path only the last part."""
+    return PurePath(model).name if model.startswith(("/", ".", "~")) else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import json
 import logging
@@ -19,6 +20,9 @@ from sequoia.client import AsyncClient
 from sequoia.errors import InvalidArgument
 
 _log = logging.getLogger(__name__)
+
+# In which a client that does read takes leave.
+_FAREWELL_SECONDS = 0.5
 
 
 def serve(config: GatewayConfig) -> None:
@@ -66,6 +70,19 @@ class _Announced(uvicorn.Server):
             scheme = "https" if self.config.is_ssl else "http"
             address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
             print(json.dumps({"event": "serving", "address": address, "service": "http"}), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        leaving = asyncio.create_task(self._leave_idle())
+        await super().shutdown(sockets)
+        leaving.cancel()
+
+    async def _leave_idle(self) -> None:
+        """Drop connections without an answer: a client that does not read would never agree to the end of TLS."""
+        if running := set(self.server_state.tasks):
+            await asyncio.wait(running)
+        await asyncio.sleep(_FAREWELL_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _listen(config: GatewayConfig) -> socket.socket:
