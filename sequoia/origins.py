@@ -28,12 +28,12 @@ class Origins:
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._waiting: deque[Piece] = deque()  # of tokens whose text is held back as yet
-        self._num_drafted = 0
+        self.num_drafted = 0  # tokens so far that were the draft's
 
     def push(self, chunk: Chunk) -> tuple[Piece, ...]:
         """The pieces of the chunk's text, in order: together they are all of it."""
         num_drafted = self._num_drafted_of(chunk)
-        self._num_drafted += num_drafted
+        self.num_drafted += num_drafted
         for index, each in enumerate(chunk.logprobs):
             self._waiting.append(Piece(self._decoder.decode(each.token_bytes), index < num_drafted))
         pieces = groupby(self._taken(chunk.text), attrgetter("is_drafted"))
@@ -44,7 +44,7 @@ class Origins:
         num_tokens = len(chunk.token_ids)
         if chunk.generation is None:
             return max(0, num_tokens - 1)
-        num_accepted = chunk.generation.speculation.num_accepted_tokens - self._num_drafted
+        num_accepted = chunk.generation.speculation.num_accepted_tokens - self.num_drafted
         return min(num_tokens, max(0, num_accepted))
 
     def _taken(self, text: str) -> list[Piece]:

@@ -8,9 +8,11 @@ import json
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import headless_chromium, needs_chromium
 from conftest import System, start_tiny_system
 from openai import AsyncOpenAI, BadRequestError, NotFoundError, OpenAI
 
@@ -25,6 +27,12 @@ KINDS: dict[str, RequestOptions] = {
     "seeded": SEEDED,
     "penalised": {**SEEDED, "presence_penalty": 0.5, "frequency_penalty": 0.7, "top_p": 0.9, "logit_bias": {40: 3}},
 }
+
+ASK = """
+const set = (id, value) => { document.getElementById(id).value = value; };
+set("speculation", "tree"); set("temperature", "0"); set("max-tokens", "32"); set("text", "The sky <b>is</b>");
+document.getElementById("ask").requestSubmit();
+"""
 
 
 @dataclass(frozen=True)
@@ -407,3 +415,19 @@ def test_the_system_is_healthy(served: Served) -> None:
     connection = http.client.HTTPConnection(served.url.split("/")[2], timeout=10)
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200
+
+
+@needs_chromium
+def test_the_page_answers_in_two_colours_and_without_complaint(served: Served, tmp_path: Path) -> None:
+    expected = served.system.client.generate([Message("user", "The sky <b>is</b>")], max_tokens=32, temperature=0)
+    with headless_chromium(tmp_path) as browser:
+        browser.open(served.url.removesuffix("v1"))
+        browser.wait_for("document.getElementById('model').textContent.includes('target, drafted by draft')")
+        browser.run(ASK)
+        browser.wait_for("document.getElementById('shares').children.length")
+        assert browser.run("return document.querySelector('.said.assistant').textContent") == expected.text
+        assert browser.run("return document.querySelector('.said.user').textContent") == "The sky <b>is</b>"
+        assert browser.run("return document.querySelectorAll('.said.assistant .draft').length") > 0
+        assert browser.run("return document.querySelectorAll('.said.assistant .target').length") > 0
+        assert browser.run("return document.querySelectorAll('#steps rect').length") > 0
+        assert [each for each in browser.errors() if each["level"] in ("SEVERE", "WARNING")] == []

@@ -7,6 +7,7 @@ import logging
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
@@ -14,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -35,6 +36,13 @@ Result = TypeVar("Result")
 _CLIENT_CLOSED_REQUEST = 499
 # A proxy that gathers pieces would make a stream one lump.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+_PAGE = Path(__file__).with_name("page.html")
+# What a page of one file may do: run what is in it, and ask the gateway that sent it.
+_PAGE_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'"
+)
+_PAGE_HEADERS = {"content-security-policy": _PAGE_POLICY}
 
 
 def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Starlette:
@@ -45,6 +53,7 @@ def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Star
         Route("/v1/completions", gateway.completions, methods=["POST"]),
         Route("/v1/models", gateway.models, methods=["GET"]),
         Route("/v1/models/{name:path}", gateway.model, methods=["GET"]),
+        Route("/", gateway.page, methods=["GET"]),
         Route("/health", gateway.health, methods=["GET"]),
     ]
     origins = split(config.cors_origins)
@@ -91,6 +100,10 @@ class Gateway:
         """Whether a request would be served. No key is asked."""
         served = await self._watch.look()
         return JSONResponse({"status": "serving", "model": served.names[0]})
+
+    async def page(self, request: Request) -> Response:
+        """A chat that shows what speculation does. It holds no secret: it asks for the key, where one is needed."""
+        return HTMLResponse(_PAGE.read_text(), headers=_PAGE_HEADERS)
 
     def _owner(self, request: Request) -> str:
         return self._keys.owner(request.headers.get("authorization", ""))

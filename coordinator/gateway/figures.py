@@ -39,9 +39,11 @@ class Extras:
     def _pieces(self, chunks: Sequence[Chunk]) -> Json:
         if self._origins is None:
             return {}
+        num_before = self._origins.num_drafted
         pieces = [piece for chunk in chunks for piece in self._origins.push(chunk)]
         return {
             "num_tokens": sum(len(each.token_ids) for each in chunks),
+            "num_drafted_tokens": self._origins.num_drafted - num_before,
             "pieces": [{"text": text, "from": "draft" if is_drafted else "target"} for text, is_drafted in pieces],
         }
 

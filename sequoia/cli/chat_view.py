@@ -30,7 +30,8 @@ class AnswerView:
         self._origins = Origins() if shows_speculation else None
         self._line = Text()
         self._num_tokens = self._num_steps = 0
-        self._began = self._last = 0.0
+        self._began: float | None = None
+        self._last = 0.0
         self._generation: Generation | None = None
         self._live = Live(console=console, refresh_per_second=_NUM_REFRESHES, transient=True)
 
@@ -63,7 +64,7 @@ class AnswerView:
     def figures(self) -> Text:
         """Tokens, tokens a second and tokens per step so far; of a finished answer as the coordinator counts them."""
         tokens, generation = self._num_tokens, self._generation
-        seconds = self._last - self._began
+        seconds = self._last - (self._began or 0.0)
         rate = f"{(tokens - 1) / seconds:.1f}" if tokens > 1 and seconds > 0 else "-"
         # The first token is that of the opening, which is no step.
         per_step = (tokens - 1) / (self._num_steps - 1) if self._num_steps > 1 else 0.0
@@ -76,7 +77,7 @@ class AnswerView:
 
     def _count(self, chunk: Chunk) -> None:
         self._last = self._clock()
-        self._began = self._began or self._last
+        self._began = self._last if self._began is None else self._began
         self._num_tokens += len(chunk.token_ids)
         self._num_steps += 1
         self._generation = chunk.generation
