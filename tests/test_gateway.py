@@ -295,6 +295,11 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ({"extra_body": {"rule": "best"}}, "rule"),
     ({"extra_body": {"speculation": "maybe"}}, "speculation"),
     ({"extra_body": {"speculation": {"parents": [0]}}}, "speculation"),
+    ({"extra_body": {"speculation": {"parents": [-1] + [0] * 5000}}}, "speculation"),
+    ({"extra_body": {"speculation": {"parents": [-1, 0.0]}}}, "speculation.parents[1]"),
+    ({"extra_body": {"speculation": {"size": 4, "levels": 9, "width": 1}}}, "speculation"),
+    ({"extra_body": {"speculation": {"size": 4.5, "levels": 2, "width": 1}}}, "speculation.size"),
+    ({"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias"),
     ({"extra_body": {"min_tokens": 99}}, "min_tokens"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "tool", "content": "5"}]}, "messages[0].role"),
@@ -363,6 +368,7 @@ def test_a_client_that_leaves_a_stream_frees_both_slots(served: Served) -> None:
     assert served.system.num_slots_used("verify") == 1
     stream.close()
     served.wait_until_free()
+    assert "left by its client" in served.system.deployment.processes["gateway"].log_path.read_text()
 
 
 async def test_a_client_that_does_not_wait_for_its_answer_frees_both_slots(

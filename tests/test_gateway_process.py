@@ -26,10 +26,11 @@ from openai import OpenAI
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
+from coordinator.gateway.failures import STATUS_BY_CODE
 from coordinator.gateway.fields import HONOURED, LABELS, REFUSED, table
 from coordinator.gateway.keys import ApiKeys
 from sequoia.cli.process import ServerProcess, wait_until_serving
-from sequoia.errors import InvalidArgument
+from sequoia.errors import ERROR_BY_CODE, InvalidArgument
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, worker_pb2
 
@@ -141,7 +142,12 @@ def test_a_status_of_the_coordinator_is_one_of_http(
     with client_of(plain) as client, pytest.raises(error) as raised:
         complete(client, name, stream=streams)
     assert raised.value.status_code == status
-    assert raised.value.message.endswith(f"told {name}")
+    assert str(raised.value.request_id) in plain.log_path.read_text()
+    assert f"told {name}" in raised.value.message
+
+
+def test_every_error_has_a_status_of_http() -> None:
+    assert ERROR_BY_CODE.keys() <= STATUS_BY_CODE.keys()
 
 
 def test_who_is_to_come_again_is_told_when(plain: ServerProcess) -> None:
@@ -178,6 +184,11 @@ def test_without_a_coordinator_the_gateway_is_not_healthy(tmp_path: Path) -> Non
             complete(client, "Hello")
     assert raised.value.status_code == 503
     assert "no coordinator answers at 127.0.0.1:1" in raised.value.message
+
+
+def test_where_a_coordinator_is_lost_the_next_one_is_asked(address: str, tmp_path: Path) -> None:
+    with gateway(f"127.0.0.1:1,{address}", tmp_path) as process, client_of(process) as client:
+        assert complete(client, "Hello").choices[0].text == "Hello"
 
 
 def get(process: ServerProcess, path: str, method: str = "GET", **headers: str) -> tuple[int, Any]:

@@ -2,40 +2,34 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from contextlib import aclosing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
-from coordinator.gateway.answering import Piece, generate, stream
 from coordinator.gateway.asked import Asked, read_chat, read_completion
 from coordinator.gateway.body import Body, read_body
+from coordinator.gateway.call import REQUEST_ID, Call
 from coordinator.gateway.config import GatewayConfig, split
 from coordinator.gateway.failures import ApiError, api_error
 from coordinator.gateway.keys import ApiKeys
-from coordinator.gateway.replies import Reply, event
+from coordinator.gateway.replies import Reply
 from coordinator.gateway.served_model import ModelWatch
 from sequoia.client import AsyncClient
 from sequoia.errors import SequoiaError
 
 _log = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
 _CLIENT_CLOSED_REQUEST = 499
-# A proxy that gathers pieces would make a stream one lump.
-_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 _PAGE = Path(__file__).with_name("page.html")
 # What a page of one file may do: run what is in it, and ask the gateway that sent it.
 _PAGE_POLICY = (
@@ -57,7 +51,13 @@ def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Star
         Route("/health", gateway.health, methods=["GET"]),
     ]
     origins = split(config.cors_origins)
-    cors = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["*"])
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[REQUEST_ID, "retry-after"],
+    )
     handlers: dict[Any, Callable[[Request, Any], Any]] = {
         ApiError: lambda _, error: _failure(error),
         SequoiaError: lambda _, error: _failure(api_error(error)),
@@ -109,96 +109,25 @@ class Gateway:
         return self._keys.owner(request.headers.get("authorization", ""))
 
     async def _answer(self, request: Request, read: Callable[[Body], Asked]) -> Response:
-        owner = self._owner(request)
-        asked = read(await read_body(request, self._config.max_body_bytes, self._config.body_timeout_seconds))
-        served = await self._watch.current()
-        served.check(asked.model)
-        call = Call(self._client, asked, Reply(asked, served), owner)
+        """A failure has the request's id as well: it is what a client can be asked for."""
+        request_id, names = f"req_{secrets.token_hex(8)}", dict[str, str]()
         try:
+            owner = self._owner(request)
+            asked = read(await read_body(request, self._config.max_body_bytes, self._config.body_timeout_seconds))
+            names |= asked.names
+            served = await self._watch.current()
+            served.check(asked.model)
+            call = Call(self._client, asked, Reply(asked, served), request_id, owner)
             return await (call.stream(request) if asked.streams else call.whole(request))
-        except SequoiaError as error:
-            raise api_error(error, asked.names) from error
-
-
-class Call:
-    """One request on its way: its answers, their reply, and the log of it."""
-
-    def __init__(self, client: AsyncClient, asked: Asked, reply: Reply, owner: str) -> None:
-        self._client, self._asked, self._reply = client, asked, reply
-        self._log_fields = {"request_id": f"req_{secrets.token_hex(8)}", "endpoint": asked.endpoint, "owner": owner}
-
-    async def whole(self, request: Request) -> Response:
-        """All at once, when it is there."""
-        told = self._reply.whole(await _unless_gone(request, generate(self._client, self._asked)))
-        self._log("answered")
-        return JSONResponse(told, headers=self._headers)
-
-    async def stream(self, request: Request) -> Response:
-        """As it comes. What fails before the first piece is an error with a status of its own."""
-        pieces = stream(self._client, self._asked)
-        first = await _unless_gone(request, _next(pieces))
-        return _EventStream(pieces, self._events(first, pieces), self._headers | _STREAM_HEADERS)
-
-    async def _events(self, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[str]:
-        for told in (*self._reply.opening(), *self._reply.pieces(*first)):
-            yield told
-        try:
-            async for index, chunk in pieces:
-                for told in self._reply.pieces(index, chunk):
-                    yield told
-        except SequoiaError as error:
-            self._log("failed", error=str(error))
-            yield event(api_error(error, self._asked.names).to_dict())
-            return
-        for told in self._reply.closing():
-            yield told
-        self._log("answered")
-
-    @property
-    def _headers(self) -> dict[str, str]:
-        return {"x-request-id": self._log_fields["request_id"]}
-
-    def _log(self, what: str, **fields: object) -> None:
-        _log.info(what, extra={**self._log_fields, **self._reply.usage, **fields})
-
-
-class _EventStream(StreamingResponse):
-    """Closes the answers with the response, whether or not anything of it was sent."""
-
-    def __init__(self, pieces: AsyncGenerator[Piece], events: AsyncIterator[str], headers: dict[str, str]) -> None:
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._pieces = pieces
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._pieces):
-            await super().__call__(scope, receive, send)
-
-
-async def _next(pieces: AsyncGenerator[Piece]) -> Piece:
-    return await anext(pieces)
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of the work, which is cancelled when the client goes away: ClientDisconnect then."""
-    task, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnect
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        except (ApiError, SequoiaError) as error:
+            failure = error if isinstance(error, ApiError) else api_error(error, names)
+            failure.headers[REQUEST_ID] = request_id
+            return _failure(failure)
 
 
 def _failure(error: ApiError) -> Response:
-    _log.info("refused", extra={"status": error.status, "error": error.message})
+    told = {"status": error.status, "error": error.message, "request_id": error.headers.get(REQUEST_ID)}
+    _log.info("refused", extra=told)
     return JSONResponse(error.to_dict(), error.status, headers=error.headers)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from coordinator.gateway.body import Body
 from coordinator.gateway.conversation import read_messages
 from coordinator.gateway.fields import Endpoint, check_names
+from coordinator.gateway.options import read_options
 from sequoia.errors import InvalidArgument
-from sequoia.options import Prompt, RequestOptions, Speculation
-from sequoia.topology import DynamicShape, Topology
+from sequoia.options import Prompt, RequestOptions
 
 MAX_CHOICES = 32
 _COMPLETION_TOKENS = 16
@@ -57,7 +57,7 @@ def read_chat(body: Body) -> Asked:
     is_told, num_top = body.flag("logprobs") or False, body.whole("top_logprobs")
     if num_top is not None and not is_told:
         raise InvalidArgument("goes with logprobs: true", "top_logprobs")
-    options = _options(body)
+    options = read_options(body)
     options["max_tokens"] = limits[given[0]] if given else _ALL_THERE_IS_ROOM_FOR
     return _asked(
         body,
@@ -75,7 +75,7 @@ def read_completion(body: Body) -> Asked:
     # All of as many as were asked for are the best of them.
     fields = {name: value for name, value in body.fields.items() if name != "best_of" or best_of != num_choices}
     check_names(fields, "completions")
-    options = _options(body)
+    options = read_options(body)
     limit = body.whole("max_tokens")
     options["max_tokens"] = _COMPLETION_TOKENS if limit is None else limit
     num_logprobs, prompts = body.whole("logprobs"), _prompts(body)
@@ -118,27 +118,6 @@ def _asked(
     )
 
 
-def _options(body: Body) -> RequestOptions:
-    """All but max_tokens and logprobs, of which each endpoint has its own idea."""
-    return RequestOptions(
-        temperature=body.number("temperature"),
-        top_p=body.number("top_p"),
-        top_k=body.whole("top_k"),
-        min_p=body.number("min_p"),
-        repetition_penalty=body.number("repetition_penalty"),
-        presence_penalty=body.number("presence_penalty"),
-        frequency_penalty=body.number("frequency_penalty"),
-        logit_bias=_biases(body.group("logit_bias")),
-        seed=_seed(body),
-        stop=_stops(body),
-        stop_token_ids=body.items("stop_token_ids") or (),
-        ignore_eos=body.flag("ignore_eos"),
-        min_tokens=body.whole("min_tokens"),
-        speculation=_speculation(body),
-        rule=body.text("rule"),
-    )
-
-
 def _num_choices(body: Body, num_prompts: int) -> int:
     n = body.whole("n")
     if n is not None and not 1 <= n * num_prompts <= MAX_CHOICES:
@@ -146,13 +125,6 @@ def _num_choices(body: Body, num_prompts: int) -> int:
     if num_prompts > MAX_CHOICES:
         raise InvalidArgument(f"are {num_prompts}; send at most {MAX_CHOICES} at a time", "prompt")
     return n or 1
-
-
-def _seed(body: Body) -> int | None:
-    seed, last = body.whole("seed"), (body.whole("n") or 1) - 1
-    if seed is not None and seed + last >= 2**64:
-        raise InvalidArgument(f"choice {last} would have {seed + last}; seeds end before 2**64", "seed")
-    return seed
 
 
 def _tells_usage(body: Body, *, streams: bool) -> bool:
@@ -166,23 +138,6 @@ def _tells_usage(body: Body, *, streams: bool) -> bool:
         if name != "include_usage" and not (name == "include_obfuscation" and value in (None, False)):
             raise InvalidArgument("is not served; leave it out", options.name_of(name))
     return options.flag("include_usage") or False
-
-
-def _stops(body: Body) -> list[str]:
-    if isinstance(body.fields.get("stop"), list):
-        stops = Body({f"stop[{index}]": each for index, each in enumerate(body.fields["stop"])})
-        return [stops.text(name) or "" for name in stops.fields]
-    stop = body.text("stop")
-    return [] if stop is None else [stop]
-
-
-def _biases(biases: Body | None) -> dict[int, float]:
-    if biases is None:
-        return {}
-    try:
-        return {int(name): biases.number(name) or 0.0 for name in biases.fields}
-    except ValueError as error:
-        raise InvalidArgument(f"keys are token ids: {error}", "logit_bias") from error
 
 
 def _prompts(body: Body) -> tuple[Prompt, ...]:
@@ -208,16 +163,3 @@ def _is_token_id(value: Any) -> bool:
 
 def _is_token_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_is_token_id, value))
-
-
-def _speculation(body: Body) -> Speculation:
-    if not isinstance(body.fields.get("speculation"), dict):
-        mode: Any = body.text("speculation")
-        return mode or "auto"
-    fields = body.fields["speculation"]
-    try:
-        if fields.keys() == {"parents"}:
-            return Topology(tuple(fields["parents"]))
-        return DynamicShape(**fields)
-    except (TypeError, ValueError) as error:
-        raise InvalidArgument(f"is no tree: {error}", "speculation") from error

@@ -24,9 +24,18 @@ STATUS_BY_CODE = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 _CODES = {400: None, 429: "rate_limit_exceeded"}
-# Fields of the wire by the names that they have in a body. Those of sampling and speculation are called alike.
-_PARAMS = {"text": "prompt", "token_ids": "prompt", "chat": "messages", "input": "prompt", "mode": "speculation"}
-_PARAMS |= {"topology": "speculation", "dynamic": "speculation"}
+# Fields of the wire by the names that they have in a body, where those are others.
+_PARAMS = {
+    "text": "prompt",
+    "token_ids": "prompt",
+    "input": "prompt",
+    "chat": "messages",
+    "speculation.rule": "rule",
+    "speculation.mode": "speculation",
+    "speculation.topology": "speculation",
+    "speculation.dynamic": "speculation",
+    "num_logprobs": "logprobs",
+}
 
 
 class ApiError(Exception):
@@ -64,7 +73,7 @@ def api_error(error: SequoiaError, names: Mapping[str, str] | None = None) -> Ap
 
 
 def _param(field_name: str, names: Mapping[str, str]) -> str:
-    group, _, rest = field_name.partition(".")
-    name = rest.partition(".")[0] if rest and group in ("sampling", "speculation") else field_name
-    name = {"num_logprobs": "logprobs", **_PARAMS}.get(name, name)
+    name = field_name.removeprefix("sampling.")
+    # A part of a field of the wire is no field of a body.
+    name = _PARAMS.get(".".join(name.split(".")[:2]), name)
     return names.get(name, name)

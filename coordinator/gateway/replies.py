@@ -79,8 +79,8 @@ class Reply:
 
 
 def event(told: Any) -> str:
-    """One server-sent event."""
-    return f"data: {json.dumps(told, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    """One server-sent event, in ASCII: some clients end lines at characters where the standard does not."""
+    return f"data: {json.dumps(told, separators=(',', ':'))}\n\n"
 
 
 def _choices(asked: Asked) -> list[Choice]:

@@ -138,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.say(f"serving on {system.address}; Ctrl-C stops it")
         steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
         if system.url:
-            steps.say(f"  OPENAI_BASE_URL={system.url} serves the OpenAI API")
+            steps.say(f"  OPENAI_BASE_URL={system.url} is the OpenAI API, and {system.url.removesuffix('v1')} a chat")
         steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
         for process in wait_for_end(list(system.processes.values())):
             if process.name != "draft":
