@@ -36,6 +36,7 @@ class DeploymentSettings:
     dtype: str = "auto"
     listen: str = "127.0.0.1:50600"
     redis_url: str | None = None
+    http_port: int | None = None  # of the OpenAI API, on loopback; 0: a free one; None: without it
     num_threads: int = 0
     context_length: int | None = None
     placement: str = "auto"  # auto, colocated or split
@@ -46,7 +47,6 @@ class DeploymentSettings:
     memory_limit: str | None = None  # of the offloaded target, as 2GiB
     resident_layers: int | None = None  # of it; None: as many as fit
     draft_ahead: str | None = None  # auto, on or off; None: as the environment has it
-    http_port: int | None = None  # of the OpenAI API, on loopback; 0: a free one; None: without it
 
     @property
     def models(self) -> dict[str, str]:
