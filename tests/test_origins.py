@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from sequoia.generation import Chunk, Generation, Usage
+from sequoia.generation import Answer, Chunk
 from sequoia.origins import Origins, Piece
-from sequoia.speculation_figures import figures_from_wire
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
-
-NOTHING = Generation("", (), "stop", Usage(1, 1, 0.1, 0.2), figures_from_wire(pb.SpeculationReport()), "greedy", None)
 
 
 def chunk(text: str, *tokens: bytes, num_accepted: int | None = None) -> Chunk:
     """A step; its last where it says how many tokens were accepted in all."""
+    finish = pb.Finish(speculation=pb.SpeculationReport(num_accepted_tokens=num_accepted or 0))
+    response = pb.GenerateResponse(text=text, token_ids=[5] * len(tokens), finish=finish)
     logprobs = tuple(TokenLogprobs(5, 0.0, 0.0, (), each) for each in tokens)
-    speculation = replace(NOTHING.speculation, num_accepted_tokens=num_accepted or 0)
-    generation = None if num_accepted is None else replace(NOTHING, speculation=speculation)
-    return Chunk(text, (5,) * len(tokens), generation, logprobs)
+    whole = Answer().add(response)
+    return replace(whole, logprobs=logprobs, generation=None if num_accepted is None else whole.generation)
 
 
 def pieces(*chunks: Chunk) -> Sequence[tuple[Piece, ...]]:
