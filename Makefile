@@ -4,6 +4,8 @@ PYTHON ?= python3
 # CUDA build. TORCH="torch==X --index-url URL" takes another one.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Of the OpenAI API, on 127.0.0.1.
+HTTP ?= 8000
 PROMPT ?= Explain in a few sentences why the sky is blue.
 READY := .venv/.ready
 
@@ -12,7 +14,7 @@ demo: $(READY)
 	@$(BIN)/sequoia demo "$(PROMPT)"
 
 up: $(READY)
-	@$(BIN)/sequoia up
+	@$(BIN)/sequoia up --http $(HTTP)
 
 test: $(READY) lint
 	@$(BIN)/python -m pytest -m "not slow"

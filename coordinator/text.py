@@ -9,6 +9,7 @@ from typing import NamedTuple
 from tokenizers import Tokenizer
 
 from coordinator.chat_template import ChatTemplate
+from coordinator.token_bytes import TokenBytes
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.v1 import worker_pb2
 
@@ -26,6 +27,7 @@ class TextCodec:
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None, eos_token_ids: frozenset[int]) -> None:
         self.eos_token_ids = eos_token_ids
+        self.token_bytes = TokenBytes(tokenizer)
         self._tokenizer = tokenizer
         self._template = template
         added = tokenizer.get_added_tokens_decoder().values()
@@ -184,6 +186,7 @@ class TextStream:
     """
 
     def __init__(self, codec: TextCodec, stops: tuple[str, ...] = ()) -> None:
+        self.token_bytes = codec.token_bytes
         self._detokenizer = Detokenizer(codec)
         self._matcher = StopMatcher(stops)
         self._has_stops = bool(stops)

@@ -58,8 +58,16 @@ class Transcript:
             piece, reason = self._take(token_id)
             text.append(piece)
             if reason is not None:
-                return Step("".join(text), tuple(token_ids[:index]), reason, tuple(logprobs[:index]))
-        return Step("".join(text), tuple(token_ids), None, tuple(logprobs))
+                return Step("".join(text), tuple(token_ids[:index]), reason, self._named(logprobs[:index]))
+        return Step("".join(text), tuple(token_ids), None, self._named(logprobs))
+
+    def _named(self, logprobs: Sequence[sampling_pb2.TokenLogprobs]) -> tuple[sampling_pb2.TokenLogprobs, ...]:
+        """With the bytes of every token."""
+        for each in logprobs:
+            each.token_bytes = self._text.token_bytes[each.token_id]
+            for likely in each.top:
+                likely.token_bytes = self._text.token_bytes[likely.token_id]
+        return tuple(logprobs)
 
     def _take(self, token_id: int) -> tuple[str, coordinator_pb2.FinishReason | None]:
         may_stop = self.num_completion_tokens > self._min_tokens

@@ -44,10 +44,19 @@ def load(settings: type[Settings], prog: str, argv: Sequence[str], environ: Mapp
     and one line that names the flag and the variable.
     """
     parser = argparse.ArgumentParser(prog=prog, description=settings.__doc__)
+    add_flags(parser, settings)
+    return fill(settings, parser.parse_args(argv), environ)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
+    """The first half of `load`, for a parser that is somebody else's: declare the flags."""
     _add_flags(parser, settings, "")
-    flags = vars(parser.parse_args(argv))
+
+
+def fill(settings: type[Settings], arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """The second half of `load`: the settings from what the flags and the environment say."""
     try:
-        return _fill(settings, "", flags, environ)
+        return _fill(settings, "", vars(arguments), environ)
     except ValueError as error:
         fail(str(error))
 

@@ -220,12 +220,17 @@ class TokenLogprobs(NamedTuple):
 
     Raw: as the model has it. Processed: after every sampling parameter, -inf where cut; at temperature 0, after all
     that acts before the temperature.
+
+    The bytes are those of the text that a token stands for, a part of a character maybe, and of a special token its
+    name; a client has them, a worker does not.
     """
 
     token_id: int
     raw: float
     processed: float
     top: tuple[tuple[int, float, float], ...]  # (token id, raw, processed), likeliest by raw first
+    token_bytes: bytes = b""
+    top_bytes: tuple[bytes, ...] = ()  # of the tokens of `top`
 
 
 @dataclass(frozen=True, slots=True)

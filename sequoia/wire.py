@@ -164,7 +164,8 @@ def verdict_to_wire(verdict: Verdict) -> verify_pb2.Verdict:
 def logprobs_from_wire(message: sampling_pb2.TokenLogprobs) -> TokenLogprobs:
     """The value."""
     top = tuple((each.token_id, each.raw, each.processed) for each in message.top)
-    return TokenLogprobs(message.token_id, message.raw, message.processed, top)
+    top_bytes = tuple(each.token_bytes for each in message.top)
+    return TokenLogprobs(message.token_id, message.raw, message.processed, top, message.token_bytes, top_bytes)
 
 
 def profile_to_wire(profile: LatencyProfile) -> list[worker_pb2.LatencyCurve]:

@@ -49,6 +49,7 @@ def start_tiny_system(
     dtype: str = "float32",
     engine: str = "auto",
     placement: str = "split",
+    http_port: int | None = None,
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
     target, draft = folder / "target", folder / "draft"
@@ -62,6 +63,7 @@ def start_tiny_system(
         listen="127.0.0.1:0",
         num_threads=1,
         placement=placement,
+        http_port=http_port,
     )
     with (
         Deployment(settings, Steps(Console(quiet=True))) as deployment,

@@ -7,7 +7,14 @@ import sys
 
 import pytest
 
-CONTROL_PLANE = ("sequoia", "sequoia.client", "coordinator.server", "coordinator.planner_job", "sequoia.cli")
+CONTROL_PLANE = (
+    "sequoia",
+    "sequoia.client",
+    "coordinator.server",
+    "coordinator.gateway.server",
+    "coordinator.planner_job",
+    "sequoia.cli",
+)
 
 
 @pytest.mark.parametrize("module", CONTROL_PLANE)

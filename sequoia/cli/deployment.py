@@ -36,6 +36,7 @@ class DeploymentSettings:
     dtype: str = "auto"
     listen: str = "127.0.0.1:50600"
     redis_url: str | None = None
+    http_port: int | None = None  # of the OpenAI API, on loopback; 0: a free one; None: without it
     num_threads: int = 0
     context_length: int | None = None
     placement: str = "auto"  # auto, colocated or split
@@ -121,9 +122,9 @@ class Deployment:
     """A running system, from `with` to its end: the coordinator stops first, then the workers, then Redis.
 
     `address` is the coordinator's, `redis_url` that of its Redis, `addresses` are those of "verify" and "draft" (unless
-    left out). `processes` are these two, or "workers" when `placement` is colocated, and "coordinator". Raises
-    InvalidArgument for a placement that cannot be, and Unavailable, with the end of its log, when a process ends before
-    it serves.
+    left out), and `url` is the OpenAI API's, if there is one. `processes` are these two, or "workers" when `placement`
+    is colocated, "coordinator", and "gateway" if there is one. Raises InvalidArgument for a placement that cannot be,
+    and Unavailable, with the end of its log, when a process ends before it serves.
 
     >>> with Deployment(DeploymentSettings(listen="127.0.0.1:0"), Steps(Console())) as system:
     ...     print(Client(system.address).generate("Hello").text)
@@ -147,6 +148,7 @@ class Deployment:
             self._start_redis()
             self._start_workers()
             self._start_coordinator()
+            self._start_gateway()
         except BaseException:
             self._stack.close()
             raise
@@ -162,6 +164,12 @@ class Deployment:
     def address(self) -> str:
         """Where the coordinator listens."""
         return self.processes["coordinator"].address
+
+    @property
+    def url(self) -> str | None:
+        """Where the OpenAI API is."""
+        gateway = self.processes.get("gateway")
+        return f"{gateway.address}/v1" if gateway else None
 
     def kill(self, name: str) -> None:
         """Kill one process, as a crash would."""
@@ -238,6 +246,12 @@ class Deployment:
         program = _Program("coordinator.server", flags, self._settings.num_threads or num_cores())
         with self._steps.step("starting the coordinator") as on_progress:
             self._start({"coordinator": program}, on_progress)
+
+    def _start_gateway(self) -> None:
+        if self._settings.http_port is not None:
+            flags = {"address": self.address, "listen": f"127.0.0.1:{self._settings.http_port}", "grace-seconds": 5}
+            with self._steps.step("starting the gateway") as on_progress:
+                self._start({"gateway": _Program("coordinator.gateway", flags, 1)}, on_progress)
 
     def _start(self, programs: Mapping[str, _Program], on_progress: Progress) -> None:
         """Start servers, all at a time, and wait until they serve."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="of the coordinator (default %(default)s)",
     )
+    http = "serve the OpenAI API on this port of 127.0.0.1 too; 0: a free one (`sequoia gateway` serves it elsewhere)"
+    parser.add_argument("--http", type=int, metavar="PORT", help=http)
     parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object when it serves; what is done is told on stderr"
@@ -128,11 +131,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Start, say where, and stay until interrupted or until the target is lost."""
     stop_on_sigterm()
     steps = Steps(Console(stderr=arguments.json))
-    with Deployment(deployment_settings(arguments, arguments.listen, arguments.redis), steps) as system:
+    settings = replace(deployment_settings(arguments, arguments.listen, arguments.redis), http_port=arguments.http)
+    with Deployment(settings, steps) as system:
         if arguments.json:
             print(json.dumps(_to_dict(system)), flush=True)
         steps.say(f"serving on {system.address}; Ctrl-C stops it")
         steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
+        if system.url:
+            steps.say(f"  OPENAI_BASE_URL={system.url} is the OpenAI API, and {system.url.removesuffix('v1')} a chat")
         steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
         for process in wait_for_end(list(system.processes.values())):
             if process.name != "draft":
@@ -146,6 +152,7 @@ def _to_dict(system: Deployment) -> dict[str, object]:
     return {
         "address": system.address,
         "redis": system.redis_url,
+        "url": system.url,
         "placement": system.placement,
         "workers": system.addresses,
         "processes": {name: process.pid for name, process in system.processes.items()},

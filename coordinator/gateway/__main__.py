@@ -1,0 +1,33 @@
+"""`python -m coordinator.gateway`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from coordinator.gateway.config import GatewayConfig
+from sequoia.config import fail, load
+from sequoia.errors import InvalidArgument
+from sequoia.telemetry import configure_logging
+
+
+def main() -> None:
+    """Load the settings, then serve until told to stop."""
+    run(load(GatewayConfig, "gateway", sys.argv[1:], os.environ))
+
+
+def run(config: GatewayConfig) -> None:
+    """Serve until told to stop. A setting that cannot be met ends the process with status 2 and one line."""
+    configure_logging("gateway", config.log_level)
+    try:
+        from coordinator.gateway.server import serve
+    except ModuleNotFoundError as error:
+        fail(f"the gateway needs {error.name}: pip install sequoia-serving[gateway]")
+    try:
+        serve(config)
+    except InvalidArgument as error:
+        fail(f"--{error.field.replace('_', '-')}: {error.message}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""The gateway's process: `python -m coordinator.gateway [--address ADDRESS] [--listen ADDRESS]`."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+import signal
+import socket
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from coordinator.gateway.app import build_app
+from coordinator.gateway.config import GatewayConfig
+from coordinator.gateway.keys import ApiKeys
+from sequoia.client import AsyncClient
+from sequoia.errors import InvalidArgument
+
+_log = logging.getLogger(__name__)
+
+# In which a client that does read takes leave.
+_FAREWELL_SECONDS = 0.5
+
+
+def serve(config: GatewayConfig) -> None:
+    """Serve until told to stop; running answers then end. Raises InvalidArgument for a setting that cannot be met."""
+    keys = ApiKeys.from_file(Path(config.api_keys)) if config.api_keys else ApiKeys({})
+    listener = _listen(config)
+    _warn(config, keys)
+    # uvicorn raises the signal that ended it again when it is done, which would be a death by signal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    with listener:
+        uvloop.run(_serve(config, keys, listener))
+
+
+async def _serve(config: GatewayConfig, keys: ApiKeys, listener: socket.socket) -> None:
+    async with AsyncClient(config.address, timeout_seconds=config.request_timeout_seconds) as client:
+        app = build_app(config, client, keys)
+        settings = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=config.grace_seconds,
+            ssl_certfile=config.tls_cert or None,
+            ssl_keyfile=config.tls_key or None,
+        )
+        try:
+            settings.load()
+        except OSError as error:
+            raise InvalidArgument(f"no certificate and key that fit: {error}", "tls_cert") from error
+        await _Announced(settings).serve([listener])
+
+
+class _Announced(uvicorn.Server):
+    """Tells on stdout where it serves, as the other servers do."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            host, port = each.getsockname()[:2]
+            scheme = "https" if self.config.is_ssl else "http"
+            address = f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+            print(json.dumps({"event": "serving", "address": address, "service": "http"}), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        leaving = asyncio.create_task(self._leave_idle())
+        await super().shutdown(sockets)
+        leaving.cancel()
+
+    async def _leave_idle(self) -> None:
+        """Drop connections without an answer: a client that does not read would never agree to the end of TLS."""
+        if running := set(self.server_state.tasks):
+            await asyncio.wait(running)
+        await asyncio.sleep(_FAREWELL_SECONDS)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+
+def _listen(config: GatewayConfig) -> socket.socket:
+    assert config.host_and_port is not None, "the settings are checked"
+    host, _ = config.host_and_port
+    try:
+        return socket.create_server(config.host_and_port, family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise InvalidArgument(f"{config.listen} cannot be listened on: {error}", "listen") from error
+
+
+def _warn(config: GatewayConfig, keys: ApiKeys) -> None:
+    missing = [name for name, is_there in (("TLS", config.tls_cert), ("API keys", keys)) if not is_there]
+    if missing and not _is_loopback(config):
+        told = "%s is open to others without %s: set --tls-cert and --tls-key, --api-keys"
+        _log.warning(told, config.listen, " and ".join(missing))
+
+
+def _is_loopback(config: GatewayConfig) -> bool:
+    host = config.host_and_port[0] if config.host_and_port else ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
