@@ -11,10 +11,11 @@ import grpc
 
 from coordinator.member import Member
 from coordinator.pool import Pool
+from coordinator.replies import has_times, is_tree
 from coordinator.stream import Opening, exchange
 from sequoia.errors import DeadlineExceeded, SequoiaError
 from sequoia.topology import TreeShape
-from sequoia.v1 import draft_pb2, draft_pb2_grpc, worker_pb2
+from sequoia.v1 import draft_pb2, draft_pb2_grpc
 from sequoia.wire import shape_to_wire
 
 
@@ -31,11 +32,11 @@ class DraftStream:
         self._member: Member | None = None
         self._call: grpc.aio.StreamStreamCall[draft_pb2.DraftRequest, draft_pb2.DraftResponse] | None = None
         self._pending: asyncio.Task[draft_pb2.DraftResponse] | None = None
-        self._acknowledged = self._num_sent = 0
+        self._acknowledged = self._num_sent = self._num_nodes = 0
         self._step = 0
         self.num_bytes = 0
         self.reason = ""
-        self._opening_seconds = 0.0
+        self._has_own_device, self._opening_seconds = False, 0.0
 
     @property
     def is_opening(self) -> bool:
@@ -46,10 +47,8 @@ class DraftStream:
         """Start opening the session where there is room; nothing waits for it."""
         if (member := self._pool.best()) is None or member.description is None:
             return
-        message = draft_pb2.DraftOpen(
-            **self._opening.fields(token_ids),
-            has_own_device=self._has_own_device(member.description),
-        )
+        self._has_own_device = member.description.device_id != self._verify_device_id
+        message = draft_pb2.DraftOpen(**self._opening.fields(token_ids), has_own_device=self._has_own_device)
         stub = draft_pb2_grpc.DraftServiceStub(member.link.channel)
         self._call, self._member = stub.Draft(timeout=max(0.0, self._opening.seconds_left)), member
         member.enter(self._opening.max_num_tokens)
@@ -65,7 +64,7 @@ class DraftStream:
         if self._pending is not None and not self._take_late_reply():
             return None
         self._step += 1
-        self._num_sent = len(committed)
+        self._num_sent, self._num_nodes = len(committed), shape.size
         message = draft_pb2.DraftStep(
             step=self._step,
             base_len=self._acknowledged,
@@ -100,9 +99,6 @@ class DraftStream:
             self._member.leave(self._opening.max_num_tokens)
         self._call = self._member = self._pending = None
 
-    def _has_own_device(self, description: worker_pb2.WorkerDescription) -> bool:
-        return description.device_id != self._verify_device_id
-
     def _take_late_reply(self) -> bool:
         """Whether the drafter is free again. A tree that came too late is dropped; what it acknowledged stays."""
         assert self._pending is not None
@@ -130,10 +126,12 @@ class DraftStream:
             told = f"step {response.step} of {response.num_committed} tokens"
             self._lose(f"draft: lost (answered {told} instead of {self._step} of {self._num_sent})")
             return None
+        if not has_times(response) or (response.step and not is_tree(response.tree, self._num_nodes)):
+            self._lose("draft: lost (its answer is no tree that was asked for, or took no time that there is)")
+            return None
         self._acknowledged = response.num_committed
         self.num_bytes += response.ByteSize()
-        is_shared = self._member and self._member.description and not self._has_own_device(self._member.description)
-        if not response.step and is_shared:
+        if not response.step and not self._has_own_device:
             self._opening_seconds = response.worker_seconds
         return response
 

@@ -53,7 +53,7 @@ class Governor:
         self._trial: Trial | None = None
         self._past_trial: Trial | None = None  # over, and not yet compared with what comes after it
         self._steps_since_trial = 0
-        self._credit_seconds = 0.0
+        self._credit_seconds = self._charged_seconds = 0.0
 
     @property
     def paces(self) -> Mapping[TreeShape, Pace]:
@@ -91,7 +91,10 @@ class Governor:
             self._try_on(self._trial, seconds, num_tokens, usual)
             return
         if gait is self.gait:
-            self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions)).add(seconds, num_tokens)
+            pace = self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions))
+            pace.add(seconds, num_tokens)
+            pace.seconds += self._charged_seconds
+            self._charged_seconds = 0.0
         if self._trial is not None:
             return
         self._credit_seconds += _TRIAL_SHARE * seconds
@@ -107,7 +110,7 @@ class Governor:
     def charge(self, seconds: float) -> None:
         """What a session has paid before its first tree: the draft has read its prompt, where the target waits."""
         if self.gait is not Gait.OFF:
-            self._paces.setdefault(self._gaits.trees[self.gait], Pace(self._num_sessions)).seconds += seconds
+            self._charged_seconds += seconds
 
     def _try_on(self, trial: Trial, seconds: float, num_tokens: int, usual: bool) -> None:
         """A step of a trial, which pays for what it takes longer than the gait that it interrupts."""
@@ -127,8 +130,8 @@ class Governor:
 
     def _compare(self) -> None:
         """Take the last trial's steps into its gait's pace, as if the machine had been then as it mostly is now."""
-        trial, after = self._past_trial, self._recent.step_seconds
-        if trial is None or after is None or not self._recent.is_full:
+        trial = self._past_trial
+        if trial is None or not self._recent.is_full or not (after := self._recent.step_seconds):
             return
         self._past_trial, then = None, trial.machine_speed(after)
         if then is not None and trial.steps:
@@ -163,6 +166,7 @@ class Governor:
         self.gait, self._past_trial = gait, None
         self._usual = copy(pace) if pace else Pace(self._num_sessions)
         self._recent.clear()
+        self._charged_seconds = 0.0
         if pace is None:
             # Nothing tells how the others' paces are to be compared with those of its steps.
             self._paces = {}

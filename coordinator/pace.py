@@ -43,7 +43,7 @@ class Pace:
     @property
     def is_known(self) -> bool:
         """Whether it was observed often enough to be compared."""
-        return self.num_tokens > 0.0 and self.observed >= _KNOWN_STEPS * self._num_sessions
+        return self.observed >= _KNOWN_STEPS * self._num_sessions
 
     @property
     def seconds_per_step(self) -> float:

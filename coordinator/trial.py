@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from statistics import mean
+from statistics import fmean
 
 from coordinator.gaits import Gait
 
@@ -36,7 +36,7 @@ class Recent:
     @property
     def step_seconds(self) -> float | None:
         """The mean, if there is any."""
-        return mean(self._seconds) if self._seconds else None
+        return fmean(self._seconds) if self._seconds else None
 
 
 @dataclass(slots=True)
@@ -67,7 +67,7 @@ class Trial:
 
     def machine_speed(self, after: float) -> float | None:
         """Seconds of a step of the gait gone in at the time of the trial; None when that was not one time."""
-        if self.before is None:
+        if not self.before:
             return after
         changed = max(self.before, after) / min(self.before, after) > _MOST_CHANGE
         return None if changed else (self.before + after) / 2.0

@@ -10,6 +10,7 @@ import grpc
 
 from coordinator.member import Member
 from coordinator.pool import Pool
+from coordinator.replies import has_times, is_verdict
 from coordinator.stream import Opening, exchange
 from sequoia.errors import Cancelled, ResourceExhausted, SequoiaError, Unavailable
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
@@ -30,7 +31,7 @@ class VerifyStream:
         self._pool, self._opening, self._failover_seconds = pool, opening, failover_seconds
         self._member: Member | None = None
         self._call: grpc.aio.StreamStreamCall[verify_pb2.VerifyRequest, verify_pb2.VerifyResponse] | None = None
-        self._step = 0
+        self._step = self._vocab_size = 0
         self.num_plain_steps_left = 0
         self.num_bytes = 0
 
@@ -65,7 +66,7 @@ class VerifyStream:
         message = verify_pb2.VerifyStep(step=self._step, prefix_len=prefix_len, num_plain_steps=num_plain_steps)
         if tree is not None:
             message.tree.CopyFrom(tree)
-        return await self._ask(verify_pb2.VerifyRequest(step=message))
+        return await self._ask(verify_pb2.VerifyRequest(step=message), message.tree.topology.parents)
 
     def close(self) -> None:
         """End the session, if there is one; the worker frees its KV slot."""
@@ -78,9 +79,14 @@ class VerifyStream:
         stub = verify_pb2_grpc.VerifyServiceStub(member.link.channel)
         self._call = stub.Verify(timeout=max(0.0, self._opening.seconds_left))
         self._member, self._step, self.num_plain_steps_left = member, 0, 0
+        # It may be taken for gone while its stream lives.
+        self._vocab_size = member.description.vocab_size if member.description else 0
         member.enter(self._opening.max_num_tokens)
 
-    async def _ask(self, request: verify_pb2.VerifyRequest | None) -> verify_pb2.VerifyResponse:
+    async def _ask(
+        self, request: verify_pb2.VerifyRequest | None, parents: Sequence[int] = ()
+    ) -> verify_pb2.VerifyResponse:
+        """The next verdict, on the tree with these parents or on a plain step."""
         assert self._call is not None
         assert self._member is not None
         member, started = self._member, time.monotonic()
@@ -90,20 +96,26 @@ class VerifyStream:
             async with asyncio.timeout(member.hang_seconds if has_history else None):
                 response = await exchange(self._call, request)
         except TimeoutError as error:
-            problem = (
-                f"the verify worker at {member.link.address} hangs: nothing for {time.monotonic() - started:.0f} s"
-            )
-            member.failed(problem)
-            raise Unavailable(problem) from error
+            raise self._lost(member, f"hangs: nothing for {time.monotonic() - started:.0f} s") from error
         except _LOST as error:
-            member.failed(str(error))
-            raise Unavailable(f"the verify worker at {member.link.address} is lost ({error})") from error
+            raise self._lost(member, f"is lost ({error})") from error
         self.num_bytes += response.ByteSize() + (request.ByteSize() if request else 0)
         if request is None:
             self._step += 1
         if response.step != self._step:
-            member.failed("answers another step than it was asked")
-            raise Unavailable(f"{member.link.address} answered step {response.step} instead of {self._step}")
+            raise self._lost(member, f"answered step {response.step} instead of {self._step}")
+        if not has_times(response) or not self._is_verdict(response.verdict, parents):
+            raise self._lost(member, "gave a verdict that cannot be one on what it was sent")
         member.replied(time.monotonic() - started)
         self.num_plain_steps_left = response.num_plain_steps_left
         return response
+
+    def _is_verdict(self, verdict: verify_pb2.Verdict, parents: Sequence[int]) -> bool:
+        has_logprobs = self._opening.decoding.sampling.num_logprobs is not None
+        return is_verdict(verdict, parents, self._vocab_size, has_logprobs=has_logprobs)
+
+    @staticmethod
+    def _lost(member: Member, what: str) -> Unavailable:
+        problem = f"the verify worker at {member.link.address} {what}"
+        member.failed(problem)
+        return Unavailable(problem)

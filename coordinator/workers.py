@@ -84,6 +84,12 @@ class Workers:
 
     def _check_target(self, found: worker_pb2.WorkerDescription) -> None:
         """The model stays what it was when this coordinator started: requests go on on any worker."""
+        if found.kv_tokens < found.context_length:
+            # Requests would wait for room for ever.
+            problem = f"has KV memory for {found.kv_tokens} tokens, and a session may have {found.context_length}"
+            raise FailedPrecondition(
+                f"the verify worker with {found.model} {problem}; is it of this version?", "verify"
+            )
         if self._target is not None:
             check_same(found, self._target)
 

@@ -210,6 +210,14 @@ def test_what_pays_to_all_together_goes_on(seed: int) -> None:
     assert shared.run(governor, 20_000, seed) < 0.82
 
 
+def test_what_is_paid_before_a_first_step_waits_for_it() -> None:
+    governor = Governor(gaits())
+    governor.charge(0.5)
+    assert governor.paces == {}, "there is no pace without a step"
+    governor.observe(TREE, 1.0, 2)
+    assert governor.paces[TREE].seconds_per_token == 0.75
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_what_the_draft_takes_to_read_prompts_counts(seed: int) -> None:
     world, governor = World({TREE: 1.1, CHAIN: 1.05}, seed), Governor(gaits())

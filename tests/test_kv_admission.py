@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -40,15 +41,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.mark.parametrize("speculation", [TREE, "off"], ids=["trees", "plain"])
-def test_what_was_read_for_one_request_is_not_read_for_the_next(tiny_system: System, speculation: Topology) -> None:
-    client, prompt = tiny_system.client, [len(str(speculation)), *PROMPT]
-    first = client.generate(prompt, max_tokens=24, temperature=0, speculation=speculation)
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 0.9, "seed": 5}], ids=["greedy", "seeded"])
+def test_what_was_read_for_one_request_is_not_read_for_the_next(
+    tiny_system: System, speculation: Topology, how: dict[str, Any]
+) -> None:
+    client, prompt = tiny_system.client, [len(str(speculation)) + len(how), *PROMPT]
+    first = client.generate(prompt, max_tokens=24, speculation=speculation, **how)
     assert first.usage.num_cached_prompt_tokens == 0
-    again = client.generate(prompt, max_tokens=24, temperature=0, speculation=speculation)
+    again = client.generate(prompt, max_tokens=24, speculation=speculation, **how)
     assert again.usage.num_cached_prompt_tokens == len(prompt) - 1
     assert again.token_ids == first.token_ids
     next_turn = [*prompt, *first.token_ids, 5, 6, 7]
-    answered = client.generate(next_turn, max_tokens=8, temperature=0, speculation=speculation)
+    answered = client.generate(next_turn, max_tokens=8, speculation=speculation, **how)
     assert answered.usage.num_cached_prompt_tokens >= len(prompt) + len(first.token_ids) - 1
 
 

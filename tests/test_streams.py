@@ -29,6 +29,7 @@ from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2, verify_pb2, verify_p
 from sequoia.v1.worker_pb2 import TokenizerFiles
 
 PROMPT = (5, 6, 7)
+ROOT = {"token_ids": [40], "topology": {"parents": [-1]}}
 
 
 class Workers(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):
@@ -88,7 +89,7 @@ async def pool_of(address: str) -> AsyncIterator[Pool]:
     """Of the one worker, which plays both parts."""
     pool = Pool([address], worker_pb2.WORKER_ROLE_VERIFY, lambda found: None)
     [member] = pool.members
-    member.found(worker_pb2.WorkerDescription(instance_id="a", num_slots=4, device_id="there"))
+    member.found(worker_pb2.WorkerDescription(instance_id="a", num_slots=4, device_id="there", vocab_size=400))
     yield pool
     await member.link.channel.close()
 
@@ -164,11 +165,17 @@ class Nonsense(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServic
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        ({"num_committed": 4, "tree": {"token_ids": [40, 1], "topology": {"parents": [0, 9]}}}, "is no tree"),
+        (
+            {"num_committed": 4, "tree": {"token_ids": [40, 1], "topology": {"parents": [0, 9]}}},
+            "its answer is no tree",
+        ),
+        ({"num_committed": 4, "tree": {"token_ids": [40], "topology": {"parents": [5]}}}, "its answer is no tree"),
+        ({"num_committed": 4, "worker_seconds": "NaN", "tree": ROOT}, "took no time that there is"),
+        ({"num_committed": 4, "tree": {"token_ids": [40, 1], "topology": {"parents": [-1, 0]}}}, "refused (tree"),
         ({"num_committed": 10**6, "tree": {"token_ids": [40]}}, "step 1 of 1000000 tokens instead of 1 of"),
         ({"step": 77, "num_committed": 4}, "answered step 77"),
     ],
-    ids=["a tree that is none", "tokens that it was not told", "another step"],
+    ids=["no tree", "no root", "no time", "a refused tree", "tokens that it was not told", "another step"],
 )
 async def test_a_draft_that_answers_nonsense_costs_no_text(answer: dict[str, Any], reason: str) -> None:
     workers = Nonsense(json_format.ParseDict(answer, draft_pb2.DraftResponse()))
@@ -181,6 +188,48 @@ async def test_a_draft_that_answers_nonsense_costs_no_text(answer: dict[str, Any
     assert reason in running.report.message.fallback_reason
     assert all(opening == PROMPT + (len(opening) - len(PROMPT)) * (40,) for opening in workers.openings)
     assert [each.num_sessions for each in pool.members] == [0]
+
+
+class Lying(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):
+    """The verifier's second verdict is what it is told to say, once; afterwards it is honest."""
+
+    def __init__(self, lie: dict[str, Any]) -> None:
+        self._lies = [lie]
+        self.openings: list[tuple[int, ...]] = []
+
+    async def Verify(
+        self, requests: AsyncIterator[verify_pb2.VerifyRequest], context: Context
+    ) -> AsyncIterator[verify_pb2.VerifyResponse]:
+        async for request in requests:
+            verdict = verify_pb2.Verdict(bonus_token_id=40)
+            response = verify_pb2.VerifyResponse(step=request.step.step, verdict=verdict)
+            if request.WhichOneof("kind") == "open":
+                self.openings.append(tuple(request.open.token_ids))
+            elif self._lies:
+                response.MergeFrom(json_format.ParseDict(self._lies.pop(), verify_pb2.VerifyResponse()))
+            yield response
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"verdict": {"accepted_nodes": [9]}},
+        {"verdict": {"bonus_token_id": 400}},
+        {"verdict": {"logprobs": [{"token_id": 1}]}},
+        {"worker_seconds": "NaN"},
+        {"times": {"work": -1.0}},
+    ],
+    ids=["a node that is not there", "a token that is not there", "logprobs unasked", "no time", "a negative time"],
+)
+async def test_a_verdict_that_cannot_be_one_costs_no_text(lie: dict[str, Any]) -> None:
+    workers = Lying(lie)
+    async with serving(workers) as address, pool_of(address) as pool:
+        running = session(pool, has_own_device=True)
+        async with asyncio.timeout(20), aclosing(running.run()) as steps:
+            tokens = [token async for step in steps for token in step.token_ids]
+        running.close()
+    assert tokens == 10 * [40]
+    assert workers.openings == [PROMPT, (*PROMPT, 40)]
 
 
 class Slow(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):

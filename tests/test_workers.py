@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.member import Member
 from coordinator.pool import Pool, check_same
+from coordinator.workers import Workers
 from sequoia.errors import FailedPrecondition, ResourceExhausted, Unavailable
 from sequoia.v1 import worker_pb2
 
@@ -36,6 +37,16 @@ async def pool() -> Pool:
 
 def worker(instance_id: str, num_slots: int = 2) -> worker_pb2.WorkerDescription:
     return worker_pb2.WorkerDescription(instance_id=instance_id, num_slots=num_slots)
+
+
+async def test_a_verify_worker_that_has_no_room_for_a_whole_session_is_refused_by_name() -> None:
+    workers = Workers("a:1", "", 1.0)
+    roomy = worker_pb2.WorkerDescription(model="m", context_length=512, kv_tokens=600)
+    workers._check_target(roomy)
+    # One of an older version says nothing of it.
+    silent = worker_pb2.WorkerDescription(model="m", context_length=512)
+    with pytest.raises(FailedPrecondition, match=r"verify: .* m has KV memory for 0 tokens, and a session may have 512"):
+        workers._check_target(silent)
 
 
 async def test_the_next_session_goes_where_most_is_free(pool: Pool) -> None:

@@ -77,6 +77,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
                 if left:
                     running = asyncio.ensure_future(self._verify(session, session.root_only))
                 response.step, response.num_plain_steps_left = wanted.step + index, left
+                response.num_reused_tokens = 0 if response.step else session.num_reused_tokens
                 await context.write(response)
                 if not left:
                     break
@@ -96,5 +97,4 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             verdict=verdict_to_wire(verdict),
             worker_seconds=time.monotonic() - started,
             times=tree_pb2.WorkerTimes(forwards=spent.forwards, work=spent.work),
-            num_reused_tokens=session.num_reused_tokens,
         )
