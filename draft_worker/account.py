@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 
 from draft_worker.drafter import Drafted
-from sequoia.worker import MOST_GUESSES
+from sequoia.loaded_worker import MOST_GUESSES
 
 # What a guess may lose before it has saved anything, in forwards.
 _CREDIT = 8.0

@@ -14,10 +14,10 @@ from sequoia.engine.executor import Executor
 from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVCache
 from sequoia.engine.sources import default_cache_dir
+from sequoia.loaded_worker import Worker, device_id, start_worker
 from sequoia.rules import RULES
 from sequoia.v1 import worker_pb2
 from sequoia.wire import rule_to_wire
-from sequoia.worker import Worker, device_id, start_worker
 from sequoia.worker_config import WorkerConfig
 
 # It reads ids and never looks behind them: any vocabulary and any context of a target fit.

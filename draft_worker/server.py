@@ -11,9 +11,10 @@ from draft_worker.model_free import start
 from draft_worker.servicer import DraftServicer
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
+from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import draft_pb2_grpc, worker_pb2
-from sequoia.worker import Worker, WorkerKind, serve
+from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
 
 

@@ -13,11 +13,12 @@ from draft_worker.idle import IdleTime
 from draft_worker.lookup import AnySession, Lookup
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
+from sequoia.loaded_worker import Worker
 from sequoia.rpc import error_border
 from sequoia.sampling import Decoding
 from sequoia.v1 import draft_pb2, draft_pb2_grpc, tree_pb2
 from sequoia.wire import decoding_from_wire, shape_from_wire, tokens_from_wire, tree_to_wire
-from sequoia.worker import Worker, session_limit
+from sequoia.worker import session_limit
 
 
 class DraftServicer(draft_pb2_grpc.DraftServiceServicer):

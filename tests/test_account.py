@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from draft_worker.account import Account
 from draft_worker.drafter import Drafted
+from sequoia.loaded_worker import MOST_GUESSES
 from sequoia.topology import TokenTree
-from sequoia.worker import MOST_GUESSES
 
 TREE = TokenTree.root_only(5)
 

@@ -14,9 +14,9 @@ from tiny_models import write_tiny_model
 from draft_worker.ahead import Guess, likely_guesses
 from draft_worker.drafter import Drafted, DraftSession
 from sequoia.engine.executor import Job
+from sequoia.loaded_worker import MOST_GUESSES
 from sequoia.sampling import Sampling
 from sequoia.topology import TokenTree, Topology
-from sequoia.worker import MOST_GUESSES
 
 WARM = Sampling(temperature=0.9, top_p=0.95)
 CHAIN = Topology.chain(4)

@@ -16,10 +16,10 @@ from draft_worker.drafter import DraftLimits, DraftSession
 from draft_worker.growth import DEAD
 from sequoia.engine.executor import Job
 from sequoia.engine.forwards import Engine
+from sequoia.loaded_worker import MOST_GUESSES
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, Rule
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology
-from sequoia.worker import MOST_GUESSES
 
 PROMPT = tuple(range(30, 60))
 SHAPES = {

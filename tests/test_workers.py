@@ -45,7 +45,9 @@ async def test_a_verify_worker_that_has_no_room_for_a_whole_session_is_refused_b
     workers._check_target(roomy)
     # One of an older version says nothing of it.
     silent = worker_pb2.WorkerDescription(model="m", context_length=512)
-    with pytest.raises(FailedPrecondition, match=r"verify: .* m has KV memory for 0 tokens, and a session may have 512"):
+    with pytest.raises(
+        FailedPrecondition, match=r"verify: .* m has KV memory for 0 tokens, and a session may have 512"
+    ):
         workers._check_target(silent)
 
 

@@ -9,9 +9,10 @@ import grpc
 
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
+from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
 from sequoia.v1 import verify_pb2_grpc, worker_pb2
-from sequoia.worker import Worker, WorkerKind, serve
+from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
 from verify_worker.servicer import VerifyServicer
 

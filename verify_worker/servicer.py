@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
+from sequoia.loaded_worker import Worker
 from sequoia.rpc import error_border
 from sequoia.sampling import Decoding
 from sequoia.topology import TokenTree
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 from sequoia.wire import decoding_from_wire, tokens_from_wire, tree_from_wire, verdict_to_wire
-from sequoia.worker import Worker, session_limit
+from sequoia.worker import session_limit
 from verify_worker.verifier import Verifier, VerifyLimits, VerifySession
 
 # Plain steps count on from a step, in 64 bits.
