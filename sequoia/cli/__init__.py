@@ -25,6 +25,7 @@ _COMMANDS = {
     "train-draft": "make a small draft for a model, trained on what the model itself writes",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
     "bench": "measure how fast a pair is, beside plain decoding and other engines; or what a named benchmark tells",
+    "loadtest": "many clients at a time, with speculation and without in turn: throughput, latencies, memory",
 }
 _EPILOG = "exit status: 0 done, 1 failed, 2 wrong argument, 130 interrupted · sequoia COMMAND --help says more"
 

@@ -159,11 +159,16 @@ def build_lean(
 
 def _quickest_product(model: LoadedModel, weights: DecoderWeights) -> Callable[[LinearWeights], Multiply]:
     """torch's own product or oneDNN's prepacked one, by trial on a matrix of the model's most frequent shape."""
-    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not torch.backends.mkldnn.is_available():
+    if model.device.type != "cpu" or model.dtype != torch.bfloat16 or not _prepacks_bfloat16():
         return _plain
     weight = torch.zeros(weights.shape.intermediate, weights.shape.hidden, dtype=model.dtype)
     trial = LinearWeights(weight, None)
     return min((_plain, _prepacked), key=lambda pack: _trial_seconds(pack(trial), weights.shape.hidden))
+
+
+def _prepacks_bfloat16() -> bool:
+    """oneDNN is there, and the CPU has what it needs for that: AVX-512, or AVX-NE-CONVERT."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _trial_seconds(multiply: Multiply, inputs: int) -> float:

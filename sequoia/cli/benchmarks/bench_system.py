@@ -20,12 +20,13 @@ _QUICK_PLAN_PROMPTS, _QUICK_PLAN_TOKENS, _PLAN_TOKENS = 2, 24, 48
 
 @dataclass(frozen=True, slots=True)
 class BenchSystem:
-    """Where its coordinator is; of a system that was started here also its Redis, and its processes by name."""
+    """Where its coordinator is; of a system that was started here also its Redis, its processes and its workers."""
 
     address: str
     redis_url: str = ""
-    process_ids: Mapping[str, int] = field(default_factory=dict)
-    verify_address: str = ""  # of its verify worker
+    process_ids: Mapping[str, int] = field(default_factory=dict)  # by name
+    worker_addresses: Mapping[str, str] = field(default_factory=dict)  # "verify" and "draft"
+    url: str | None = None  # of its OpenAI API, if it has a gateway
 
     def peak_bytes(self, *, with_draft: bool) -> int | None:
         """Of its processes; the draft worker's is left out where no draft is needed."""
@@ -40,24 +41,32 @@ def add_system(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def bench_system(arguments: argparse.Namespace, steps: Steps) -> Iterator[BenchSystem]:
-    """The one at --address, or one that serves the models of the other flags, from start to stop."""
+def bench_system(arguments: argparse.Namespace, steps: Steps, *, http_port: int | None = None) -> Iterator[BenchSystem]:
+    """The one at --address, or one that serves the models of the other flags, from start to stop.
+
+    The latter has a gateway where `http_port` is not None.
+    """
     if arguments.address is not None:
         yield BenchSystem(arguments.address)
         return
     # Arms are asked the same prompts: none may have the rows that another one made.
-    settings = replace(deployment_settings(arguments, "127.0.0.1:0", None), prefix_reuse="off")
+    settings = deployment_settings(arguments, "127.0.0.1:0", None)
+    settings = replace(settings, prefix_reuse="off", http_port=http_port)
     with Deployment(settings, steps) as deployment:
         process_ids = {name: each.pid for name, each in deployment.processes.items()}
-        yield BenchSystem(deployment.address, deployment.redis_url, process_ids, deployment.addresses["verify"])
+        yield BenchSystem(deployment.address, deployment.redis_url, process_ids, deployment.addresses, deployment.url)
 
 
 @contextmanager
 def planned_system(
-    arguments: argparse.Namespace, steps: Steps, temperatures: Sequence[float] = (0.0,)
+    arguments: argparse.Namespace,
+    steps: Steps,
+    temperatures: Sequence[float] = (0.0,),
+    *,
+    http_port: int | None = None,
 ) -> Iterator[BenchSystem]:
     """The same, planned for at these temperatures if it was started here."""
-    with bench_system(arguments, steps) as system:
+    with bench_system(arguments, steps, http_port=http_port) as system:
         if system.redis_url and not arguments.no_draft:
             _plan(system, steps, temperatures, is_quick=arguments.quick)
         yield system

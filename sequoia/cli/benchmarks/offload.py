@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     with (
         planned_system(arguments, steps, temperatures) as system,
         Client(system.address) as client,
-        grpc.insecure_channel(system.verify_address) as channel,
+        grpc.insecure_channel(system.worker_addresses["verify"]) as channel,
     ):
         worker = worker_pb2_grpc.WorkerServiceStub(channel)
         target = client.describe_pair().verify
