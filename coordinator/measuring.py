@@ -11,7 +11,7 @@ import numpy as np
 
 from coordinator.trees import max_tree_size
 from sequoia.acceptance import AcceptanceCounts, tokens_factor
-from sequoia.client import AsyncClient, Speculation, SpeculationFigures
+from sequoia.client import AsyncClient, Prompt, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition, Unavailable
 from sequoia.hardware import LatencyProfile
 from sequoia.optimal_tree import Rows, expected_tokens
@@ -23,14 +23,6 @@ from sequoia.topology import DynamicShape, Topology, TreeShape
 from sequoia.v1.coordinator_pb2 import DescribePairResponse
 from sequoia.wire import profile_from_wire
 
-PROMPTS = (
-    "The harbour was quiet that morning. Old Marta untied her boat and",
-    "def is_prime(number: int) -> bool:\n    ",
-    "Question: Why do leaves change colour in autumn?\nAnswer:",
-    "Shopping list for a vegetable soup:\n- 2 onions\n- 3 carrots\n-",
-    "Dear Ms Okafor,\n\nThank you for your letter of 3 May. We are pleased to",
-    "The theorem follows by induction. For n = 1 the claim holds, since",
-)
 PLAIN = Topology.root_only()
 # 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
 MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
@@ -59,14 +51,14 @@ async def measure(
     pair: DescribePairResponse,
     temperature: float,
     rule: Rule,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_tokens: int,
     on_prompt: Callable[[], None],
 ) -> list[SpeculationFigures]:
     """Every prompt continued with the measuring trees and, by half as many tokens, in one of the other ways."""
     limit = max_tree_size(pair.verify, pair.draft)
 
-    async def generate(prompt: str, tree: TreeShape, num_tokens: int) -> SpeculationFigures:
+    async def generate(prompt: Prompt, tree: TreeShape, num_tokens: int) -> SpeculationFigures:
         how: Speculation = "off" if tree == PLAIN else tree.cut_to(limit)
         generation = await client.generate(
             prompt, max_tokens=num_tokens, temperature=temperature, rule=rule.name, speculation=how

@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 from coordinator.measuring import (
-    PROMPTS,
     Calibration,
     ahead_hit_rate,
     calibrate,
@@ -20,10 +19,11 @@ from coordinator.measuring import (
     inputs_for,
     measure,
 )
+from coordinator.planner_prompts import prompts_for
 from coordinator.trees import max_tree_size, pair_name, plan_key
 from sequoia.acceptance import AcceptanceCounts, tokens_factor
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
-from sequoia.client import AsyncClient, SpeculationFigures
+from sequoia.client import AsyncClient, Prompt, SpeculationFigures
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
 from sequoia.rules import TRAVERSAL, ParameterError, Rule, choose_rule
@@ -47,7 +47,8 @@ async def plan_pair(
     *,
     temperatures: Sequence[float] = (0.0,),
     rule_name: str = "",
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Prompt] | None = None,
+    most_prompts: int | None = None,
     max_tokens: int = 48,
     max_levels: int = MAX_LEVELS,
     ttl_seconds: int = TTL_SECONDS,
@@ -58,11 +59,11 @@ async def plan_pair(
     They are those for one session with a short context; Redis gets one for every number of sessions and every length of
     context besides. Above temperature 0 a plan is for the rule of that name, by default the coordinator's own.
 
-    Acceptance is what was counted lately, and while the pair generates `max_tokens` tokens from each prompt; the
-    latency curves are those that the workers measured, scaled to what forwards took in the loop. `on_progress` is
-    called with (prompts done, prompts in all). Raises InvalidArgument for two temperatures of one bucket,
-    FailedPrecondition for a pair that cannot be planned for (no draft worker, or another planner at work), Unavailable
-    when a part cannot be reached.
+    Acceptance is what was counted lately, and while the pair generates `max_tokens` tokens from each prompt (those of
+    `prompts_for` by default; the first `most_prompts`). The latency curves are those that the workers measured, scaled
+    to what forwards took in the loop. `on_progress` is called with (prompts done, prompts in all). Raises
+    InvalidArgument for two temperatures of one bucket, FailedPrecondition for a pair that cannot be planned for (no
+    draft worker, or another planner at work), Unavailable when a part cannot be reached.
     """
     check_buckets(temperatures)
     async with PlannerJob(address, redis_url, max_levels=max_levels, ttl_seconds=ttl_seconds) as job:
@@ -72,6 +73,7 @@ async def plan_pair(
         async with job.cache.single_flight(key) as is_ours:
             if not is_ours:
                 raise FailedPrecondition("another planner measures this pair now; its plans will serve", "plan")
+            prompts = (prompts_for(pair) if prompts is None else prompts)[:most_prompts]
             progress = _Progress(on_progress, len(asked) * len(prompts))
             measured = [await job.measure(pair, *each, prompts, max_tokens, progress) for each in asked]
             # What forwards take does not depend on the temperature.
@@ -123,7 +125,7 @@ class PlannerJob:
         pair: DescribePairResponse,
         temperature: float,
         rule: Rule,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         max_tokens: int,
         on_prompt: Callable[[], None],
     ) -> Measured:

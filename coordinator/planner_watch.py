@@ -8,10 +8,12 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
-from coordinator.measuring import PROMPTS, ahead_hit_rate, calibrate
+from coordinator.measuring import ahead_hit_rate, calibrate
 from coordinator.planner_job import TTL_SECONDS, PlannerJob, check_buckets, round_trip_seconds, rule_for
+from coordinator.planner_prompts import prompts_for
 from coordinator.trees import plan_key
 from sequoia.acceptance_counts import LiveAcceptance
+from sequoia.client import Prompt
 from sequoia.errors import SequoiaError
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, price
 from sequoia.rules import Rule
@@ -49,7 +51,7 @@ async def watch_pair(
     rule_name: str = "",
     interval_seconds: float = 60.0,
     refresh_seconds: float = REFRESH_SECONDS,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[Prompt] | None = None,
     max_tokens: int = 48,
     max_levels: int = MAX_LEVELS,
 ) -> AsyncGenerator[WatchEvent]:
@@ -81,7 +83,12 @@ class _Situated(NamedTuple):
 
 class _Watch:
     def __init__(
-        self, job: PlannerJob, rule_name: str, refresh_seconds: float, prompts: Sequence[str], max_tokens: int
+        self,
+        job: PlannerJob,
+        rule_name: str,
+        refresh_seconds: float,
+        prompts: Sequence[Prompt] | None,
+        max_tokens: int,
     ) -> None:
         self._job, self._rule_name, self._refresh_seconds = job, rule_name, refresh_seconds
         self._prompts, self._max_tokens = prompts, max_tokens
@@ -110,8 +117,9 @@ class _Watch:
         async with self._job.cache.single_flight(plan_key(at.pair.verify, at.pair.draft, at.situation)) as is_ours:
             if not is_ours:
                 return WatchEvent("waiting", at.temperature, own and own.plan, "another planner is at work")
+            prompts = prompts_for(at.pair) if self._prompts is None else self._prompts
             measured = await self._job.measure(
-                at.pair, at.temperature, at.rule, self._prompts, self._max_tokens, lambda: None
+                at.pair, at.temperature, at.rule, prompts, self._max_tokens, lambda: None
             )
             plan = await self._job.plan(at.pair, measured, calibrate(at.pair, measured.figures))
         return WatchEvent("measured", at.temperature, plan, reason)

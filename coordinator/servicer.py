@@ -82,6 +82,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
                 verify_rtt_seconds=await workers.verify.measure_round_trip(),
                 plans_json=[found.plan.to_json() for found in self._speculator.plans.in_force()],
                 default_rule=rule_to_wire(self._rule),
+                has_chat_template=self._codec.has_chat_template,
             )
             if workers.draft_description is not None:
                 response.draft_rtt_seconds = await workers.draft.measure_round_trip()

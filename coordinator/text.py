@@ -35,6 +35,11 @@ class TextCodec:
         decoder = tokenizer.decoder
         self._has_byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `encode_chat` can be had."""
+        return self._template is not None
+
     @staticmethod
     def from_files(files: worker_pb2.TokenizerFiles) -> TextCodec:
         """The codec of a verify worker's description. Raises FailedPrecondition for a malformed tokenizer."""

@@ -176,6 +176,17 @@ async def test_there_is_a_plan_for_every_load_that_the_workers_take(
     assert sizes[1] <= sizes[0]
 
 
+@pytest.mark.parametrize(("has_chat_template", "num_conversations"), [(False, 0), (True, 5)])
+async def test_the_pair_writes_what_users_ask_for(
+    coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis, has_chat_template: bool, num_conversations: int
+) -> None:
+    coordinator.pair.has_chat_template = has_chat_template
+    await plan_pair(address, redis.url)
+    asked = {each.text or each.chat.messages[0].content: bool(each.chat.messages) for each in coordinator.requests}
+    assert len(asked) == 6
+    assert sum(asked.values()) == num_conversations
+
+
 async def test_acceptance_is_measured_with_a_wide_tree_that_both_workers_take(
     coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis
 ) -> None:

@@ -9,7 +9,6 @@ from itertools import takewhile
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
 from coordinator.planner_job import plan_pair
 from coordinator.speculation import BUILT_IN_TREE
 from sequoia.cli.deployment import Deployment
@@ -65,10 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _plan(system: Deployment, steps: Steps) -> TreePlan:
     """A short measurement: enough for a verdict, not for the last per cent."""
-    prompts = PROMPTS[:_NUM_PROMPTS]
     with steps.step("measuring the pair, planning its trees") as on_progress:
         planning = plan_pair(
-            system.address, system.redis_url, prompts=prompts, max_tokens=_NUM_PLAN_TOKENS, on_progress=on_progress
+            system.address,
+            system.redis_url,
+            most_prompts=_NUM_PROMPTS,
+            max_tokens=_NUM_PLAN_TOKENS,
+            on_progress=on_progress,
         )
         (plan,) = asyncio.run(planning)
     return plan

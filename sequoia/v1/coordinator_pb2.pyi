@@ -220,20 +220,22 @@ class DescribePairRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class DescribePairResponse(_message.Message):
-    __slots__ = ("verify", "draft", "verify_rtt_seconds", "draft_rtt_seconds", "plans_json", "default_rule")
+    __slots__ = ("verify", "draft", "verify_rtt_seconds", "draft_rtt_seconds", "plans_json", "default_rule", "has_chat_template")
     VERIFY_FIELD_NUMBER: _ClassVar[int]
     DRAFT_FIELD_NUMBER: _ClassVar[int]
     VERIFY_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DRAFT_RTT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     PLANS_JSON_FIELD_NUMBER: _ClassVar[int]
     DEFAULT_RULE_FIELD_NUMBER: _ClassVar[int]
+    HAS_CHAT_TEMPLATE_FIELD_NUMBER: _ClassVar[int]
     verify: _worker_pb2.WorkerDescription
     draft: _worker_pb2.WorkerDescription
     verify_rtt_seconds: float
     draft_rtt_seconds: float
     plans_json: _containers.RepeatedScalarFieldContainer[str]
     default_rule: _sampling_pb2.Rule
-    def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ..., default_rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ...) -> None: ...
+    has_chat_template: bool
+    def __init__(self, verify: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., draft: _Optional[_Union[_worker_pb2.WorkerDescription, _Mapping]] = ..., verify_rtt_seconds: _Optional[float] = ..., draft_rtt_seconds: _Optional[float] = ..., plans_json: _Optional[_Iterable[str]] = ..., default_rule: _Optional[_Union[_sampling_pb2.Rule, str]] = ..., has_chat_template: bool = ...) -> None: ...
 
 class ExplainRequest(_message.Message):
     __slots__ = ("temperature", "rule", "num_sessions", "num_context_tokens")

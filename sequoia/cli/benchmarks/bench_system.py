@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from coordinator.measuring import PROMPTS
 from coordinator.planner_job import plan_pair
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.steps import Steps
@@ -78,7 +77,7 @@ def _plan(system: BenchSystem, steps: Steps, temperatures: Sequence[float], *, i
             system.address,
             system.redis_url,
             temperatures=temperatures,
-            prompts=PROMPTS[:_QUICK_PLAN_PROMPTS] if is_quick else PROMPTS,
+            most_prompts=_QUICK_PLAN_PROMPTS if is_quick else None,
             max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,
             on_progress=on_progress,
         )

@@ -16,7 +16,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
+from coordinator.planner_prompts import TEXTS
 from coordinator.planner_watch import watch_pair
 from sequoia.cli.benchmarks.arguments import add_json, check_least
 from sequoia.cli.delayed_link import DelayedLink
@@ -159,8 +159,8 @@ async def _answers(
         return generation.usage.time_per_output_token_seconds
 
     off, tree = [], []
-    for index, prompt in enumerate(PROMPTS):
-        on_progress(index, len(PROMPTS))
+    for index, prompt in enumerate(TEXTS):
+        on_progress(index, len(TEXTS))
         off.append(await seconds(prompt, "off"))
         tree.append(await seconds(prompt, plan.best_tree.shape))
     return off, tree

@@ -15,18 +15,20 @@ from rich.table import Table
 
 from sequoia.alternatives import best_chain
 from sequoia.cli.benchmarks.arguments import add_json, check_least
+from sequoia.cli.benchmarks.prompt_set import prompt_set
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.shape_names import in_short
 from sequoia.cli.steps import Steps
-from sequoia.client import Client, Speculation, SpeculationFigures
+from sequoia.client import Client, Message, Prompt, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition
 from sequoia.optimal_tree import optimal_tree
 from sequoia.planner import MAX_LEVELS, PricedTree, TreePlan, price
 from sequoia.topology import Topology, TreeShape
+from sequoia.v1.coordinator_pb2 import DescribePairResponse
 
 # Not those that the planner measures with: a plan shall hold for texts that it has not seen.
-PROMPTS = (
+_TEXTS = (
     "The old lighthouse keeper climbed the stairs one last time and",
     "def merge_sorted(left: list[int], right: list[int]) -> list[int]:\n    ",
     "Question: How does a refrigerator keep food cold?\nAnswer:",
@@ -94,10 +96,11 @@ def run(arguments: argparse.Namespace) -> int:
     steps = Steps(Console(stderr=True))
     found: list[Kept] = []
     with Client(arguments.address) as client:
+        prompts = _prompts(client.describe_pair()) * arguments.rounds
         for temperature in temperatures:
             plan = _plan(client, temperature)
-            with steps.step(f"temperature {temperature:g}: {len(PROMPTS) * arguments.rounds} prompts") as on_progress:
-                found += measure(client, plan, temperature, arguments.rounds, arguments.max_tokens, on_progress)
+            with steps.step(f"temperature {temperature:g}: {len(prompts)} prompts") as on_progress:
+                found += measure(client, plan, temperature, prompts, arguments.max_tokens, on_progress)
     if arguments.json:
         print(json.dumps([each.to_dict() for each in found]))
     else:
@@ -109,7 +112,7 @@ def measure(
     client: Client,
     plan: TreePlan,
     temperature: float,
-    num_rounds: int,
+    prompts: Sequence[Prompt],
     max_tokens: int,
     on_progress: Callable[[int, int], None],
 ) -> list[Kept]:
@@ -117,7 +120,6 @@ def measure(
     trees = {**compared(plan), AUTO: plan.chosen.shape}
     names = list(trees)
     answers: dict[str, list[SpeculationFigures]] = {name: [] for name in names}
-    prompts = PROMPTS * num_rounds
     for index, prompt in enumerate(prompts):
         on_progress(index, len(prompts))
         first = index % len(names)
@@ -133,6 +135,13 @@ def measure(
         trees,
         {name: _totals(None if name == AUTO else trees[name], each) for name, each in answers.items()},
     )
+
+
+def _prompts(pair: DescribePairResponse) -> list[Prompt]:
+    """Conversations, one a category, where the target can have them; texts to go on with where not."""
+    if not pair.has_chat_template:
+        return list(_TEXTS)
+    return [_TEXTS[0], *([Message("user", each.text)] for each in prompt_set(1))]
 
 
 def compared(plan: TreePlan) -> dict[str, TreeShape]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
+from coordinator.planner_prompts import TEXTS
 from sequoia.cli.benchmarks.arguments import (
     add_draft,
     add_dtype,
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     with steps.step(f"loading {target} and {draft}"):
         pair = robustness.load_pair(target, draft, draft_quantization=quantization, dtype=arguments.dtype)
     with steps.step(f"writing {arguments.positions} tokens, and both models' logits for them"):
-        texts = robustness.write_texts(pair.target, PROMPTS, arguments.positions)
+        texts = robustness.write_texts(pair.target, TEXTS, arguments.positions)
         logits = robustness.pair_logits(pair, texts, arguments.positions)
     with steps.step("trying the rules") as on_progress:
         found = robustness.measure(logits, TEMPERATURES, arguments.children, on_progress)

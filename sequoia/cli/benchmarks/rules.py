@@ -10,7 +10,7 @@ from statistics import median
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
+from coordinator.planner_prompts import TEXTS
 from sequoia.acceptance import PRIOR
 from sequoia.cli import rule_timing
 from sequoia.cli.benchmarks.arguments import add_json, check_least
@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise InvalidArgument("must be above 0: at 0 there is one rule", "temperature")
     rules = tuple(arguments.rules or _RULES)
     tree = arguments.tree or optimal_tree(PRIOR, _TREE_SIZE, _TREE_LEVELS)
-    workload = Workload(PROMPTS, rules, tree, arguments.rounds, arguments.max_tokens)
+    workload = Workload(TEXTS, rules, tree, arguments.rounds, arguments.max_tokens)
     steps = Steps(Console(stderr=True))
     with Client(arguments.address) as client:
         pair = client.describe_pair()
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and measure again", "draft")
-        with steps.step(f"{len(PROMPTS) * arguments.rounds} prompts at each of {len(temperatures)} temperatures") as on:
+        with steps.step(f"{len(TEXTS) * arguments.rounds} prompts at each of {len(temperatures)} temperatures") as on:
             found = rule_timing.measure(client, temperatures, workload, on)
     if arguments.json:
         print(json.dumps(rule_timing.to_dict(pair, workload, found)))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
+from coordinator.planner_prompts import TEXTS
 from sequoia.cli.benchmarks.arguments import add_dtype, add_engine, add_json, add_target, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.steps import Steps
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         target = subject.load(
             arguments.target, dtype=arguments.dtype, engine=arguments.engine, deterministic=arguments.deterministic
         )
-    prompts = [target.codec.encode(prompt) for prompt in PROMPTS[: arguments.prompts]]
+    prompts = [target.codec.encode(prompt) for prompt in TEXTS[: arguments.prompts]]
     measuring = seed_stability.measure(target, prompts, Sampling(seed=0), arguments.tokens)
     found: list[Stability] = []
     with steps.step("computing the same tokens in several ways") as on_progress:

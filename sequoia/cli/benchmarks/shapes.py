@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from coordinator.measuring import PROMPTS
+from coordinator.planner_prompts import TEXTS
 from sequoia.cli.benchmarks.arguments import (
     add_draft,
     add_dtype,
@@ -96,7 +96,7 @@ def _record(arguments: argparse.Namespace) -> Recording:
     with steps.step(f"loading {target} and {draft}"):
         pair = load_pair(target, draft, draft_quantization=quantization, dtype=arguments.dtype)
     with steps.step(f"writing {arguments.tokens} tokens at each of {len(temperatures)} temperatures") as on_progress:
-        return record(pair, PROMPTS, temperatures, arguments.tokens, on_progress)
+        return record(pair, TEXTS, temperatures, arguments.tokens, on_progress)
 
 
 def _curves(arguments: argparse.Namespace) -> Curves | None:
