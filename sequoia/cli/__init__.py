@@ -23,6 +23,7 @@ _COMMANDS = {
     "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
     "explain": "show why a pair is decoded the way it is, and what other trees would bring",
     "train-draft": "make a small draft for a model, trained on what the model itself writes",
+    "doctor": "look at this machine, two models or a running system: what is wrong, and what to do about it",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
     "bench": "measure how fast a pair is, beside plain decoding and other engines; or what a named benchmark tells",
     "loadtest": "many clients at a time, with speculation and without in turn: throughput, latencies, memory",

@@ -36,8 +36,8 @@ def library(cache_dir: Path) -> ctypes.CDLL:
     torch must be imported before: the library runs on the OpenMP pool that torch has loaded, or two pools would fight
     for the same cores.
     """
-    if missing := sorted(_NEEDED_FLAGS - cpu_flags()):
-        raise NativeUnavailable(f"the CPU lacks {', '.join(missing)}")
+    if problem := why_unavailable():
+        raise NativeUnavailable(problem)
     built = _built(cache_dir / "native")
     try:
         loaded = ctypes.CDLL(str(built))
@@ -47,10 +47,19 @@ def library(cache_dir: Path) -> ctypes.CDLL:
     return loaded
 
 
+def why_unavailable() -> str:
+    """What this machine lacks; empty if nothing."""
+    if missing := sorted(_NEEDED_FLAGS - cpu_flags()):
+        return f"the CPU lacks {', '.join(missing)}"
+    return "" if _compiler() else "there is no C compiler (cc, gcc or clang)"
+
+
+def _compiler() -> str:
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
+
+
 def _built(folder: Path) -> Path:
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if not compiler:
-        raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
+    compiler = _compiler()
     recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode()
     recipe += b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
     target = folder / f"decoder-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
