@@ -98,6 +98,20 @@ def test_a_chat_has_the_text_of_the_grpc_client(served: Served, kind: str) -> No
     assert answer.usage.completion_tokens == expected.usage.num_completion_tokens
 
 
+def test_a_prompt_that_was_read_before_is_told_in_the_usage(served: Served) -> None:
+    messages = [{"role": "user", "content": "A question that nobody has asked so far, and then it is asked again"}]
+    first, again = (
+        served.openai.chat.completions.create(model=served.model, messages=messages, max_tokens=2, temperature=0).usage
+        for _ in range(2)
+    )
+    assert first is not None
+    assert again is not None
+    assert first.prompt_tokens_details is not None
+    assert again.prompt_tokens_details is not None
+    cached = again.prompt_tokens_details.cached_tokens or 0
+    assert (first.prompt_tokens_details.cached_tokens or 0) < cached < again.prompt_tokens
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_completion_has_the_text_of_the_grpc_client(served: Served, kind: str) -> None:
     expected = served.system.client.generate(PROMPT, **KINDS[kind])

@@ -37,13 +37,15 @@ class Reply:
     @property
     def usage(self) -> Json:
         """Of what has finished, by the coordinator's counts. Every prompt counts once, whatever n is."""
-        prompts = (each for index, each in self._generations.items() if index % self._asked.num_choices == 0)
-        num_prompt_tokens = sum(each.usage.num_prompt_tokens for each in prompts)
+        firsts = (each for index, each in self._generations.items() if index % self._asked.num_choices == 0)
+        prompts = [each.usage for each in firsts]
+        num_prompt_tokens = sum(each.num_prompt_tokens for each in prompts)
         num_completion_tokens = sum(each.usage.num_completion_tokens for each in self._generations.values())
         return {
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_completion_tokens,
             "total_tokens": num_prompt_tokens + num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": sum(each.num_cached_prompt_tokens for each in prompts)},
         }
 
     def whole(self, found: Sequence[Sequence[Chunk]]) -> Json:
