@@ -166,6 +166,7 @@ def _load_model(config: WorkerConfig, files: ModelFiles, offload: str) -> Loaded
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         offload=offload,
+        engine=config.engine,
     )
 
 

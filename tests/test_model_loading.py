@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -88,11 +89,27 @@ def test_dtype_is_that_of_the_weights(folder: Path) -> None:
     assert model.dtype_name == "bfloat16"
 
 
-def test_auto_dtype_is_bfloat16_only_where_it_is_native(folder: Path) -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    expected = "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-    assert load(folder, dtype="auto").dtype_name == expected
+@pytest.mark.parametrize(
+    ("flags", "engine", "architecture", "expected"),
+    [
+        ({"avx512_bf16"}, "lean", "llama", "bfloat16"),
+        ({"avx2", "fma"}, "auto", "llama", "bfloat16"),
+        ({"avx2", "fma"}, "lean", "llama", "float32"),
+        ({"avx2", "fma"}, "auto", "gpt_neox", "float32"),
+        (set(), "auto", "llama", "float32"),
+    ],
+)
+def test_auto_dtype_is_bfloat16_only_where_the_cpu_or_the_c_engine_multiplies_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: set[str], engine: str, architecture: str, expected: str
+) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("the C engine needs a compiler")
+    write_tiny_model(tmp_path / "model", architecture)
+    for module in ("sequoia.engine.model", "sequoia.engine.native.library"):
+        monkeypatch.setattr(f"{module}.cpu_flags", lambda: frozenset(flags))
+    loaded = load_model(resolve(str(tmp_path / "model")), dtype="auto", device="cpu", engine=engine)
+    assert loaded.dtype_name == expected
+    assert {weight.dtype for weight in loaded.module.parameters()} == {loaded.dtype}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

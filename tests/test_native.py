@@ -24,7 +24,7 @@ from sequoia.engine.attention import chunk_segment, tree_segment
 from sequoia.engine.decoders import Arithmetic, build_decoder
 from sequoia.engine.forwards import Engine
 from sequoia.engine.model import load_model
-from sequoia.engine.native.library import NativeUnavailable, library
+from sequoia.engine.native.library import NativeUnavailable, library, vectors
 from sequoia.engine.native.linear import NativeLinear
 from sequoia.engine.native.panels import rounded
 from sequoia.engine.sources import resolve
@@ -124,12 +124,18 @@ def test_every_way_to_compute_a_token_gives_the_same_bits(folder: Path, quantiza
     assert {(each.max_logit_difference, each.num_flips) for each in found} == {(0.0, 0)}
 
 
-@pytest.fixture(params=[True, False], ids=["amx", "avx512"])
-def products(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On AMX tiles, and without them; a process uses one of the two."""
-    loaded = library(CACHE_DIR)
-    if loaded.sequoia_use_amx(int(request.param)) != request.param:
-        pytest.skip("this CPU has no AMX")
+@pytest.fixture(params=["AMX", "AVX-512", "AVX2"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With all that a process may multiply by, as far as this CPU has it; AVX2 is made do with everywhere."""
+    if request.param == "AVX2":
+        monkeypatch.setattr("sequoia.engine.native.library.cpu_flags", lambda: cpu_flags() - {"avx512_bf16"})
+        library.cache_clear()
+        yield
+        library.cache_clear()
+        return
+    loaded, has_amx = library(CACHE_DIR), request.param == "AMX"
+    if vectors() == "AVX2" or loaded.sequoia_use_amx(int(has_amx)) != has_amx:
+        pytest.skip(f"this CPU has no {request.param}")
     yield
     loaded.sequoia_use_amx(1)
 
@@ -239,8 +245,8 @@ def test_missing_instructions_and_compilers_are_told(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(NativeUnavailable, match="there is no C compiler"):
         library(tmp_path)
-    monkeypatch.setattr("sequoia.engine.native.library.cpu_flags", lambda: cpu_flags() - {"avx512_bf16"})
-    with pytest.raises(NativeUnavailable, match="the CPU lacks avx512_bf16"):
+    monkeypatch.setattr("sequoia.engine.native.library.cpu_flags", lambda: cpu_flags() - {"avx2"})
+    with pytest.raises(NativeUnavailable, match="the CPU lacks avx2"):
         library(tmp_path / "other")
 
 

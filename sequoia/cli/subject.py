@@ -52,7 +52,7 @@ def load(
     """
     torch.set_num_threads(num_cores())
     files = resolve(model)
-    loaded = load_model(files, dtype=dtype, device=device)
+    loaded = load_model(files, dtype=dtype, device=device, engine=engine)
     num_rows = min(context_length, loaded.context_length)
     num_layers = loaded.module.config.get_text_config().num_hidden_layers
     arithmetic = Arithmetic(engine, quantization, deterministic=deterministic, num_threads=num_cores())

@@ -15,6 +15,8 @@ from sequoia.config import cpu_flags
 from sequoia.engine.architecture import check_attention, check_config
 from sequoia.engine.dense import dense_files
 from sequoia.engine.draft_vocabulary import DraftVocabulary, narrow_head, read_vocabulary
+from sequoia.engine.native.decoder import can_run_config
+from sequoia.engine.native.library import why_unavailable
 from sequoia.engine.offload.checkpoint import Checkpoint
 from sequoia.engine.offload.hollow import hollow_module, weight_names
 from sequoia.engine.sources import ModelFiles
@@ -52,22 +54,27 @@ def load_model(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
     offload: str = "none",
+    engine: str = "auto",
 ) -> LoadedModel:
     """Load a causal LM with its tokenizer.
 
     offload: `none`; `disk` for the CPU and `host` for a GPU, without its weights, for a decoder that reads them later;
     `auto`, the same where they do not fit.
-    dtype: auto, float32, bfloat16 or float16; device: auto, cpu or cuda. Raises InvalidArgument naming `model` for one
-    that cannot be loaded or served, and naming `device` for what this machine lacks.
+    dtype: auto (by what `engine` makes of it), float32, bfloat16 or float16; device: auto, cpu or cuda. Raises
+    InvalidArgument naming `model` for one that cannot be loaded or served, and naming `device` for what this machine
+    lacks.
     """
     if not sys.stderr.isatty():
         # Bars would break up the JSON lines of the log.
         transformers_logging.disable_progress_bar()
     place = _device(device)
-    element = _auto_dtype(place) if dtype == "auto" else _DTYPES[dtype]
-    files = dense_files(files, element)
+    element = _auto_dtype(place, engine) if dtype == "auto" else _DTYPES[dtype]
+    given, files = files, dense_files(files, element)
     config = _load_config(files, trust_remote_code)
     check_config(config, files.reference)
+    if dtype == "auto" and element == torch.bfloat16 and not (_multiplies_bfloat16(place) or can_run_config(config)):
+        element = torch.float32
+        files = dense_files(given, element)
     is_hollow = _is_hollow(files, offload, place)
     if is_hollow:
         module = hollow_module(config, files.directory, element)
@@ -102,10 +109,14 @@ def _device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _auto_dtype(place: torch.device) -> torch.dtype:
-    """bfloat16 where it is multiplied natively: emulated, it is slower than float32."""
-    is_native = place.type == "cuda" or cpu_flags() & {"avx512_bf16", "amx_bf16"}
-    return torch.bfloat16 if is_native else torch.float32
+def _auto_dtype(place: torch.device, engine: str) -> torch.dtype:
+    """bfloat16 where it is multiplied natively, or by the C engine: as torch emulates it, it is slower than float32."""
+    takes_it = engine in ("auto", "native") and not why_unavailable()
+    return torch.bfloat16 if takes_it or _multiplies_bfloat16(place) else torch.float32
+
+
+def _multiplies_bfloat16(place: torch.device) -> bool:
+    return place.type == "cuda" or bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 def _load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig:

@@ -47,7 +47,7 @@ def load_subject(
     """
     torch.set_num_threads(arithmetic.num_threads)
     files = resolve(reference)
-    model = load_model(files, dtype=dtype, device="auto")
+    model = load_model(files, dtype=dtype, device="auto", engine=arithmetic.engine)
     longest = model.context_length - max_tokens
     if num_context_tokens > longest:
         raise InvalidArgument(f"is {num_context_tokens}; with {reference} it must be at most {longest}", "context")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 # Decoders of one pattern: RMS norm, rotary positions, grouped queries, a gated MLP. `tests/test_decoders.py` compares
 # each of them with `transformers`; every other model runs on its own modules.
@@ -80,11 +80,14 @@ class DecoderWeights:
 
 def is_readable(module: PreTrainedModel) -> bool:
     """Whether `take_weights` knows this kind of model. Code that came with a model may do anything under any name."""
-    config = module.config
+    return type(module).__module__.startswith("transformers.models.") and is_readable_config(module.config)
+
+
+def is_readable_config(config: PreTrainedConfig) -> bool:
+    """The same of a model that is not loaded yet, if its code is that of `transformers`."""
     text = config.get_text_config()
     return (
         config.model_type in MODEL_TYPES
-        and type(module).__module__.startswith("transformers.models.")
         and _activation(text) in ACTIVATIONS
         and all(map(_is_plain_rotation, _rotation_parameters(text)))
         and not getattr(text, "attn_logit_softcapping", None)

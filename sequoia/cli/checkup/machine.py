@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 from sequoia.cli.checkup.finding import Finding
-from sequoia.config import cpu_flags, num_cores
+from sequoia.config import num_cores
 from sequoia.process_memory import available_bytes
 
 _GIB = 2**30
@@ -45,15 +45,14 @@ def _check_device() -> Iterator[Finding]:
         name = torch.cuda.get_device_name()
         yield Finding("device", "good", f"{name}, {free / _GIB:.1f} of {total / _GIB:.1f} GiB free")
         return
-    from sequoia.engine.native.library import why_unavailable
+    from sequoia.engine.native.library import vectors, why_unavailable
 
     problem = why_unavailable()
     cores = f"{num_cores()} cores, no GPU"
     if not problem:
-        amx = "with AMX" if "amx_bf16" in cpu_flags() else "without AMX"
-        yield Finding("device", "good", f"{cores}; the C engine runs here, {amx}")
+        yield Finding("device", "good", f"{cores}; the C engine runs here, with {vectors()}")
         return
-    remedy = "install a C compiler (gcc)" if "compiler" in problem else "it works, a CPU with AVX512_BF16 is faster"
+    remedy = "install a C compiler (gcc)" if "compiler" in problem else "it works, an x86 CPU with AVX2 is faster"
     yield Finding("device", "note", f"{cores}; the C engine does not run here: {problem}", remedy)
 
 

@@ -5,6 +5,10 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#ifndef __AVX512F__
+#include "avx2.h"
+#endif
+
 enum { LANES = 16, CACHE_LINE = 16 /* int32 */ };
 enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
 enum { SILU = 0, GELU_TANH = 1 };
@@ -76,6 +80,15 @@ static inline __m512 load_bfloat16(const uint16_t *from) {
 static inline void store_bfloat16(uint16_t *to, __m512 x) {
     _mm256_storeu_si256((void *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
+
+/* Pairs of bfloat16 numbers: 16 of them, or one everywhere. */
+#ifdef __AVX512F__
+static inline __m512bh load_pairs(const uint16_t *from) { return (__m512bh)_mm512_loadu_si512(from); }
+static inline __m512bh pair_everywhere(uint32_t pair) { return (__m512bh)_mm512_set1_epi32((int)pair); }
+#else
+static inline __m512bh load_pairs(const uint16_t *from) { return _mm512_loadu_si512(from); }
+static inline __m512bh pair_everywhere(uint32_t pair) { return _mm512_set1_epi32((int)pair); }
+#endif
 
 static inline __m512 exponential(__m512 x) {
     /* Of these two the second operand is the answer when one is NaN: broken numbers must not come out whole. */

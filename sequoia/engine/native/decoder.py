@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from sequoia.engine.attention import PackedBatch
 from sequoia.engine.kv_cache import KVCache
@@ -19,7 +20,7 @@ from sequoia.engine.native.panels import Linear, fits, form_of, in_huge_pages, i
 from sequoia.engine.native.scratch import Scratch, ScratchAddresses, packed_words
 from sequoia.engine.native.targets import native_rows
 from sequoia.engine.offload.stream import BlockStream
-from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights
+from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, LinearWeights, is_readable_config
 from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, WholeTree
 
 _LANES = 16
@@ -74,8 +75,21 @@ class _Batch(ctypes.Structure):
 
 def can_run(shape: DecoderShape) -> bool:
     """Whether the C engine takes these sizes: whole vectors everywhere."""
-    inputs = (shape.hidden, shape.intermediate, shape.num_heads * shape.head_size)
-    return all(map(fits, inputs)) and shape.head_size in range(_LANES, 257, _LANES)
+    return _takes(shape.hidden, shape.intermediate, shape.num_heads, shape.head_size)
+
+
+def can_run_config(config: PreTrainedConfig) -> bool:
+    """Whether it is likely to run a model that is not loaded yet."""
+    text = config.get_text_config()
+    if not is_readable_config(config):
+        return False
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return _takes(text.hidden_size, text.intermediate_size, text.num_attention_heads, head_size)
+
+
+def _takes(hidden: int, intermediate: int, num_heads: int, head_size: int) -> bool:
+    inputs = (hidden, intermediate, num_heads * head_size)
+    return all(map(fits, inputs)) and head_size in range(_LANES, 257, _LANES)
 
 
 class NativeDecoder:

@@ -17,11 +17,14 @@ from sequoia.errors import SequoiaError
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "dynamic", "growth", "linear", "ranking", "target"))
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "decoder", "linear", "ranking"))
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "avx2", "decoder", "linear", "ranking"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
-_NEEDED_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
+_AVX512_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
+# What it makes do with (avx2.h), on a CPU that lacks some of these.
+_NEEDED_FLAGS = frozenset(("avx2", "fma"))
 # No contraction: a product and a sum are fused where the source says so, in every tile alike.
 _OPTIONS = ("-O3", "-march=native", "-ffp-contract=off", "-fopenmp", "-fPIC", "-shared")
+_AVX2_OPTIONS = ("-mno-avx512f",)
 _COMPILE_SECONDS = 300
 
 
@@ -54,13 +57,24 @@ def why_unavailable() -> str:
     return "" if _compiler() else "there is no C compiler (cc, gcc or clang)"
 
 
+def vectors() -> str:
+    """What it computes with on this CPU, if it runs here."""
+    if not cpu_flags() >= _AVX512_FLAGS:
+        return "AVX2"
+    return "AMX" if "amx_bf16" in cpu_flags() else "AVX-512"
+
+
+def _options() -> tuple[str, ...]:
+    return _OPTIONS if cpu_flags() >= _AVX512_FLAGS else _OPTIONS + _AVX2_OPTIONS
+
+
 def _compiler() -> str:
     return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), "")
 
 
 def _built(folder: Path) -> Path:
     compiler = _compiler()
-    recipe = f"{_version(compiler)} {_OPTIONS} {sorted(cpu_flags())}".encode()
+    recipe = f"{_version(compiler)} {_options()} {sorted(cpu_flags())}".encode()
     recipe += b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
     target = folder / f"decoder-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +87,7 @@ def _built(folder: Path) -> Path:
 def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
-        _run([compiler, *_OPTIONS, *map(str, _SOURCES), "-o", str(output), "-lm"])
+        _run([compiler, *_options(), *map(str, _SOURCES), "-o", str(output), "-lm"])
         output.replace(target)
 
 

@@ -8,7 +8,12 @@
 #include <omp.h>
 #include <string.h>
 
+/* Rows of a tile: as many as the registers have room for. */
+#ifdef __AVX512F__
 enum { PANEL = 32, TILE = 12, WIDE_TILE = 6 };
+#else
+enum { PANEL = 32, TILE = 3, WIDE_TILE = 2 };
+#endif
 
 /* The cache lines that a loop over `word`s of two lines comes to 24 words later, into the first cache, and those of 128
  * words later, into the second: one distance alone cannot cover the memory's latency with the few misses that a core may
@@ -181,11 +186,11 @@ static inline __attribute__((always_inline)) void multiply_bfloat16(const int he
 #pragma GCC unroll 12
     for (int i = 0; i < height; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int word = 0; word < words; word++, w += 64, x += height) {
-        __m512bh left = (__m512bh)_mm512_loadu_si512(w), right = (__m512bh)_mm512_loadu_si512(w + 32);
+        __m512bh left = load_pairs(w), right = load_pairs(w + 32);
         fetch_ahead(w, 64 * sizeof *w);
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
-            __m512bh input = (__m512bh)_mm512_set1_epi32((int)x[i]);
+            __m512bh input = pair_everywhere(x[i]);
             sums[i][0] = _mm512_dpbf16_ps(sums[i][0], left, input);
             sums[i][1] = _mm512_dpbf16_ps(sums[i][1], right, input);
         }
@@ -307,8 +312,13 @@ static void multiply_amx(const Linear *linear, const Scratch *scratch, int start
 }
 #endif
 
-#define UP_TO_6(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#define UP_TO_12(CASE) UP_TO_6(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#ifdef __AVX512F__
+#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#define HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#else
+#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2)
+#define HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(3)
+#endif
 
 static void multiply_tile(const Linear *linear, const Scratch *scratch, int start, int height, int panel, float *y,
                           int add) {
@@ -322,7 +332,7 @@ static void multiply_tile(const Linear *linear, const Scratch *scratch, int star
     if (linear->kind == BFLOAT16) {
         const uint32_t *x = scratch->packed + (int64_t)start * (linear->inputs / 2);
 #define CASE(n) case n: multiply_bfloat16(n, linear, x, panel, y, add); break;
-        switch (height) { UP_TO_12(CASE) }
+        switch (height) { HEIGHTS(CASE) }
 #undef CASE
         return;
     }
@@ -331,10 +341,10 @@ static void multiply_tile(const Linear *linear, const Scratch *scratch, int star
     const float *scales = scratch->input_scales + (int64_t)start * num_groups;
     const int32_t *sums = scratch->input_sums + (int64_t)start * num_groups * 2;
 #define CASE(n) case n: multiply_integers(n, four, wide, linear, x, scales, sums, panel, y, add); break;
-#define WITH(FOUR, WIDE, HEIGHTS) { enum { four = FOUR, wide = WIDE }; switch (height) { HEIGHTS(CASE) } }
+#define WITH(FOUR, WIDE, CASES) { enum { four = FOUR, wide = WIDE }; switch (height) { CASES(CASE) } }
     int wide_inputs = linear->activation_bits == 16;
-    if (linear->kind == INT4) { if (wide_inputs) WITH(1, 1, UP_TO_6) else WITH(1, 0, UP_TO_12) }
-    else { if (wide_inputs) WITH(0, 1, UP_TO_6) else WITH(0, 0, UP_TO_12) }
+    if (linear->kind == INT4) { if (wide_inputs) WITH(1, 1, WIDE_HEIGHTS) else WITH(1, 0, HEIGHTS) }
+    else { if (wide_inputs) WITH(0, 1, WIDE_HEIGHTS) else WITH(0, 0, HEIGHTS) }
 #undef WITH
 #undef CASE
 }
