@@ -9,6 +9,7 @@ from contextlib import suppress
 from coordinator.admission import Admission, Room
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
 
 POLL_SECONDS = 2.0
@@ -27,8 +28,9 @@ class Pool:
         role: worker_pb2.WorkerRole,
         check: Callable[[worker_pb2.WorkerDescription], None],
         most_waiting: int = 0,
+        tls: Tls = PLAIN,
     ) -> None:
-        self.members = [Member(address) for address in addresses]
+        self.members = [Member(address, tls) for address in addresses]
         self._role, self._check = role, check
         self.admission = Admission(lambda: self.room, most_waiting)
 

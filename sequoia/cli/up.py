@@ -16,6 +16,7 @@ from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
 from sequoia.config import ENGINES, MODEL_FREE, OFFLOADS, QUANTIZATIONS
 from sequoia.errors import Unavailable
+from sequoia.redaction import redacted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
         if system.url:
             steps.say(f"  OPENAI_BASE_URL={system.url} is the OpenAI API, and {system.url.removesuffix('v1')} a chat")
-        steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
+        steps.say(f"  sequoia plan --address {system.address} --redis {redacted(system.redis_url)}")
         for process in wait_for_end(list(system.processes.values())):
             if process.name != "draft":
                 raise Unavailable(process.obituary())
@@ -151,7 +152,7 @@ def _to_dict(system: Deployment) -> dict[str, object]:
     """Ready for JSON: where everything is."""
     return {
         "address": system.address,
-        "redis": system.redis_url,
+        "redis": redacted(system.redis_url),
         "url": system.url,
         "placement": system.placement,
         "workers": system.addresses,

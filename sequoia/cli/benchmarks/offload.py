@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     steps = Steps(Console(stderr=True))
     with (
         planned_system(arguments, steps, temperatures) as system,
-        Client(system.address) as client,
+        Client(system.address, **system.access) as client,
         grpc.insecure_channel(system.verify_address) as channel,
     ):
         worker = worker_pb2_grpc.WorkerServiceStub(channel)
