@@ -85,11 +85,12 @@ def address(coordinator: ScriptedCoordinator) -> Iterator[str]:
 
 
 @contextmanager
-def gateway(address: str, log_dir: Path, **flags: object) -> Iterator[ServerProcess]:
+def gateway(address: str, log_dir: Path, *switches: str, **flags: object) -> Iterator[ServerProcess]:
     """A gateway's process; `address` of it is a URL."""
     named = {name.replace("_", "-"): value for name, value in flags.items()}
     own = {"address": address, "listen": "127.0.0.1:0", **named}
-    process = ServerProcess("gateway", "coordinator.gateway", own, {"PATH": "/usr/bin:/bin"}, log_dir)
+    environment = {"PATH": "/usr/bin:/bin"} | {f"SEQUOIA_{each[2:].upper()}": "yes" for each in switches}
+    process = ServerProcess("gateway", "coordinator.gateway", own, environment, log_dir)
     try:
         list(wait_until_serving([process]))
         yield process
@@ -271,16 +272,19 @@ def test_a_running_stream_ends_before_the_process_does(
         assert "ended with status 0" in process.obituary()
 
 
-def test_an_address_that_is_open_to_others_is_warned_of(address: str, tmp_path: Path) -> None:
-    with gateway(address, tmp_path, listen="0.0.0.0:0") as process:
-        assert "is open to others without TLS and API keys" in process.log_path.read_text()
+def test_an_address_that_is_open_to_others_is_served_when_told_so_and_warned_of(address: str, tmp_path: Path) -> None:
+    with gateway(address, tmp_path, "--insecure", listen="0.0.0.0:0") as process:
+        log = process.log_path.read_text()
+    assert log.count("insecure: 0.0.0.0:0 is open to other hosts, in plain text") == 1
+    assert "0.0.0.0:0 asks for no keys of its own" in log
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--listen", "nowhere"], "error: --listen (SEQUOIA_LISTEN) is 'nowhere'; it must be HOST:PORT"),
-        (["--listen", "192.0.2.1:5"], "error: --listen: 192.0.2.1:5 cannot be listened on: "),
+        (["--listen", "0.0.0.0:0"], "error: --listen: 0.0.0.0:0 is open to other hosts, in plain text; give"),
+        (["--address", "192.0.2.1:5"], "error: --address: 192.0.2.1:5 is another host, and the connection would be"),
         (["--tls-cert", "x"], "error: --tls-cert (SEQUOIA_TLS_CERT) and --tls-key (SEQUOIA_TLS_KEY) go together"),
         (["--tls-cert", "x", "--tls-key", "y", "--listen", "127.0.0.1:0"], "error: --tls-cert: no certificate and key"),
         (["--api-keys", "/nowhere"], "error: --api-keys: /nowhere cannot be read: "),
@@ -297,11 +301,18 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], message: str
     assert done.stderr.count("\n") == 1
 
 
+def test_an_address_that_is_not_ours_is_refused() -> None:
+    command = [sys.executable, "-m", "coordinator.gateway", "--listen", "192.0.2.1:5", "--insecure"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "error: --listen: 192.0.2.1:5 cannot be listened on: " in done.stderr
+
+
 @pytest.mark.parametrize("line", ["sk-plain", "ann:" + "0" * 63, ""])
 def test_a_line_that_is_no_digest_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "keys").write_text(line)
     with pytest.raises(InvalidArgument, match="api_keys: "):
-        ApiKeys.from_file(tmp_path / "keys")
+        ApiKeys(str(tmp_path / "keys"))
 
 
 def test_every_field_of_the_official_client_is_known_by_name() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     http = "serve the OpenAI API on this port of 127.0.0.1 too; 0: a free one (`sequoia gateway` serves it elsewhere)"
     parser.add_argument("--http", type=int, metavar="PORT", help=http)
-    parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
+    parser.add_argument("--redis", metavar="URL", help="use this Redis (or SEQUOIA_REDIS; default: start one)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object when it serves; what is done is told on stderr"
     )
@@ -132,7 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Start, say where, and stay until interrupted or until the target is lost."""
     stop_on_sigterm()
     steps = Steps(Console(stderr=arguments.json))
-    settings = replace(deployment_settings(arguments, arguments.listen, arguments.redis), http_port=arguments.http)
+    settings = deployment_settings(arguments, arguments.listen, _redis_url(arguments))
+    settings = replace(settings, http_port=arguments.http)
     with Deployment(settings, steps) as system:
         if arguments.json:
             print(json.dumps(_to_dict(system)), flush=True)
@@ -146,6 +148,11 @@ def run(arguments: argparse.Namespace) -> int:
                 raise Unavailable(process.obituary())
             steps.say(f"{process.obituary()}\nit goes on without a draft: the same text, decoded plainly")
     return 0
+
+
+def _redis_url(arguments: argparse.Namespace) -> str | None:
+    """The variable is for what has a password: a command line is read by whoever lists processes."""
+    return arguments.redis or os.environ.get("SEQUOIA_REDIS")
 
 
 def _to_dict(system: Deployment) -> dict[str, object]:
