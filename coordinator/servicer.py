@@ -90,9 +90,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self, message: coordinator_pb2.DescribePairRequest, context: Any
     ) -> coordinator_pb2.DescribePairResponse:
         """Both workers, the round trips to them, the plans in force."""
-        workers = self._workers
         async with error_border(context):
             self._clients.client(context)
+            workers = self._workers
             response = coordinator_pb2.DescribePairResponse(
                 verify=workers.verify_description,
                 draft=workers.draft_description,
