@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from coordinator.admission import Admission, Room
+from coordinator.descriptions import check_description
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
 from sequoia.tls import PLAIN, Tls
@@ -75,6 +76,7 @@ class Pool:
         """
         try:
             response = await member.link.describe(include_tokenizer=include_tokenizer, timeout_seconds=timeout_seconds)
+            check_description(response)
             found = response.worker
             _check_role(found, self._role, member.link.address)
             self._check(found)

@@ -6,13 +6,14 @@ import hashlib
 import http.client
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -306,6 +307,20 @@ def test_an_address_that_is_not_ours_is_refused() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert "error: --listen: 192.0.2.1:5 cannot be listened on: " in done.stderr
+
+
+@pytest.mark.parametrize("begins", ["GET /", "GET / HTTP/1.1\r\nx-long: ", "GET / HTTP/1.1\r\n"])
+def test_a_head_without_end_is_hung_up_on(plain: ServerProcess, begins: str) -> None:
+    host, _, port = plain.address.removeprefix("http://").rpartition(":")
+    piece = b"x-short: a\r\n" if begins.endswith("\n") else b"a" * 12
+    num_sent = 0
+    with socket.create_connection((host, int(port)), timeout=10) as connection, suppress(ConnectionError):
+        connection.sendall(begins.encode())
+        while num_sent < 64 * 2**20:
+            connection.sendall(1000 * piece)
+            num_sent += 12_000
+    assert num_sent < 64 * 2**20
+    assert get(plain, "/health")[0] == 200
 
 
 @pytest.mark.parametrize("line", ["sk-plain", "ann:" + "0" * 63, ""])

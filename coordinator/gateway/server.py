@@ -15,6 +15,7 @@ import uvloop
 
 from coordinator.gateway.app import build_app
 from coordinator.gateway.config import GatewayConfig
+from coordinator.gateway.http_protocol import BoundedHttp
 from coordinator.gateway.keys import ApiKeys
 from sequoia.access import read_token
 from sequoia.addresses import is_local
@@ -57,7 +58,7 @@ async def _serve(
         app = build_app(config, client, keys)
         settings = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHttp,
             ws="none",
             lifespan="off",
             log_config=None,
