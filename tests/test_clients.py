@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from certificates import Authority
+from guarded import OTHER, TOKEN, ClientsFile, Clock, entry, guarded
 
 from coordinator.allowance import ALL_THERE_IS_ROOM_FOR, Allowance, limited_tokens
 from coordinator.clients import Clients
@@ -18,46 +17,10 @@ from coordinator.clients_file import Limits, digest_of, read_clients
 from coordinator.servicer import CoordinatorServicer
 from sequoia.client import AsyncClient
 from sequoia.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SequoiaError, Unauthenticated
-from sequoia.rpc import Server, error_border, error_from, open_channel
-from sequoia.tls import PLAIN, Tls
+from sequoia.rpc import Server, error_from, open_channel
+from sequoia.tls import Tls
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
-
-TOKEN, OTHER = "sq-of-ann", "sq-of-ben"
-FINISH = pb.Finish(reason=pb.FINISH_REASON_STOP, num_completion_tokens=40)
-
-
-def entry(name: str, token: str, **limits: int) -> str:
-    lines = [f"[clients.{name}]", f'token_sha256 = "{digest_of(token)}"', *(f"{k} = {v}" for k, v in limits.items())]
-    return "\n".join(lines) + "\n"
-
-
-class Guarded(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """Answers whom it knows, with 40 tokens, when it may; remembers their names."""
-
-    def __init__(self, clients: Clients) -> None:
-        self._clients = clients
-        self.callers: asyncio.Queue[str] = asyncio.Queue()
-        self.may_answer = asyncio.Event()
-        self.may_answer.set()
-
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
-        async with error_border(context):
-            with self._clients.request(context) as use:
-                self.callers.put_nowait(use.client.name)
-                await self.may_answer.wait()
-                use.add_tokens(40)
-                yield pb.GenerateResponse(text=use.client.name, token_ids=40 * [1], finish=FINISH)
-
-
-class Clock:
-    """A time that stands until it is put forward."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -65,30 +28,9 @@ def clock() -> Clock:
     return Clock()
 
 
-class ClientsFile:
-    """As an operator writes it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def write(self, text: str) -> None:
-        self.path.write_text(text)
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> ClientsFile:
     return ClientsFile(tmp_path / "clients.toml")
-
-
-@asynccontextmanager
-async def guarded(
-    file: ClientsFile | None, clock: Clock, tls: Tls = PLAIN, **options: Any
-) -> AsyncIterator[tuple[str, Guarded]]:
-    servicer = Guarded(Clients(str(file.path) if file else "", clock))
-    server = Server("127.0.0.1:0", tls, **options)
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"]), servicer
-    await server.stop(0)
 
 
 async def outcome(address: str, **access: Any) -> str | SequoiaError:
