@@ -100,7 +100,7 @@ def _by_token(known: Sequence[KnownClient], token: str) -> KnownClient:
 def _by_certificate(known: Sequence[KnownClient], peer: Mapping[str, Any]) -> KnownClient:
     names = [each.decode(errors="replace") for kind in _NAMES for each in peer.get(kind, ())]
     if not names:
-        raise Unauthenticated("is missing; send the metadata `authorization: Bearer TOKEN`", "token")
+        raise Unauthenticated("is missing", "token")
     found = next((client for client in known if not set(names).isdisjoint(client.identities)), None)
     if found is None:
         raise PermissionDenied(f"{', '.join(names):.200} is no client that is known here", "certificate")
