@@ -43,7 +43,7 @@ def check_redis(url: str, tls: Tls) -> None:
     """Raises InvalidArgument naming `redis` for plain text to another host, or TLS that believes anybody."""
     try:
         parts = urlsplit(url)
-        host, options = parts.hostname or "", parse_qs(parts.query)
+        host, options = parts.hostname or "localhost", parse_qs(parts.query)
     except ValueError as error:
         raise InvalidArgument("is no Redis URL", "redis") from error
     if parts.scheme == "unix" or is_loopback(host):
