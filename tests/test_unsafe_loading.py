@@ -1,4 +1,4 @@
-"""Nothing of ours unpickles or runs what a file or a peer has sent: by the syntax trees of all modules."""
+"""Nothing of ours unpickles or runs what a file or a peer has sent, or goes past TLS: by all modules' syntax trees."""
 
 from __future__ import annotations
 
@@ -63,6 +63,14 @@ def _names(node: ast.expr) -> tuple[str, ...]:
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_no_module_makes_objects_of_bytes_that_are_code(file: Path) -> None:
     assert not list(offences(file.read_text()))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_channels_and_servers_are_made_in_one_place_which_asks_where_they_lead(file: Path) -> None:
+    makers = {"insecure_channel", "secure_channel", "add_insecure_port", "add_secure_port"}
+    calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    found = {name for call in calls for name in _names(call.func)[-1:]} & makers
+    assert not found or file == ROOT / "sequoia" / "rpc.py"
 
 
 @pytest.mark.parametrize(
