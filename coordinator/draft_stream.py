@@ -126,7 +126,7 @@ class DraftStream:
             told = f"step {response.step} of {response.num_committed} tokens"
             self._lose(f"draft: lost (answered {told} instead of {self._step} of {self._num_sent})")
             return None
-        if not has_times(response) or (response.step and not is_tree(response.tree, self._num_nodes)):
+        if not has_times(response) or (response.step and not self._is_tree(response)):
             self._lose("draft: lost (its answer is no tree that was asked for, or took no time that there is)")
             return None
         self._acknowledged = response.num_committed
@@ -134,6 +134,9 @@ class DraftStream:
         if not response.step and not self._has_own_device:
             self._opening_seconds = response.worker_seconds
         return response
+
+    def _is_tree(self, response: draft_pb2.DraftResponse) -> bool:
+        return is_tree(response.tree, self._num_nodes) and len(response.ngram_nodes) <= len(response.tree.token_ids)
 
     def _lose(self, reason: str, *, is_at_fault: bool = True) -> None:
         if self._member is not None and is_at_fault:

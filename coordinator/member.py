@@ -9,8 +9,10 @@ from statistics import median
 
 import grpc
 
+from sequoia.channels import Channels
 from sequoia.errors import Unavailable
 from sequoia.rpc import error_from, open_channel
+from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -28,13 +30,22 @@ _HANGS, _LEAST_HANG_SECONDS = 10.0, 5.0
 
 
 class WorkerLink:
-    """A channel to one worker."""
+    """A channel to one worker. Raises InvalidArgument for one on another host without TLS."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
         self.address = address
-        self.channel = open_channel(address)
-        self._stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
+        self._channels = Channels(address, tls, open_channel)
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
+
+    @property
+    def channel(self) -> grpc.aio.Channel:
+        """For the next session."""
+        return self._channels.current
+
+    async def close(self) -> None:
+        """End all that runs over it."""
+        for channel in self._channels.all:
+            await channel.close()
 
     async def describe(self, *, include_tokenizer: bool, timeout_seconds: float) -> worker_pb2.DescribeResponse:
         """The worker's description; waits for it to come up. Raises Unavailable when it does not."""
@@ -45,17 +56,21 @@ class WorkerLink:
             raise Unavailable(f"no worker answers at {self.address}: {error_from(error)}") from error
 
     @property
+    def _stub(self) -> worker_pb2_grpc.WorkerServiceStub:
+        return worker_pb2_grpc.WorkerServiceStub(self.channel)
+
+    @property
     def usual_round_trip_seconds(self) -> float:
         """The median of the last measurements; 0 before the first."""
         return median(self._recent) if self._recent else 0.0
 
     async def round_trip_seconds(self) -> float:
         """The least of some unary round trips: noise only adds. Raises SequoiaError when the worker does not answer."""
-        seconds = []
+        seconds, stub = [], self._stub
         for _ in range(_RTT_PROBES):
             started = time.perf_counter()
             try:
-                await self._stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_CALL_TIMEOUT_SECONDS)
+                await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=_CALL_TIMEOUT_SECONDS)
             except grpc.aio.AioRpcError as error:
                 raise error_from(error) from error
             seconds.append(time.perf_counter() - started)
@@ -70,8 +85,8 @@ class Member:
     reply opens it again.
     """
 
-    def __init__(self, address: str) -> None:
-        self.link = WorkerLink(address)
+    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
+        self.link = WorkerLink(address, tls)
         self.description: worker_pb2.WorkerDescription | None = None  # None: it is not there, or does not fit
         self.num_sessions = self.num_tokens = 0  # of this coordinator, and what its sessions may become
         self.problem = ""  # what keeps it from being used

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,19 +12,25 @@ from prometheus_client.registry import Collector
 from coordinator.gaits import Gait
 from coordinator.speculation import Speculator
 from sequoia.errors import InvalidArgument
+from sequoia.tls import PLAIN, Tls
 
 _KIND = ["rule", "temperature", "sessions", "context"]
 
 
-def serve_metrics(speculator: Speculator, port: int) -> None:
+def serve_metrics(speculator: Speculator, port: int, tls: Tls = PLAIN) -> None:
     """Serve /metrics on that port, from a thread of its own, until the process ends.
 
-    Raises InvalidArgument for a port that cannot be had.
+    On loopback; with a certificate as HTTPS, and where plain text is allowed, on all addresses. With CAs whoever asks
+    needs a certificate. The files are read once. Raises InvalidArgument for a port that cannot be had.
     """
+    host = "0.0.0.0" if tls.cert or tls.insecure else "127.0.0.1"
+    secure: dict[str, Any] = {"certfile": tls.cert, "keyfile": tls.key} if tls.cert else {}
+    if tls.cert and tls.ca:
+        secure |= {"client_cafile": tls.ca}
     registry = CollectorRegistry()
     registry.register(SpeculationCollector(speculator))
     try:
-        start_http_server(port, registry=registry)
+        start_http_server(port, host, registry=registry, client_auth_required=bool(tls.cert and tls.ca), **secure)
     except (OSError, OverflowError) as error:
         raise InvalidArgument(f"{port} cannot be listened on: {error}", "metrics_port") from error
 

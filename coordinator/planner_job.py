@@ -23,6 +23,7 @@ from coordinator.planner_prompts import prompts_for
 from coordinator.trees import max_tree_size, pair_name, plan_key
 from sequoia.acceptance import AcceptanceCounts, tokens_factor
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
+from sequoia.access import Access
 from sequoia.client import AsyncClient, Prompt, SpeculationFigures
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, choose
@@ -45,6 +46,7 @@ async def plan_pair(
     address: str,
     redis_url: str,
     *,
+    access: Access | None = None,
     temperatures: Sequence[float] = (0.0,),
     rule_name: str = "",
     prompts: Sequence[Prompt] | None = None,
@@ -66,7 +68,7 @@ async def plan_pair(
     draft worker, or another planner at work), Unavailable when a part cannot be reached.
     """
     check_buckets(temperatures)
-    async with PlannerJob(address, redis_url, max_levels=max_levels, ttl_seconds=ttl_seconds) as job:
+    async with PlannerJob(address, redis_url, access=access, max_levels=max_levels, ttl_seconds=ttl_seconds) as job:
         pair = await job.describe()
         asked = [(temperature, rule_for(rule_name, temperature, pair)) for temperature in temperatures]
         key = plan_key(pair.verify, pair.draft, Situation.of(asked[0][1], asked[0][0]))
@@ -97,8 +99,10 @@ class Measured(NamedTuple):
 class PlannerJob:
     """The connections of a planner: an async context manager."""
 
-    def __init__(self, address: str, redis_url: str, *, max_levels: int, ttl_seconds: int) -> None:
-        self.client = AsyncClient(address)
+    def __init__(
+        self, address: str, redis_url: str, *, max_levels: int, ttl_seconds: int, access: Access | None = None
+    ) -> None:
+        self.client = AsyncClient(address, **(access or {}))
         self.cache, self._live = TreeCache(redis_url), LiveCounts(redis_url)
         self._max_levels, self._ttl_seconds = max_levels, ttl_seconds
         self._stack = AsyncExitStack()

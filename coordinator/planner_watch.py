@@ -13,6 +13,7 @@ from coordinator.planner_job import TTL_SECONDS, PlannerJob, check_buckets, roun
 from coordinator.planner_prompts import prompts_for
 from coordinator.trees import plan_key
 from sequoia.acceptance_counts import LiveAcceptance
+from sequoia.access import Access
 from sequoia.client import Prompt
 from sequoia.errors import SequoiaError
 from sequoia.planner import MAX_LEVELS, PlanInputs, TreePlan, price
@@ -47,6 +48,7 @@ async def watch_pair(
     address: str,
     redis_url: str,
     *,
+    access: Access | None = None,
     temperatures: Sequence[float] = (0.0,),
     rule_name: str = "",
     interval_seconds: float = 60.0,
@@ -60,7 +62,7 @@ async def watch_pair(
     What cannot be reached is an event, not an error. Raises InvalidArgument as `plan_pair` does.
     """
     check_buckets(temperatures)
-    async with PlannerJob(address, redis_url, max_levels=max_levels, ttl_seconds=TTL_SECONDS) as job:
+    async with PlannerJob(address, redis_url, access=access, max_levels=max_levels, ttl_seconds=TTL_SECONDS) as job:
         watch = _Watch(job, rule_name, refresh_seconds, prompts, max_tokens)
         while True:
             for temperature in temperatures:

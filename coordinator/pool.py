@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from coordinator.admission import Admission, Room
+from coordinator.descriptions import check_description
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
 
 POLL_SECONDS = 2.0
@@ -27,8 +29,9 @@ class Pool:
         role: worker_pb2.WorkerRole,
         check: Callable[[worker_pb2.WorkerDescription], None],
         most_waiting: int = 0,
+        tls: Tls = PLAIN,
     ) -> None:
-        self.members = [Member(address) for address in addresses]
+        self.members = [Member(address, tls) for address in addresses]
         self._role, self._check = role, check
         self.admission = Admission(lambda: self.room, most_waiting)
 
@@ -73,6 +76,7 @@ class Pool:
         """
         try:
             response = await member.link.describe(include_tokenizer=include_tokenizer, timeout_seconds=timeout_seconds)
+            check_description(response)
             found = response.worker
             _check_role(found, self._role, member.link.address)
             self._check(found)

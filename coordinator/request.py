@@ -63,11 +63,10 @@ def _generated(
 ) -> tuple[int, ...]:
     if not message.generated_token_ids:
         return ()
-    generated = tokens_from_wire(message.generated_token_ids, target.vocab_size, "generated_token_ids")
-    if len(generated) >= max_tokens:
-        problem = f"{len(generated)} tokens are all of {max_tokens}: nothing is left"
+    if (count := len(message.generated_token_ids)) >= max_tokens:
+        problem = f"{count} tokens are all of {max_tokens}: nothing is left"
         raise InvalidArgument(problem, "generated_token_ids")
-    return generated
+    return tokens_from_wire(message.generated_token_ids, target.vocab_size, "generated_token_ids")
 
 
 def _rule_and_sampling(
@@ -117,11 +116,15 @@ def _prompt(
     message: coordinator_pb2.GenerateRequest, codec: TextCodec, target: worker_pb2.WorkerDescription
 ) -> tuple[int, ...]:
     kind = message.WhichOneof("input")
+    limit = target.context_length
+    # Lengths are looked at before anything is copied, rendered or tokenised.
     if kind == "text":
-        prompt = codec.encode(message.text)
+        prompt = codec.encode(message.text, limit)
     elif kind == "chat":
-        prompt = codec.encode_chat([(each.role, each.content) for each in message.chat.messages])
+        _check_count(len(message.chat.messages), limit, "chat", "messages")
+        prompt = codec.encode_chat([(each.role, each.content) for each in message.chat.messages], limit)
     elif kind == "token_ids":
+        _check_count(len(message.token_ids.ids), limit, "token_ids", "tokens")
         prompt = tuple(message.token_ids.ids)
     else:
         raise InvalidArgument("one of text, chat and token_ids is needed", "input")
@@ -129,8 +132,11 @@ def _prompt(
         raise InvalidArgument("the prompt has no tokens; give at least one", kind)
     if max(prompt) >= target.vocab_size:
         raise InvalidArgument(f"token id {max(prompt)} is outside the vocabulary", kind)
-    if len(prompt) >= target.context_length:
-        limit = target.context_length
-        remedy = f"the prompt has {len(prompt)} tokens and the context {limit}; shorten it to at most {limit - 1}"
-        raise InvalidArgument(remedy, kind)
+    _check_count(len(prompt), limit, kind, "tokens")
     return prompt
+
+
+def _check_count(count: int, context_length: int, field: str, what: str) -> None:
+    if count >= context_length:
+        problem = f"the prompt has {count} {what} and the context {context_length}"
+        raise InvalidArgument(f"{problem}; shorten it to at most {context_length - 1}", field)

@@ -2,34 +2,47 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from dataclasses import MISSING, dataclass
 
 import uvloop
 
+from coordinator.clients import Clients
 from coordinator.learning import Learning
 from coordinator.metrics import serve_metrics
 from coordinator.servicer import CoordinatorServicer, Patience
 from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
 from coordinator.workers import Workers
+from sequoia.addresses import is_local
 from sequoia.config import fail, load, setting
 from sequoia.errors import SequoiaError
+from sequoia.redis_connection import check_redis
 from sequoia.rpc import Server, running, stop_signal
 from sequoia.rules import DEFAULT_RULE, RULES, SAMPLED_RULES
 from sequoia.telemetry import configure_logging
+from sequoia.tls import TlsSettings
 from sequoia.v1 import coordinator_pb2_grpc
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class CoordinatorConfig:
+class CoordinatorConfig(TlsSettings):
     """Owns the committed tokens of every request and runs the loop between a draft and a verify worker."""
 
     verify: str = setting(MISSING, "addresses of the verify workers, with commas; all serve the same model")
     draft: str = setting("", "addresses of the draft workers, with commas; empty: plain decoding")
-    redis: str = setting("", "URL of the Redis that holds tree plans; empty: the built-in tree")
+    redis: str = setting("", "URL of the Redis that holds tree plans, rediss:// with TLS; empty: the built-in tree")
     listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
+    clients: str = setting("", "file (TOML) with the clients that are let in, and their limits; empty: everybody is")
+    client_certificates: str = setting(
+        "required",
+        "with --tls-ca, whether clients must have a certificate too; none: a token of --clients is enough",
+        choices=("required", "none"),
+    )
     rule: str = setting(
         DEFAULT_RULE.name,
         "rule above temperature 0, for requests that name none and no seed",
@@ -39,11 +52,14 @@ class CoordinatorConfig:
     failover_seconds: float = setting(30.0, "longest wait of a running request for a verify worker, seconds")
     max_waiting: int = setting(64, "requests that wait for a slot at a time; those beyond are told to try again")
     plan_refresh_seconds: float = setting(2.0, "time between two looks for new plans, seconds")
-    metrics_port: int = setting(0, "port of Prometheus' /metrics, on all addresses; 0: none")
+    metrics_port: int = setting(
+        0, "port of Prometheus' /metrics; 0: none. On loopback; on all addresses as HTTPS, or with --insecure"
+    )
     start_timeout_seconds: float = setting(120.0, "longest wait for the verify worker at start, seconds")
     log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        TlsSettings.__post_init__(self)
         if self.max_waiting < 0:
             raise ValueError("--max-waiting (SEQUOIA_MAX_WAITING) must not be negative")
         for name in ("draft_timeout_seconds", "failover_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
@@ -62,20 +78,31 @@ def main() -> None:
 
 
 async def _serve(config: CoordinatorConfig) -> None:
+    server, clients = _open_to_clients(config)
+    if config.redis:
+        check_redis(config.redis, config.tls)
     async with (
-        Workers(config.verify, config.draft, config.start_timeout_seconds, config.max_waiting) as workers,
+        Workers(config.verify, config.draft, config.start_timeout_seconds, config.max_waiting, config.tls) as workers,
         TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
         Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):
-        server = Server(config.listen)
         speculator, rule = Speculator(plans, workers), RULES[config.rule]
         if config.metrics_port:
-            serve_metrics(speculator, config.metrics_port)
+            serve_metrics(speculator, config.metrics_port, config.tls)
         patience = Patience(config.draft_timeout_seconds, config.failover_seconds)
-        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule)
+        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, clients)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()
+
+
+def _open_to_clients(config: CoordinatorConfig) -> tuple[Server, Clients]:
+    """The server, and whom it lets in. Raises InvalidArgument for settings that cannot be met."""
+    asks_certificate = config.client_certificates == "required"
+    server = Server(config.listen, config.tls, asks_certificate=asks_certificate)
+    if not config.clients and not (config.tls_ca and asks_certificate) and not is_local(config.listen):
+        _log.warning("%s serves whoever reaches it; --clients FILE names those who are let in", config.listen)
+    return server, Clients(config.clients)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from coordinator.clients import Clients, Use
 from coordinator.draft_stream import DraftStream
 from coordinator.explanation import explain
 from coordinator.learning import Learning
-from coordinator.request import Request, parse_request
+from coordinator.request import DEFAULT_MAX_TOKENS, Request, parse_request
 from coordinator.session import Session
 from coordinator.speculation import RequestSpeculation, Speculator
 from coordinator.stream import Opening
@@ -46,36 +47,52 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One handler a request."""
 
     def __init__(
-        self, workers: Workers, speculator: Speculator, learning: Learning, patience: Patience, rule: Rule
+        self,
+        workers: Workers,
+        speculator: Speculator,
+        learning: Learning,
+        patience: Patience,
+        rule: Rule,
+        clients: Clients,
     ) -> None:
         self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
-        self._patience = patience
+        self._patience, self._clients = patience, clients
         self._codec = TextCodec.from_files(workers.tokenizer)
 
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
         async with error_border(context):
-            target, draft = self._workers.verify_description, self._workers.draft_description
-            limit = max_tree_size(target, draft)
-            # Tokenising a long prompt or rendering a template must not hold up the other requests.
-            request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
-            request_id = secrets.token_hex(8)
-            async with (
-                self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
-                aclosing(session.run()) as steps,
-            ):
-                num_tokens = len(request.generated)
-                async for step in steps:
-                    num_tokens += len(step.token_ids)
-                    await context.write(_response(request_id, request, session, step, num_tokens))
-            _log.info("generated", extra={"request_id": request_id, "num_tokens": num_tokens})
+            with self._clients.request(context) as use:
+                await self._generate(message, context, use)
+
+    async def _generate(self, message: coordinator_pb2.GenerateRequest, context: Any, use: Use) -> None:
+        asked = message.max_tokens if message.HasField("max_tokens") else None
+        message.max_tokens = use.max_tokens(asked, DEFAULT_MAX_TOKENS)
+        target, draft = self._workers.verify_description, self._workers.draft_description
+        limit = max_tree_size(target, draft)
+        # Tokenising a long prompt or rendering a template must not hold up the other requests.
+        request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
+        request_id = secrets.token_hex(8)
+        use.add_tokens(len(request.prompt))
+        async with (
+            self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
+            aclosing(session.run()) as steps,
+        ):
+            num_tokens = len(request.generated)
+            async for step in steps:
+                num_tokens += len(step.token_ids)
+                use.add_tokens(len(step.token_ids))
+                await context.write(_response(request_id, request, session, step, num_tokens))
+        told = {"request_id": request_id, "client": use.client.name, "num_tokens": num_tokens}
+        _log.info("generated", extra=told)
 
     async def DescribePair(
         self, message: coordinator_pb2.DescribePairRequest, context: Any
     ) -> coordinator_pb2.DescribePairResponse:
         """Both workers, the round trips to them, the plans in force."""
-        workers = self._workers
         async with error_border(context):
+            self._clients.client(context)
+            workers = self._workers
             response = coordinator_pb2.DescribePairResponse(
                 verify=workers.verify_description,
                 draft=workers.draft_description,
@@ -91,6 +108,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def Explain(self, message: coordinator_pb2.ExplainRequest, context: Any) -> coordinator_pb2.ExplainResponse:
         """Why requests of a kind are decoded the way they are."""
         async with error_border(context):
+            self._clients.client(context)
             return explain(message, self._speculator, self._rule)
 
     @asynccontextmanager

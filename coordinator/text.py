@@ -15,6 +15,7 @@ from sequoia.v1 import worker_pb2
 
 MAX_STOPS = 16
 MAX_STOP_BYTES = 256
+_NO_LIMIT = 2**31
 _REPLACEMENT = "\ufffd"
 _BYTE_TOKEN = re.compile("<0x[0-9A-Fa-f]{2}>")
 # Tokens kept as context for decoding the next one. A token is at least one byte and a character at most four, so four
@@ -34,6 +35,8 @@ class TextCodec:
         self._special_tokens = frozenset(token.content for token in added if token.special)
         decoder = tokenizer.decoder
         self._has_byte_fallback = decoder is not None and decoder.decode(["<0x41>"]) == "A"
+        # In UTF-8, as the vocabulary writes them, which is never shorter than what they stand for.
+        self._longest_token = max((len(each.encode()) for each in tokenizer.get_vocab()), default=1)
 
     @property
     def has_chat_template(self) -> bool:
@@ -55,23 +58,36 @@ class TextCodec:
         template = ChatTemplate(files.chat_template, files.special_tokens) if files.chat_template else None
         return TextCodec(tokenizer, template, frozenset(files.eos_token_ids))
 
-    def encode(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str, most_tokens: int = _NO_LIMIT) -> tuple[int, ...]:
         """Token ids of raw text, with the special tokens the tokenizer itself adds, such as a leading `<s>`.
 
-        Special tokens that are spelled out in the text count as such.
+        Special tokens that are spelled out in the text count as such. Raises InvalidArgument naming `text` for one that
+        so many tokens cannot hold, without looking at it.
         """
+        self._check_length(text, most_tokens, "text")
         return tuple(self._tokenizer.encode(text).ids)
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]]) -> tuple[int, ...]:
+    def encode_chat(self, messages: Sequence[tuple[str, str]], most_tokens: int = _NO_LIMIT) -> tuple[int, ...]:
         """Token ids of a conversation of (role, content) pairs, ready for the assistant's answer.
 
-        Special tokens are the template's business: none is added. Raises InvalidArgument naming `chat`.
+        Special tokens are the template's business: none is added. Raises InvalidArgument naming `chat`, as `encode`
+        does.
         """
         if not messages:
             raise InvalidArgument("a conversation needs at least one message", "chat")
         if self._template is None:
             raise InvalidArgument("the model has no chat template; send text or token_ids", "chat")
-        return tuple(self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids)
+        text = self._template.render(messages)
+        self._check_length(text, most_tokens, "chat")
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _check_length(self, text: str, most_tokens: int, field: str) -> None:
+        most_bytes = most_tokens * self._longest_token
+        if len(text) > most_bytes or len(text.encode()) > most_bytes:
+            reason = (
+                f"{len(text)} characters are more than {most_tokens} tokens of {self._longest_token} bytes can hold"
+            )
+            raise InvalidArgument(f"{reason}, which is all that the context takes; shorten it", field)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of all the tokens; special tokens and ids beyond the vocabulary give nothing."""

@@ -90,6 +90,7 @@ class VerifyStream:
         assert self._call is not None
         assert self._member is not None
         member, started = self._member, time.monotonic()
+        most_left = request.step.num_plain_steps if request else self.num_plain_steps_left - 1
         # How long an opening takes depends on its prompt: that a worker hangs then is for keepalive to find out.
         has_history = self._step > 0 and self._pool.has_other(member)
         try:
@@ -106,13 +107,15 @@ class VerifyStream:
             raise self._lost(member, f"answered step {response.step} instead of {self._step}")
         if not has_times(response) or not self._is_verdict(response.verdict, parents):
             raise self._lost(member, "gave a verdict that cannot be one on what it was sent")
+        if response.num_plain_steps_left > most_left:
+            raise self._lost(member, f"goes on for {response.num_plain_steps_left} steps, and was told {most_left}")
         member.replied(time.monotonic() - started)
         self.num_plain_steps_left = response.num_plain_steps_left
         return response
 
     def _is_verdict(self, verdict: verify_pb2.Verdict, parents: Sequence[int]) -> bool:
-        has_logprobs = self._opening.decoding.sampling.num_logprobs is not None
-        return is_verdict(verdict, parents, self._vocab_size, has_logprobs=has_logprobs)
+        num_logprobs = self._opening.decoding.sampling.num_logprobs
+        return is_verdict(verdict, parents, self._vocab_size, num_logprobs=num_logprobs)
 
     @staticmethod
     def _lost(member: Member, what: str) -> Unavailable:

@@ -10,6 +10,7 @@ from coordinator.background import end
 from coordinator.member import Member
 from coordinator.pool import POLL_SECONDS, Pool, check_same
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
 
 
@@ -20,12 +21,16 @@ class Workers:
     """
 
     def __init__(
-        self, verify_addresses: str, draft_addresses: str, start_timeout_seconds: float, most_waiting: int = 0
+        self,
+        verify_addresses: str,
+        draft_addresses: str,
+        start_timeout_seconds: float,
+        most_waiting: int = 0,
+        tls: Tls = PLAIN,
     ) -> None:
-        self.verify = Pool(
-            _split(verify_addresses), worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting=most_waiting
-        )
-        self.draft = Pool(_split(draft_addresses), worker_pb2.WORKER_ROLE_DRAFT, self._check_draft)
+        verify, draft = _split(verify_addresses), _split(draft_addresses)
+        self.verify = Pool(verify, worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting, tls)
+        self.draft = Pool(draft, worker_pb2.WORKER_ROLE_DRAFT, self._check_draft, tls=tls)
         self._start_timeout_seconds = start_timeout_seconds
         self._watchers: list[asyncio.Task[None]] = []
         self._target: worker_pb2.WorkerDescription | None = None
@@ -44,7 +49,7 @@ class Workers:
     ) -> None:
         await end(*self._watchers)
         for member in (*self.verify.members, *self.draft.members):
-            await member.link.channel.close()
+            await member.link.close()
 
     @property
     def verify_description(self) -> worker_pb2.WorkerDescription:

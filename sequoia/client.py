@@ -8,13 +8,15 @@
             print(chunk.text, end="")
 
 `prompt` is text, a conversation (a list of `Message`), or token ids. The options are those of `RequestOptions`; what is
-left out takes the server's default. Every failure is a class of `sequoia.errors`; a wrong argument is an
+left out takes the server's default. A coordinator on another host is reached over TLS, `Client("host:50600",
+tls_ca="ca.pem", token=...)`: see `Access`. Every failure is a class of `sequoia.errors`; a wrong argument is an
 `InvalidArgument` whose `field` names it, whether it was found here or by the server.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from types import TracebackType
@@ -22,7 +24,9 @@ from typing import TypeVar, Unpack
 
 import grpc
 
+from sequoia.access import Access, bearer, tls_of
 from sequoia.attempts import Attempts, ask_another
+from sequoia.channels import Channels
 from sequoia.errors import InvalidArgument
 from sequoia.generation import Answer, Chunk, Generation, OutOfStep, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
@@ -34,6 +38,7 @@ from sequoia.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 
 __all__ = [
     "DEFAULT_ADDRESS",
+    "Access",
     "AsyncClient",
     "Chunk",
     "Client",
@@ -58,14 +63,16 @@ class Client:
 
     `address` may be several, with commas: the first is asked, the next where one is lost. An answer that has begun goes
     on there behind what was received: the same text where a seed or temperature 0 decides it, the same law otherwise.
-    Its figures of speculation are then those of the last part.
+    Its figures of speculation are then those of the last part. Raises InvalidArgument for another host without TLS.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0, **access: Unpack[Access]
+    ) -> None:
         self._addresses, self._is_closed = _split(address), False
         self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._channels = [open_sync_channel(each) for each in self._addresses]
-        self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
+        self._metadata, tls = bearer(access.get("token")), tls_of(access)
+        self._channels = [Channels(each, tls, open_sync_channel) for each in self._addresses]
 
     def __enter__(self) -> Client:
         return self
@@ -76,8 +83,9 @@ class Client:
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         self._is_closed = True
-        for channel in self._channels:
-            channel.close()
+        for channels in self._channels:
+            for channel in channels.all:
+                channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -107,7 +115,9 @@ class Client:
     def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        return self._first(lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout))
+        return self._first(
+            lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout, metadata=self._metadata)
+        )
 
     def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
@@ -115,13 +125,13 @@ class Client:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         request = build_explain(temperature, rule)
-        return self._first(lambda stub: stub.Explain(request, timeout=timeout))
+        return self._first(lambda stub: stub.Explain(request, timeout=timeout, metadata=self._metadata))
 
     def _first(self, ask: Callable[[CoordinatorServiceStub], Response]) -> Response:
         """The answer of the first coordinator that is there."""
-        for place, stub in enumerate(self._stubs):
+        for place, channels in enumerate(self._channels):
             try:
-                return ask(stub)
+                return ask(CoordinatorServiceStub(channels.current))
             except grpc.RpcError as error:
                 ask_another(error, self._addresses, place)
         raise AssertionError("the last failure is raised")
@@ -129,7 +139,8 @@ class Client:
     def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer) -> Generator[Chunk]:
         attempts = Attempts(self._addresses, request, timeout_seconds, answer)
         while answer.generation is None:
-            call = self._stubs[attempts.place].Generate(attempts.request, timeout=attempts.seconds_left)
+            stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
+            call = stub.Generate(attempts.request, timeout=seconds, metadata=self._metadata)
             try:
                 for response in call:
                     yield answer.add(response)
@@ -143,11 +154,13 @@ class Client:
 class AsyncClient:
     """`Client` for asyncio. Make it where the event loop runs."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0) -> None:
+    def __init__(
+        self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0, **access: Unpack[Access]
+    ) -> None:
         self._addresses, self._is_closed = _split(address), False
         self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._channels = [open_channel(each) for each in self._addresses]
-        self._stubs = [CoordinatorServiceStub(each) for each in self._channels]
+        self._metadata, tls = bearer(access.get("token")), tls_of(access)
+        self._channels = [Channels(each, tls, open_channel) for each in self._addresses]
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -160,8 +173,15 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
         self._is_closed = True
-        for channel in self._channels:
-            await channel.close()
+        for channels in self._channels:
+            for channel in channels.all:
+                await channel.close()
+
+    def with_token(self, token: str) -> AsyncClient:
+        """The same connection for somebody with another token, "" for somebody without one. It is ours to close."""
+        other = copy.copy(self)
+        other._metadata = bearer(token)
+        return other
 
     async def generate(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -191,7 +211,9 @@ class AsyncClient:
     async def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        return await self._first(lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout))
+        return await self._first(
+            lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout, metadata=self._metadata)
+        )
 
     async def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
@@ -199,13 +221,13 @@ class AsyncClient:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
         timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
         request = build_explain(temperature, rule)
-        return await self._first(lambda stub: stub.Explain(request, timeout=timeout))
+        return await self._first(lambda stub: stub.Explain(request, timeout=timeout, metadata=self._metadata))
 
     async def _first(self, ask: Callable[[CoordinatorServiceStub], Awaitable[Response]]) -> Response:
         """As `Client` has it."""
-        for place, stub in enumerate(self._stubs):
+        for place, channels in enumerate(self._channels):
             try:
-                return await ask(stub)
+                return await ask(CoordinatorServiceStub(channels.current))
             except grpc.RpcError as error:
                 ask_another(error, self._addresses, place)
         raise AssertionError("the last failure is raised")
@@ -215,7 +237,8 @@ class AsyncClient:
     ) -> AsyncGenerator[Chunk]:
         attempts = Attempts(self._addresses, request, timeout_seconds, answer)
         while answer.generation is None:
-            call = self._stubs[attempts.place].Generate(attempts.request, timeout=attempts.seconds_left)
+            stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
+            call = stub.Generate(attempts.request, timeout=seconds, metadata=self._metadata)
             try:
                 async for response in call:
                     yield answer.add(response)

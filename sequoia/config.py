@@ -12,6 +12,8 @@ from dataclasses import MISSING, Field, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_type_hints
 
+from sequoia.redaction import redacted
+
 Settings = TypeVar("Settings")
 
 # How a worker can compute, in the order of preference; see sequoia/engine/decoders.py.
@@ -62,8 +64,8 @@ def fill(settings: type[Settings], arguments: argparse.Namespace, environ: Mappi
 
 
 def fail(message: str) -> NoReturn:
-    """End the process with status 2 and one line on stderr."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """End the process with status 2 and one line on stderr, in which secrets are hidden."""
+    print(f"error: {redacted(message)}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

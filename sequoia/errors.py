@@ -38,6 +38,18 @@ class ResourceExhausted(SequoiaError):
         self.retry_seconds = retry_seconds
 
 
+class Unauthenticated(SequoiaError):
+    """Who asks is not known: the token is missing or wrong."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDenied(SequoiaError):
+    """Who asks is known, and may not have this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Unavailable(SequoiaError):
     """The peer cannot be reached or is going away: try again, here or elsewhere."""
 
@@ -68,6 +80,8 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[SequoiaError]] = {
         InvalidArgument,
         FailedPrecondition,
         ResourceExhausted,
+        Unauthenticated,
+        PermissionDenied,
         Unavailable,
         DeadlineExceeded,
         Cancelled,

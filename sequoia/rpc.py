@@ -18,13 +18,19 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from sequoia.addresses import is_local
+from sequoia.credentials import channel_credentials, server_credentials
 from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
+from sequoia.tls import PLAIN, Tls
 
 _log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 4 * 2**20
 # A description carries the tokenizer file: 33 MB for a vocabulary of 262144.
 MAX_RESPONSE_BYTES = 128 * 2**20
+MAX_METADATA_BYTES = 16 * 2**10
+# Calls at a time over one connection; a gateway has one for all its requests.
+MAX_STREAMS = 1024
 _KEEPALIVE_MS = 20_000
 _GRACE_SECONDS = 5.0
 _STATUS_DETAILS = "grpc-status-details-bin"
@@ -50,19 +56,38 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.max_ping_strikes", 0),
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     ("grpc.max_send_message_length", MAX_RESPONSE_BYTES),
+    # No compressed messages: some kilobytes would be unpacked to gigabytes before anybody counts them.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
+    ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+    ("grpc.max_concurrent_streams", MAX_STREAMS),
     # Two servers on one port would share its connections in silence.
     ("grpc.so_reuseport", 0),
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel for asyncio code; it connects when first used."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def open_channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
+    """A channel for asyncio code; it connects when first used.
+
+    Raises InvalidArgument for files that are no certificates, and for another host without any.
+    """
+    credentials, options = channel_credentials(address, tls), _channel_options(address)
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, options=options)
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
-def open_sync_channel(address: str) -> grpc.Channel:
-    """A channel for threads; it connects when first used."""
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+def open_sync_channel(address: str, tls: Tls = PLAIN) -> grpc.Channel:
+    """A channel for threads; it connects when first used. Raises InvalidArgument as `open_channel` does."""
+    credentials, options = channel_credentials(address, tls), _channel_options(address)
+    if credentials is None:
+        return grpc.insecure_channel(address, options=options)
+    return grpc.secure_channel(address, credentials, options=options)
+
+
+def _channel_options(address: str) -> tuple[tuple[str, int], ...]:
+    """A proxy for the world outside has no business with what stays on this machine."""
+    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_local(address) else _CHANNEL_OPTIONS
 
 
 class _ReadsRequests(grpc.aio.ServerInterceptor):
@@ -100,9 +125,14 @@ class _ReadsRequests(grpc.aio.ServerInterceptor):
 
 
 class Server:
-    """A gRPC server with health and reflection. Add servicers to `grpc_server`, then `start`, `serve`, `stop`."""
+    """A gRPC server with health and reflection. Add servicers to `grpc_server`, then `start`, `serve`, `stop`.
 
-    def __init__(self, listen: str) -> None:
+    `asks_certificate`: with CAs, whether clients must have a certificate. Raises InvalidArgument for files that are no
+    certificates, and for an address that others can reach without any.
+    """
+
+    def __init__(self, listen: str, tls: Tls = PLAIN, *, asks_certificate: bool = True) -> None:
+        self._credentials = server_credentials(listen, tls, asks_certificate=asks_certificate)
         self.grpc_server = grpc.aio.server(options=_SERVER_OPTIONS, interceptors=(_ReadsRequests(),))
         self._listen = listen
         self._health = health.aio.HealthServicer()
@@ -112,7 +142,7 @@ class Server:
         """Listen, say SERVING for the named services, return the address with its real port."""
         reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc_server)
         try:
-            port = self.grpc_server.add_insecure_port(self._listen)
+            port = self._add_port()
         except RuntimeError as error:
             raise InvalidArgument(f"cannot listen on {self._listen}: {error}", "listen") from error
         await self.grpc_server.start()
@@ -120,6 +150,11 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         is_port = not self._listen.startswith("unix:")
         return f"{self._listen.rpartition(':')[0]}:{port}" if is_port else self._listen
+
+    def _add_port(self) -> int:
+        if self._credentials is None:
+            return self.grpc_server.add_insecure_port(self._listen)
+        return self.grpc_server.add_secure_port(self._listen, self._credentials)
 
     async def stop(self, grace_seconds: float) -> None:
         """Say NOT_SERVING, let running calls end for `grace_seconds`, then cancel them."""

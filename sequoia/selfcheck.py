@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
+from sequoia.access import Access
 from sequoia.checks import (
     OFF,
     Difference,
@@ -55,7 +56,9 @@ _MOST_REQUESTS = 4
 _RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, *[1.0] * 20)
 
 
-async def check_system(address: str, *, temperature: float, num_samples: int, step: Step) -> SelfCheck:
+async def check_system(
+    address: str, *, temperature: float, num_samples: int, step: Step, access: Access | None = None
+) -> SelfCheck:
     """Check every rule on the coordinator at `address`. `step` is entered around each part (see sequoia.cli.steps).
 
     Raises InvalidArgument for a temperature that is not above 0 or too few samples, FailedPrecondition naming `draft`
@@ -65,7 +68,7 @@ async def check_system(address: str, *, temperature: float, num_samples: int, st
         raise InvalidArgument(f"is {temperature:g}; it must be above 0 (greedy text is checked anyway)", "temperature")
     if num_samples < 1:
         raise InvalidArgument(f"is {num_samples}; it must be at least 1", "samples")
-    async with AsyncClient(address) as client:
+    async with AsyncClient(address, **(access or {})) as client:
         pair = await client.describe_pair()
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and check again", "draft")

@@ -6,6 +6,8 @@ import json
 import logging
 from datetime import UTC, datetime
 
+from sequoia.redaction import redacted
+
 # What every record has; the rest came as `extra`.
 _OWN_FIELDS = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
 
@@ -14,7 +16,8 @@ def configure_logging(process: str, level: str) -> None:
     """Send this process's logs and warnings of `level` ("info") and above to stderr. Call once, in main().
 
     A line has time, level, process, logger and event (the message), then the fields given as `extra`, such as
-    request_id, and the traceback as `exception`. Raises ValueError for an unknown level.
+    request_id, and the traceback as `exception`; passwords in URLs and bearer tokens are hidden. Raises ValueError for
+    an unknown level.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(process))
@@ -40,4 +43,4 @@ class _JsonLines(logging.Formatter):
         line |= {name: value for name, value in vars(record).items() if name not in _OWN_FIELDS}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return redacted(json.dumps(line, default=str))

@@ -10,7 +10,7 @@ import numpy as np
 from sequoia.errors import InvalidArgument
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.rules import RULES, ParameterError, Rule
-from sequoia.sampling import PARAMETERS, Decoding, Sampling
+from sequoia.sampling import MAX_LOGIT_BIASES, MAX_STOP_TOKENS, PARAMETERS, Decoding, Sampling
 from sequoia.topology import DraftDistributions, DynamicShape, TokenLogprobs, TokenTree, Topology, TreeShape, Verdict
 from sequoia.v1 import coordinator_pb2, draft_pb2, sampling_pb2, tree_pb2, verify_pb2, worker_pb2
 
@@ -72,12 +72,12 @@ def shape_to_wire(shape: TreeShape) -> dict[str, Any]:
 def tree_from_wire(message: tree_pb2.TokenTree, max_size: int, vocab_size: int) -> TokenTree:
     """Raises InvalidArgument naming the field."""
     topology = topology_from_wire(message.topology, max_size)
+    if len(message.token_ids) != topology.size:
+        problem = f"{len(message.token_ids)} token ids for {topology.size} nodes; one per node is needed"
+        raise InvalidArgument(problem, "tree.token_ids")
     token_ids = tokens_from_wire(message.token_ids, vocab_size, "tree.token_ids")
     q = _q_from_wire(message.q, topology, token_ids, vocab_size) if message.HasField("q") else None
-    try:
-        return TokenTree(topology, token_ids, q)
-    except ValueError as error:
-        raise InvalidArgument(str(error), "tree.token_ids") from error
+    return TokenTree(topology, token_ids, q)
 
 
 def tree_to_wire(tree: TokenTree) -> tree_pb2.TokenTree:
@@ -102,6 +102,9 @@ def tokens_from_wire(token_ids: Sequence[int], vocab_size: int, field: str) -> t
 def sampling_from_wire(message: sampling_pb2.Sampling, vocab_size: int) -> Sampling:
     """The parameters with every default filled in. Raises InvalidArgument naming the field."""
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    for name, most in (("logit_bias", MAX_LOGIT_BIASES), ("stop_token_ids", MAX_STOP_TOKENS)):
+        if (count := len(getattr(message, name))) > most:
+            raise InvalidArgument(f"has {count} entries; at most {most} are served", f"sampling.{name}")
     biases, stops = tuple(sorted(message.logit_bias.items())), tuple(message.stop_token_ids)
     for name, ids in (("logit_bias", [token_id for token_id, _ in biases]), ("stop_token_ids", stops)):
         if ids:

@@ -12,6 +12,8 @@ import grpc
 import uvloop
 from filelock import FileLock
 
+from sequoia.addresses import is_local
+from sequoia.credentials import server_credentials
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVSlot
@@ -72,11 +74,20 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
 
     Prints one JSON line with the address of each when all serve.
     """
+    for _, config in hosted:
+        _check_credentials(config)  # before a model is loaded
     with EngineThread() as thread:
         workers = [_load(kind, config, thread) for kind, config in hosted]
         for worker in workers:
             worker.executor.call(partial(measure, worker))
         uvloop.run(_serve(hosted, workers))
+
+
+def _check_credentials(config: WorkerConfig) -> None:
+    """Raises InvalidArgument for what cannot be served with."""
+    server_credentials(config.listen, config.tls)
+    if config.tls_cert and not config.tls_ca and not is_local(config.listen):
+        _LOG.warning("%s serves whoever reaches it; --tls-ca lets in those with a certificate", config.listen)
 
 
 def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worker:
@@ -88,7 +99,7 @@ def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worke
 async def _serve(hosted: Sequence[tuple[WorkerKind, WorkerConfig]], workers: Sequence[Worker]) -> None:
     servers: dict[Server, Sequence[str]] = {}
     for (kind, config), worker in zip(hosted, workers, strict=True):
-        server = Server(config.listen)
+        server = Server(config.listen, config.tls)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
         kind.add_servicer(worker, server.grpc_server)
         servers[server] = (kind.service, "sequoia.v1.WorkerService")

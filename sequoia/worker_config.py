@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 
 from sequoia.config import ENGINES, OFFLOADS, QUANTIZATIONS, num_bytes, setting
+from sequoia.tls import TlsSettings
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(TlsSettings):
     """Serves one model. The same settings for a draft and a verify worker."""
 
     model: str = setting(MISSING, "model: a packaged name, a hub id, a folder or a GGUF file")
@@ -62,6 +63,7 @@ class WorkerConfig:
     log_level: str = setting("info", "log level", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
+        TlsSettings.__post_init__(self)
         for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be at least {least}")

@@ -6,13 +6,14 @@ import hashlib
 import http.client
 import json
 import shutil
+import socket
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -85,11 +86,12 @@ def address(coordinator: ScriptedCoordinator) -> Iterator[str]:
 
 
 @contextmanager
-def gateway(address: str, log_dir: Path, **flags: object) -> Iterator[ServerProcess]:
+def gateway(address: str, log_dir: Path, *switches: str, **flags: object) -> Iterator[ServerProcess]:
     """A gateway's process; `address` of it is a URL."""
     named = {name.replace("_", "-"): value for name, value in flags.items()}
     own = {"address": address, "listen": "127.0.0.1:0", **named}
-    process = ServerProcess("gateway", "coordinator.gateway", own, {"PATH": "/usr/bin:/bin"}, log_dir)
+    environment = {"PATH": "/usr/bin:/bin"} | {f"SEQUOIA_{each[2:].upper()}": "yes" for each in switches}
+    process = ServerProcess("gateway", "coordinator.gateway", own, environment, log_dir)
     try:
         list(wait_until_serving([process]))
         yield process
@@ -271,16 +273,19 @@ def test_a_running_stream_ends_before_the_process_does(
         assert "ended with status 0" in process.obituary()
 
 
-def test_an_address_that_is_open_to_others_is_warned_of(address: str, tmp_path: Path) -> None:
-    with gateway(address, tmp_path, listen="0.0.0.0:0") as process:
-        assert "is open to others without TLS and API keys" in process.log_path.read_text()
+def test_an_address_that_is_open_to_others_is_served_when_told_so_and_warned_of(address: str, tmp_path: Path) -> None:
+    with gateway(address, tmp_path, "--insecure", listen="0.0.0.0:0") as process:
+        log = process.log_path.read_text()
+    assert log.count("insecure: 0.0.0.0:0 is open to other hosts, in plain text") == 1
+    assert "0.0.0.0:0 asks for no keys of its own" in log
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--listen", "nowhere"], "error: --listen (SEQUOIA_LISTEN) is 'nowhere'; it must be HOST:PORT"),
-        (["--listen", "192.0.2.1:5"], "error: --listen: 192.0.2.1:5 cannot be listened on: "),
+        (["--listen", "0.0.0.0:0"], "error: --listen: 0.0.0.0:0 is open to other hosts, in plain text; give"),
+        (["--address", "192.0.2.1:5"], "error: --address: 192.0.2.1:5 is another host, and the connection would be"),
         (["--tls-cert", "x"], "error: --tls-cert (SEQUOIA_TLS_CERT) and --tls-key (SEQUOIA_TLS_KEY) go together"),
         (["--tls-cert", "x", "--tls-key", "y", "--listen", "127.0.0.1:0"], "error: --tls-cert: no certificate and key"),
         (["--api-keys", "/nowhere"], "error: --api-keys: /nowhere cannot be read: "),
@@ -297,11 +302,32 @@ def test_a_wrong_setting_is_one_line_and_status_2(flags: list[str], message: str
     assert done.stderr.count("\n") == 1
 
 
+def test_an_address_that_is_not_ours_is_refused() -> None:
+    command = [sys.executable, "-m", "coordinator.gateway", "--listen", "192.0.2.1:5", "--insecure"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "error: --listen: 192.0.2.1:5 cannot be listened on: " in done.stderr
+
+
+@pytest.mark.parametrize("begins", ["GET /", "GET / HTTP/1.1\r\nx-long: ", "GET / HTTP/1.1\r\n"])
+def test_a_head_without_end_is_hung_up_on(plain: ServerProcess, begins: str) -> None:
+    host, _, port = plain.address.removeprefix("http://").rpartition(":")
+    piece = b"x-short: a\r\n" if begins.endswith("\n") else b"a" * 12
+    num_sent = 0
+    with socket.create_connection((host, int(port)), timeout=10) as connection, suppress(ConnectionError):
+        connection.sendall(begins.encode())
+        while num_sent < 64 * 2**20:
+            connection.sendall(1000 * piece)
+            num_sent += 12_000
+    assert num_sent < 64 * 2**20
+    assert get(plain, "/health")[0] == 200
+
+
 @pytest.mark.parametrize("line", ["sk-plain", "ann:" + "0" * 63, ""])
 def test_a_line_that_is_no_digest_is_refused(tmp_path: Path, line: str) -> None:
     (tmp_path / "keys").write_text(line)
     with pytest.raises(InvalidArgument, match="api_keys: "):
-        ApiKeys.from_file(tmp_path / "keys")
+        ApiKeys(str(tmp_path / "keys"))
 
 
 def test_every_field_of_the_official_client_is_known_by_name() -> None:

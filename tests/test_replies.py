@@ -29,24 +29,41 @@ def verdict(*nodes: int, bonus: int = 7, num_logprobs: int = 0) -> verify_pb2.Ve
 
 def test_what_is_accepted_is_a_path_of_the_tree() -> None:
     tried = [nodes for count in range(4) for nodes in itertools.product(range(8), repeat=count)]
-    found = {nodes for nodes in tried if is_verdict(verdict(*nodes), PARENTS, 400, has_logprobs=False)}
+    found = {nodes for nodes in tried if is_verdict(verdict(*nodes), PARENTS, 400, num_logprobs=None)}
     assert found == paths(PARENTS)
 
 
 def test_a_plain_step_accepts_nothing() -> None:
-    assert is_verdict(verdict(), (), 400, has_logprobs=False)
-    assert not is_verdict(verdict(0), (), 400, has_logprobs=False)
+    assert is_verdict(verdict(), (), 400, num_logprobs=None)
+    assert not is_verdict(verdict(0), (), 400, num_logprobs=None)
 
 
 def test_the_bonus_token_is_one_of_the_vocabulary() -> None:
-    assert is_verdict(verdict(bonus=399), (), 400, has_logprobs=False)
-    assert not is_verdict(verdict(bonus=400), (), 400, has_logprobs=False)
+    assert is_verdict(verdict(bonus=399), (), 400, num_logprobs=None)
+    assert not is_verdict(verdict(bonus=400), (), 400, num_logprobs=None)
 
 
 @pytest.mark.parametrize("count", range(4))
 def test_there_are_logprobs_for_every_token_or_for_none(count: int) -> None:
-    assert is_verdict(verdict(1, num_logprobs=count), PARENTS, 400, has_logprobs=True) == (count == 2)
-    assert is_verdict(verdict(1, num_logprobs=count), PARENTS, 400, has_logprobs=False) == (count == 0)
+    assert is_verdict(verdict(1, num_logprobs=count), PARENTS, 400, num_logprobs=0) == (count == 2)
+    assert is_verdict(verdict(1, num_logprobs=count), PARENTS, 400, num_logprobs=None) == (count == 0)
+
+
+@pytest.mark.parametrize(("num_top", "token_id", "is_one"), [(3, 399, True), (4, 0, False), (3, 400, False)])
+def test_beside_a_token_stand_as_many_as_were_asked_for_and_known_ones(
+    num_top: int, token_id: int, is_one: bool
+) -> None:
+    told = sampling_pb2.TokenLogprobs(top=num_top * [sampling_pb2.TopLogprob(token_id=token_id)])
+    found = verify_pb2.Verdict(bonus_token_id=7, logprobs=[told])
+    assert is_verdict(found, (), 400, num_logprobs=3) == is_one
+
+
+def test_q_has_no_more_than_its_nodes_can_have() -> None:
+    tree = tree_pb2.TokenTree(topology=tree_pb2.Topology(parents=(-1, 0)), token_ids=[1, 2])
+    tree.q.token_ids, tree.q.weights = bytes(2 * 4 * 1024), bytes(2 * 2 * 1024)
+    assert is_tree(tree, 2)
+    tree.q.weights += b"0"
+    assert not is_tree(tree, 2)
 
 
 @pytest.mark.parametrize(

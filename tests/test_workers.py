@@ -32,7 +32,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 @pytest.fixture
 async def pool() -> Pool:
-    return Pool(["a:1", "b:1"], worker_pb2.WORKER_ROLE_VERIFY, lambda found: None, most_waiting=2)
+    return Pool(["127.0.0.1:1", "127.0.0.2:1"], worker_pb2.WORKER_ROLE_VERIFY, lambda found: None, most_waiting=2)
 
 
 def worker(instance_id: str, num_slots: int = 2) -> worker_pb2.WorkerDescription:
@@ -40,7 +40,7 @@ def worker(instance_id: str, num_slots: int = 2) -> worker_pb2.WorkerDescription
 
 
 async def test_a_verify_worker_that_has_no_room_for_a_whole_session_is_refused_by_name() -> None:
-    workers = Workers("a:1", "", 1.0)
+    workers = Workers("127.0.0.1:1", "", 1.0)
     roomy = worker_pb2.WorkerDescription(model="m", context_length=512, kv_tokens=600)
     workers._check_target(roomy)
     # One of an older version says nothing of it.

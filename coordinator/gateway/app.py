@@ -19,13 +19,14 @@ from starlette.routing import Route
 from coordinator.gateway.asked import Asked, read_chat, read_completion
 from coordinator.gateway.body import Body, read_body
 from coordinator.gateway.call import REQUEST_ID, Call
+from coordinator.gateway.caller import caller_of
 from coordinator.gateway.config import GatewayConfig, split
 from coordinator.gateway.failures import ApiError, api_error
 from coordinator.gateway.keys import ApiKeys
 from coordinator.gateway.replies import Reply
-from coordinator.gateway.served_model import ModelWatch
+from coordinator.gateway.served_model import ModelWatch, ServedModel
 from sequoia.client import AsyncClient
-from sequoia.errors import SequoiaError
+from sequoia.errors import PermissionDenied, SequoiaError, Unauthenticated
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> None:
         self._config, self._client, self._keys = config, client, keys
-        self._watch = ModelWatch(client, split(config.model_names))
+        self._watch = ModelWatch(split(config.model_names))
 
     async def chat(self, request: Request) -> Response:
         """The next message of a conversation."""
@@ -85,40 +86,49 @@ class Gateway:
 
     async def models(self, request: Request) -> Response:
         """All names of the model."""
-        self._owner(request)
-        served = await self._watch.current()
+        served = await self._served(request)
         return JSONResponse({"object": "list", "data": [served.to_dict(name) for name in served.names]})
 
     async def model(self, request: Request) -> Response:
         """The model by one of its names."""
-        self._owner(request)
-        served, name = await self._watch.current(), request.path_params["name"]
+        served, name = await self._served(request), request.path_params["name"]
         served.check(name)
         return JSONResponse(served.to_dict(name))
 
     async def health(self, request: Request) -> Response:
         """Whether a request would be served. No key is asked."""
-        served = await self._watch.look()
+        try:
+            served = await self._watch.look(self._client)
+        except (Unauthenticated, PermissionDenied):
+            # It answers; whom it lets in is not asked here.
+            return JSONResponse({"status": "serving"})
         return JSONResponse({"status": "serving", "model": served.names[0]})
 
     async def page(self, request: Request) -> Response:
         """A chat that shows what speculation does. It holds no secret: it asks for the key, where one is needed."""
         return HTMLResponse(_PAGE.read_text(), headers=_PAGE_HEADERS)
 
-    def _owner(self, request: Request) -> str:
-        return self._keys.owner(request.headers.get("authorization", ""))
+    async def _served(self, request: Request) -> ServedModel:
+        caller = caller_of(request, self._client, self._keys)
+        try:
+            return await self._watch.current(caller)
+        except SequoiaError as error:
+            raise caller.failure(error) from error
 
     async def _answer(self, request: Request, read: Callable[[Body], Asked]) -> Response:
         """A failure has the request's id as well: it is what a client can be asked for."""
         request_id, names = f"req_{secrets.token_hex(8)}", dict[str, str]()
         try:
-            owner = self._owner(request)
+            caller = caller_of(request, self._client, self._keys)
             asked = read(await read_body(request, self._config.max_body_bytes, self._config.body_timeout_seconds))
             names |= asked.names
-            served = await self._watch.current()
-            served.check(asked.model)
-            call = Call(self._client, asked, Reply(asked, served), request_id, owner)
-            return await (call.stream(request) if asked.streams else call.whole(request))
+            try:
+                served = await self._watch.current(caller)
+                served.check(asked.model)
+                call = Call(caller, asked, Reply(asked, served), request_id)
+                return await (call.stream(request) if asked.streams else call.whole(request))
+            except SequoiaError as error:
+                raise caller.failure(error, names) from error
         except (ApiError, SequoiaError) as error:
             failure = error if isinstance(error, ApiError) else api_error(error, names)
             failure.headers[REQUEST_ID] = request_id

@@ -14,9 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from coordinator.gateway.answering import Piece, generate, stream
 from coordinator.gateway.asked import Asked
-from coordinator.gateway.failures import api_error
+from coordinator.gateway.caller import Caller
 from coordinator.gateway.replies import Reply, event
-from sequoia.client import AsyncClient
 from sequoia.errors import SequoiaError
 
 _log = logging.getLogger(__name__)
@@ -30,10 +29,10 @@ _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 class Call:
     """Its answers, their reply, and the log of it."""
 
-    def __init__(self, client: AsyncClient, asked: Asked, reply: Reply, request_id: str, owner: str) -> None:
-        self._client, self._asked, self._reply = client, asked, reply
+    def __init__(self, caller: Caller, asked: Asked, reply: Reply, request_id: str) -> None:
+        self._caller, self._client, self._asked, self._reply = caller, caller.client, asked, reply
         self._headers = {REQUEST_ID: request_id}
-        self._log_fields = {"request_id": request_id, "endpoint": asked.endpoint, "owner": owner}
+        self._log_fields = {"request_id": request_id, "endpoint": asked.endpoint, "owner": caller.owner}
 
     async def whole(self, request: Request) -> Response:
         """All at once, when it is there."""
@@ -60,7 +59,7 @@ class Call:
             outcome = "answered"
         except SequoiaError as error:
             outcome = f"failed: {error}"
-            yield event(api_error(error, self._asked.names).to_dict())
+            yield event(self._caller.failure(error, self._asked.names).to_dict())
         finally:
             self._log(outcome)
 

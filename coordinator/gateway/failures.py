@@ -11,6 +11,7 @@ import grpc
 from sequoia.errors import ResourceExhausted, SequoiaError
 
 # UNAUTHENTICATED is what the coordinator says to the gateway, whose own token is wrong then, not the client's key.
+# Where it was shown the client's key, _OF_THE_CLIENT counts.
 STATUS_BY_CODE = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
@@ -23,7 +24,8 @@ STATUS_BY_CODE = {
     grpc.StatusCode.FAILED_PRECONDITION: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
-_CODES = {400: None, 429: "rate_limit_exceeded"}
+_OF_THE_CLIENT = {grpc.StatusCode.UNAUTHENTICATED: 401, grpc.StatusCode.PERMISSION_DENIED: 403}
+_CODES = {400: None, 401: "invalid_api_key", 403: "permission_denied", 429: "rate_limit_exceeded"}
 # Fields of the wire by the names that they have in a body, where those are others.
 _PARAMS = {
     "text": "prompt",
@@ -60,16 +62,30 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def api_error(error: SequoiaError, names: Mapping[str, str] | None = None) -> ApiError:
-    """What a failed request is told. `names` are fields that this request's body has by other names."""
+def api_error(error: SequoiaError, names: Mapping[str, str] | None = None, *, forwards: bool = False) -> ApiError:
+    """What a failed request is told. `names` are fields that this request's body has by other names.
+
+    `forwards`: the coordinator was shown the client's own key.
+    """
     status = STATUS_BY_CODE[error.code]
+    if forwards:
+        status = _OF_THE_CLIENT.get(error.code, status)
+    if status == 401:
+        return wrong_key(is_given=not error.message.endswith("missing"))
     code = _CODES.get(status, error.code.name.lower())
     retry = error.retry_seconds if isinstance(error, ResourceExhausted) else None
     headers = {"retry-after": str(math.ceil(retry))} if retry is not None else {}
-    if status != 400 or not error.field:
+    if status not in (400, 403) or not error.field:
         return ApiError(status, str(error), None, code, headers)
     param = _param(error.field, names or {})
     return ApiError(status, f"{param}: {error.message}", param, code)
+
+
+def wrong_key(*, is_given: bool) -> ApiError:
+    """What whoever is not let in is told."""
+    problem = "Incorrect API key provided" if is_given else "No API key was provided"
+    reason = f"{problem}; send one as the header Authorization: Bearer KEY."
+    return ApiError(401, reason, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
 def _param(field_name: str, names: Mapping[str, str]) -> str:

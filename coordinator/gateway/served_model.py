@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from coordinator.clients_file import digest_of
+from coordinator.gateway.caller import Caller
 from coordinator.gateway.failures import ApiError
 from sequoia.client import AsyncClient
-from sequoia.errors import SequoiaError
+from sequoia.errors import PermissionDenied, SequoiaError, Unauthenticated
 from sequoia.v1 import coordinator_pb2
 
 _FRESH_SECONDS = 10.0
+_MOST_CALLERS = 4096
 # A description is small, and a coordinator that is there sends it at once.
 _LOOK_SECONDS = 5.0
 
@@ -41,31 +44,44 @@ class ServedModel:
 
 
 class ModelWatch:
-    """Knows the model that a coordinator serves, and looks again from time to time."""
+    """Knows the model that a coordinator serves, and looks again from time to time, for every caller."""
 
-    def __init__(self, client: AsyncClient, further_names: tuple[str, ...]) -> None:
-        self._client, self._further_names = client, further_names
+    def __init__(self, further_names: tuple[str, ...]) -> None:
+        self._further_names = further_names
         self._known: ServedModel | None = None
-        self._looked_at = 0.0
+        self._looked_at: dict[str, float] = {}  # by the digest of the token that was shown
         self._lock = asyncio.Lock()
 
-    async def look(self) -> ServedModel:
-        """Ask the coordinator now. Raises SequoiaError where none answers."""
-        pair = await self._client.describe_pair(timeout_seconds=_LOOK_SECONDS)
-        self._known, self._looked_at = _served(pair, self._further_names), time.monotonic()
+    async def look(self, client: AsyncClient) -> ServedModel:
+        """Ask the coordinator now. Raises SequoiaError where none answers, or does not let the caller in."""
+        pair = await client.describe_pair(timeout_seconds=_LOOK_SECONDS)
+        self._known = _served(pair, self._further_names)
         return self._known
 
-    async def current(self) -> ServedModel:
-        """The model. One that was known stands while no coordinator answers: the request itself will tell."""
+    async def current(self, caller: Caller) -> ServedModel:
+        """The model. One that was known stands while no coordinator answers: the request itself will tell.
+
+        Raises SequoiaError where the caller is not let in.
+        """
+        who = digest_of(caller.token or "")
         async with self._lock:
-            if self._known is not None and time.monotonic() < self._looked_at + _FRESH_SECONDS:
+            if self._known is not None and time.monotonic() < self._looked_at.get(who, 0.0) + _FRESH_SECONDS:
                 return self._known
             try:
-                return await self.look()
+                found = await self.look(caller.client)
+            except (Unauthenticated, PermissionDenied):
+                raise
             except SequoiaError:
                 if self._known is None:
                     raise
                 return self._known
+            self._remember(who)
+            return found
+
+    def _remember(self, who: str) -> None:
+        if len(self._looked_at) >= _MOST_CALLERS:
+            del self._looked_at[next(iter(self._looked_at))]
+        self._looked_at[who] = time.monotonic()
 
 
 def _served(pair: coordinator_pb2.DescribePairResponse, further_names: tuple[str, ...]) -> ServedModel:

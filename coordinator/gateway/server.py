@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import logging
 import signal
 import socket
+import ssl
 from pathlib import Path
 
 import uvicorn
@@ -15,9 +15,14 @@ import uvloop
 
 from coordinator.gateway.app import build_app
 from coordinator.gateway.config import GatewayConfig
+from coordinator.gateway.http_protocol import BoundedHttp
 from coordinator.gateway.keys import ApiKeys
+from sequoia.access import read_token
+from sequoia.addresses import is_local
 from sequoia.client import AsyncClient
+from sequoia.credentials import server_context
 from sequoia.errors import InvalidArgument
+from sequoia.tls import Tls, check_listen
 
 _log = logging.getLogger(__name__)
 
@@ -27,22 +32,33 @@ _FAREWELL_SECONDS = 0.5
 
 def serve(config: GatewayConfig) -> None:
     """Serve until told to stop; running answers then end. Raises InvalidArgument for a setting that cannot be met."""
-    keys = ApiKeys.from_file(Path(config.api_keys)) if config.api_keys else ApiKeys({})
+    keys, tls = ApiKeys(config.api_keys), Tls(config.tls_cert, config.tls_key, insecure=config.insecure)
+    context = server_context(tls.cert, tls.key) if tls.cert else None
+    if context is None:
+        check_listen(config.listen, tls)
+    token = read_token(Path(config.token_file)) if config.token_file else None
     listener = _listen(config)
     _warn(config, keys)
     # uvicorn raises the signal that ended it again when it is done, which would be a death by signal.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     with listener:
-        uvloop.run(_serve(config, keys, listener))
+        uvloop.run(_serve(config, keys, token, listener, context))
 
 
-async def _serve(config: GatewayConfig, keys: ApiKeys, listener: socket.socket) -> None:
-    async with AsyncClient(config.address, timeout_seconds=config.request_timeout_seconds) as client:
+async def _serve(
+    config: GatewayConfig,
+    keys: ApiKeys,
+    token: str | None,
+    listener: socket.socket,
+    context: ssl.SSLContext | None,
+) -> None:
+    access = config.access(token)
+    async with AsyncClient(config.address, timeout_seconds=config.request_timeout_seconds, **access) as client:
         app = build_app(config, client, keys)
         settings = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHttp,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -53,10 +69,8 @@ async def _serve(config: GatewayConfig, keys: ApiKeys, listener: socket.socket) 
             ssl_certfile=config.tls_cert or None,
             ssl_keyfile=config.tls_key or None,
         )
-        try:
-            settings.load()
-        except OSError as error:
-            raise InvalidArgument(f"no certificate and key that fit: {error}", "tls_cert") from error
+        settings.load()
+        settings.ssl = context
         await _Announced(settings).serve([listener])
 
 
@@ -95,15 +109,5 @@ def _listen(config: GatewayConfig) -> socket.socket:
 
 
 def _warn(config: GatewayConfig, keys: ApiKeys) -> None:
-    missing = [name for name, is_there in (("TLS", config.tls_cert), ("API keys", keys)) if not is_there]
-    if missing and not _is_loopback(config):
-        told = "%s is open to others without %s: set --tls-cert and --tls-key, --api-keys"
-        _log.warning(told, config.listen, " and ".join(missing))
-
-
-def _is_loopback(config: GatewayConfig) -> bool:
-    host = config.host_and_port[0] if config.host_and_port else ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if not keys and not is_local(config.listen):
+        _log.warning("%s asks for no keys of its own: the coordinator's --clients decide who is let in", config.listen)

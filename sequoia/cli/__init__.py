@@ -22,6 +22,7 @@ _COMMANDS = {
     "chat": "talk to a running system in the terminal, and see what speculation does",
     "plan": "find the best tree: measure a running pair and keep its trees in Redis, or plan from numbers alone",
     "explain": "show why a pair is decoded the way it is, and what other trees would bring",
+    "token": "make a token for a client of the coordinator, and the lines that let it in",
     "train-draft": "make a small draft for a model, trained on what the model itself writes",
     "doctor": "look at this machine, two models or a running system: what is wrong, and what to do about it",
     "selfcheck": "prove on a running system that no rule changes the target's distribution",
@@ -64,7 +65,9 @@ def _run(run: Callable[[argparse.Namespace], int], parsed: argparse.Namespace) -
 
 
 def _fail(problem: str, status: int) -> int:
-    print(f"error: {problem}", file=sys.stderr, flush=True)
+    from sequoia.redaction import redacted
+
+    print(f"error: {redacted(problem)}", file=sys.stderr, flush=True)
     return status
 
 

@@ -8,6 +8,7 @@ from contextlib import closing
 
 from rich.console import Console
 
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.chat_view import AnswerView, legend
 from sequoia.cli.generate import add_address
 from sequoia.client import Client, Message
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask and answer until the end of the input."""
     console = Console(highlight=False, soft_wrap=False)
-    with Client(arguments.address) as client:
+    with Client(arguments.address, **access_of(arguments)) as client:
         model = client.describe_pair().verify.model
         if console.is_terminal:
             console.print(f"{model} at {arguments.address}; {_HELP}", style="dim", markup=False)

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from coordinator.planner_job import plan_pair
 from coordinator.speculation import BUILT_IN_TREE
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.figures import new_table, shares, verdict
 from sequoia.cli.generate import print_as_it_comes
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     with Deployment(deployment_settings(arguments, "127.0.0.1:0", None), steps) as system:
         plan = _plan(system, steps)
         steps.say(f"the planner says: {verdict(plan)}")
-        with Client(system.address) as client:
+        with Client(system.address, **access_of()) as client:
             question = [Message("user", arguments.prompt)]
             tree = plan.best_tree.shape if plan.best_tree else BUILT_IN_TREE
             console.rule("the answer, as its tokens are committed")
@@ -68,6 +69,7 @@ def _plan(system: Deployment, steps: Steps) -> TreePlan:
         planning = plan_pair(
             system.address,
             system.redis_url,
+            access=access_of(),
             most_prompts=_NUM_PROMPTS,
             max_tokens=_NUM_PLAN_TOKENS,
             on_progress=on_progress,

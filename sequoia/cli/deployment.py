@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -116,6 +116,7 @@ class _Program:
     flags: Mapping[str, object]
     num_threads: int
     cores: tuple[int, ...] = ()  # that it is pinned to; empty: none
+    secrets: Mapping[str, str] = field(default_factory=dict)  # variables: flags are read by whoever lists processes
 
 
 class Deployment:
@@ -242,8 +243,10 @@ class Deployment:
         self.addresses = {name: self.processes[name].address for name in settings.models}
 
     def _start_coordinator(self) -> None:
-        flags = {"listen": self._settings.listen, "redis": self.redis_url, "draft": "", **self.addresses}
-        program = _Program("coordinator.server", flags, self._settings.num_threads or num_cores())
+        flags = {"listen": self._settings.listen, "draft": "", **self.addresses}
+        secrets = {"SEQUOIA_REDIS": self.redis_url}
+        num_threads = self._settings.num_threads or num_cores()
+        program = _Program("coordinator.server", flags, num_threads, secrets=secrets)
         with self._steps.step("starting the coordinator") as on_progress:
             self._start({"coordinator": program}, on_progress)
 
@@ -258,7 +261,7 @@ class Deployment:
         started: list[ServerProcess] = []
         self._stack.callback(stop, started)
         for name, each in programs.items():
-            environment = _environment(each.num_threads)
+            environment = {**_environment(each.num_threads), **each.secrets}
             started.append(ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores))
         for process in wait_until_serving(started, on_progress):
             self._steps.say(f"  process {process.pid} is {process.name}")

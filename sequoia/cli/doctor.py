@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
+from sequoia.cli.access_flags import access_of, add_access
 from sequoia.cli.checkup.finding import Finding, findings_table
 from sequoia.cli.checkup.machine import check_machine
 from sequoia.cli.plan import address_of
@@ -18,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the flags of this command."""
     parser.epilog = "exit status: 0 nothing is bad, 1 something is"
     parser.add_argument("--address", help="of a coordinator to look at (default: what `sequoia up` serves, if it runs)")
+    add_access(parser)
     parser.add_argument("--redis", metavar="URL", help="of the Redis that keeps plans (or SEQUOIA_REDIS)")
     parser.add_argument("--target", metavar="MODEL", help="look at this model before it is served")
     parser.add_argument("--draft", metavar="MODEL", help="with --target: and whether this one fits it")
@@ -58,7 +60,7 @@ def _check_system(arguments: argparse.Namespace) -> Iterator[Finding]:
     from sequoia.client import Client
 
     is_named = arguments.address is not None or "SEQUOIA_ADDRESS" in os.environ
-    with Client(address_of(arguments)) as client:
+    with Client(address_of(arguments), **access_of(arguments)) as client:
         found = list(check_running(client))
     if not is_named and found[0].subject == "coordinator":
         yield Finding("system", "note", f"none runs at {address_of(arguments)}", "`sequoia up` starts one")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sequoia.cli.access_flags import ACCESS_FLAGS, access_of
 from sequoia.cli.explanation import Explanation, Realised, explanation_view
 from sequoia.cli.figures import check_plot
 from sequoia.cli.plan import add_pair_arguments, address_of
@@ -20,7 +21,7 @@ from sequoia.topology import Topology, TreeShape
 if TYPE_CHECKING:
     from sequoia.v1.coordinator_pb2 import ExplainResponse
 
-_RUNNING_FLAGS = ("address", "rule", "temperature")
+_RUNNING_FLAGS = ("address", "rule", "temperature", *ACCESS_FLAGS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +78,7 @@ def _of_running_pair(arguments: argparse.Namespace, built_in: Topology) -> Expla
     from sequoia.client import Client
     from sequoia.speculation_figures import state_name
 
-    with Client(address_of(arguments)) as client:
+    with Client(address_of(arguments), **access_of(arguments)) as client:
         response = client.explain(temperature=arguments.temperature or 0.0, rule=arguments.rule)
     return Explanation(
         plan=_plan_in_force(response),

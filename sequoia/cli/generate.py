@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 
+from sequoia.cli.access_flags import access_of, add_access
 from sequoia.cli.shape_names import read_shape
 from sequoia.client import DEFAULT_ADDRESS, Chunk, Client, Generation, Message, Prompt, Speculation
 from sequoia.errors import InvalidArgument
@@ -51,14 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
-    """Declare --address, whose default comes from SEQUOIA_ADDRESS."""
+    """Declare --address, whose default comes from SEQUOIA_ADDRESS, and what lets us in there."""
     default = os.environ.get("SEQUOIA_ADDRESS", DEFAULT_ADDRESS)
     parser.add_argument("--address", default=default, help=f"the coordinator (default {default}; or SEQUOIA_ADDRESS)")
+    add_access(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
-    with Client(arguments.address) as client:
+    with Client(arguments.address, **access_of(arguments)) as client:
         chunks = client.stream(
             _prompt(arguments),
             max_tokens=arguments.max_tokens,

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from rich.console import Console
 
+from sequoia.access import tls_of
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.benchmarks.arguments import check_folder, check_least
 from sequoia.cli.benchmarks.bench_system import BenchSystem, add_system, planned_system
 from sequoia.cli.benchmarks.prompt_set import prompt_set
@@ -163,13 +165,13 @@ def _system(arguments: argparse.Namespace, console: Console) -> Iterator[BenchSy
         raise InvalidArgument("is of an OpenAI API; give either it or --address", "base-url")
     if urlsplit(arguments.base_url).scheme not in ("http", "https"):
         raise InvalidArgument(f"{arguments.base_url!r} does not begin with http:// or https://", "base-url")
-    yield BenchSystem("", url=arguments.base_url)
+    yield BenchSystem("", access_of(arguments), url=arguments.base_url)
 
 
 async def _measure(arguments: argparse.Namespace, plan: LoadPlan, system: BenchSystem, console: Console) -> LoadReport:
     async with (
         _driver(arguments, system) as (driver, described),
-        Probe(system.process_ids.values(), system.worker_addresses.values()) as probe,
+        Probe(system.process_ids.values(), system.worker_addresses.values(), tls_of(system.access)) as probe,
     ):
         measured: Measured = await run_levels(plan, driver, probe, LiveView(console))
     percentiles = tuple(arguments.metric_percentiles)
@@ -185,7 +187,7 @@ async def _driver(arguments: argparse.Namespace, system: BenchSystem) -> AsyncIt
 
         async with (
             _delayed(system.address, arguments.link_delay_ms) as address,
-            AsyncClient(address, timeout_seconds=_TIMEOUT_SECONDS) as client,
+            AsyncClient(address, timeout_seconds=_TIMEOUT_SECONDS, **system.access) as client,
         ):
             yield GrpcDriver(client, form), await describe(client)
         return
@@ -195,7 +197,7 @@ async def _driver(arguments: argparse.Namespace, system: BenchSystem) -> AsyncIt
     port = parts.port or (443 if parts.scheme == "https" else 80)
     async with _delayed(f"{parts.hostname}:{port}", arguments.link_delay_ms) as address:
         url = urlunsplit(parts._replace(netloc=address)) if arguments.link_delay_ms else system.url
-        async with open_http(url, _TIMEOUT_SECONDS) as client:
+        async with open_http(url, system.access, _TIMEOUT_SECONDS) as client:
             model = arguments.model or await first_model(client)
             yield HttpDriver(client, model, form), {"backend": _OPENAI, "model": model}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sequoia.cli.access_flags import ACCESS_FLAGS, access_of, add_access
 from sequoia.cli.figures import plan_table, plans_table, verdict
 from sequoia.cli.plan_files import FILE_FLAGS, add_file_arguments, plan_from_files, refuse
 from sequoia.cli.steps import Steps
@@ -18,7 +19,7 @@ from sequoia.rules import SAMPLED_RULES, ParameterError
 if TYPE_CHECKING:
     from coordinator.planner_watch import WatchEvent
 
-_RUNNING_FLAGS = ("address", "redis", "temperature", "rule", "watch", "interval")
+_RUNNING_FLAGS = ("address", "redis", "temperature", "rule", "watch", "interval", *ACCESS_FLAGS)
 _INTERVAL_SECONDS = 60.0
 
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_pair_arguments(group: argparse._ArgumentGroup) -> None:
     """Declare what names a pair and its rule."""
     group.add_argument("--address", help="the coordinator (default: SEQUOIA_ADDRESS, or that of `sequoia up`)")
+    add_access(group)
     rules = tuple(each.name for each in SAMPLED_RULES)
     group.add_argument("--rule", choices=rules, help="above temperature 0 (default: the coordinator's)")
 
@@ -80,6 +82,7 @@ def _plan_once(arguments: argparse.Namespace) -> int:
         planning = plan_pair(
             address_of(arguments),
             redis_url,
+            access=access_of(arguments),
             temperatures=temperatures,
             rule_name=arguments.rule or "",
             on_progress=on_progress,
@@ -107,6 +110,7 @@ async def _show_events(arguments: argparse.Namespace, redis_url: str, interval_s
     events = watch_pair(
         address_of(arguments),
         redis_url,
+        access=access_of(arguments),
         temperatures=_temperatures(arguments),
         rule_name=arguments.rule or "",
         interval_seconds=interval_seconds,
@@ -129,8 +133,16 @@ def _temperatures(arguments: argparse.Namespace) -> tuple[float, ...]:
     return tuple(arguments.temperature or (0.0,))
 
 
+def _check_redis(url: str, arguments: argparse.Namespace) -> None:
+    from sequoia.access import tls_of
+    from sequoia.redis_connection import check_redis
+
+    check_redis(url, tls_of(access_of(arguments)))
+
+
 def _redis_url(arguments: argparse.Namespace) -> str:
     if url := arguments.redis or os.environ.get("SEQUOIA_REDIS"):
+        _check_redis(url, arguments)
         return url
     raise ParameterError(
         "is missing; give the coordinator's Redis (or set SEQUOIA_REDIS), or --acceptance FILE to plan from numbers",

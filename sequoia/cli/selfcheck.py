@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequoia.checks import Drafting, IdentityCheck, LawCheck, SelfCheck, has_16_bits
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
 from sequoia.cli.steps import Steps
@@ -45,7 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, show, and return 0 when everything passed."""
     steps = Steps(Console(stderr=True))
     checking = check_system(
-        arguments.address, temperature=arguments.temperature, num_samples=arguments.samples, step=steps.step
+        arguments.address,
+        temperature=arguments.temperature,
+        num_samples=arguments.samples,
+        step=steps.step,
+        access=access_of(arguments),
     )
     check = asyncio.run(checking)
     if arguments.json:

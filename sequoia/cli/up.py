@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from sequoia.cli.process import wait_for_end
 from sequoia.cli.steps import Steps
 from sequoia.config import ENGINES, MODEL_FREE, OFFLOADS, QUANTIZATIONS
 from sequoia.errors import Unavailable
+from sequoia.redaction import redacted
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     http = "serve the OpenAI API on this port of 127.0.0.1 too; 0: a free one (`sequoia gateway` serves it elsewhere)"
     parser.add_argument("--http", type=int, metavar="PORT", help=http)
-    parser.add_argument("--redis", metavar="URL", help="use this Redis (default: start one)")
+    parser.add_argument("--redis", metavar="URL", help="use this Redis (or SEQUOIA_REDIS; default: start one)")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object when it serves; what is done is told on stderr"
     )
@@ -131,7 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Start, say where, and stay until interrupted or until the target is lost."""
     stop_on_sigterm()
     steps = Steps(Console(stderr=arguments.json))
-    settings = replace(deployment_settings(arguments, arguments.listen, arguments.redis), http_port=arguments.http)
+    settings = deployment_settings(arguments, arguments.listen, _redis_url(arguments))
+    settings = replace(settings, http_port=arguments.http)
     with Deployment(settings, steps) as system:
         if arguments.json:
             print(json.dumps(_to_dict(system)), flush=True)
@@ -139,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
         steps.say(f'  sequoia generate --address {system.address} "Why is the sky blue?"')
         if system.url:
             steps.say(f"  OPENAI_BASE_URL={system.url} is the OpenAI API, and {system.url.removesuffix('v1')} a chat")
-        steps.say(f"  sequoia plan --address {system.address} --redis {system.redis_url}")
+        steps.say(f"  sequoia plan --address {system.address} --redis {redacted(system.redis_url)}")
         for process in wait_for_end(list(system.processes.values())):
             if process.name != "draft":
                 raise Unavailable(process.obituary())
@@ -147,11 +150,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _redis_url(arguments: argparse.Namespace) -> str | None:
+    """The variable is for what has a password: a command line is read by whoever lists processes."""
+    return arguments.redis or os.environ.get("SEQUOIA_REDIS")
+
+
 def _to_dict(system: Deployment) -> dict[str, object]:
     """Ready for JSON: where everything is."""
     return {
         "address": system.address,
-        "redis": system.redis_url,
+        "redis": redacted(system.redis_url),
         "url": system.url,
         "placement": system.placement,
         "workers": system.addresses,

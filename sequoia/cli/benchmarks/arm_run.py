@@ -45,7 +45,7 @@ class ArmWorkload:
 
 def run_arms(system: BenchSystem, workload: ArmWorkload, workplace: Workplace) -> Report:
     """All arms in turn. Raises SequoiaError when the system fails; a peer that fails is reported as such."""
-    with Client(system.address) as client:
+    with Client(system.address, **system.access) as client:
         pair = client.describe_pair()
         with _peers(pair, workload, workplace) as (peers, work):
             plan = plan_in_force(client, workload.temperature)

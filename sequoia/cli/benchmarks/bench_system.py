@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from coordinator.planner_job import plan_pair
+from sequoia.access import Access
+from sequoia.cli.access_flags import access_of, add_access
 from sequoia.cli.deployment import Deployment
 from sequoia.cli.steps import Steps
 from sequoia.cli.up import add_model_arguments, deployment_settings
@@ -22,6 +24,7 @@ class BenchSystem:
     """Where its coordinator is; of a system that was started here also its Redis, its processes and its workers."""
 
     address: str
+    access: Access = field(default_factory=Access)
     redis_url: str = ""
     process_ids: Mapping[str, int] = field(default_factory=dict)  # by name
     worker_addresses: Mapping[str, str] = field(default_factory=dict)  # "verify" and "draft"
@@ -36,6 +39,7 @@ def add_system(parser: argparse.ArgumentParser) -> None:
     """--address, and the flags of the models to serve without one."""
     group = parser.add_argument_group("the system", "one that runs already, or one to start")
     group.add_argument("--address", help="of a running coordinator (default: start a system of the models below)")
+    add_access(group)
     add_model_arguments(group)
 
 
@@ -45,15 +49,18 @@ def bench_system(arguments: argparse.Namespace, steps: Steps, *, http_port: int 
 
     The latter has a gateway where `http_port` is not None.
     """
+    access = access_of(arguments)
     if arguments.address is not None:
-        yield BenchSystem(arguments.address)
+        yield BenchSystem(arguments.address, access)
         return
     # Arms are asked the same prompts: none may have the rows that another one made.
     settings = deployment_settings(arguments, "127.0.0.1:0", None)
     settings = replace(settings, prefix_reuse="off", http_port=http_port)
     with Deployment(settings, steps) as deployment:
         process_ids = {name: each.pid for name, each in deployment.processes.items()}
-        yield BenchSystem(deployment.address, deployment.redis_url, process_ids, deployment.addresses, deployment.url)
+        yield BenchSystem(
+            deployment.address, access, deployment.redis_url, process_ids, deployment.addresses, deployment.url
+        )
 
 
 @contextmanager
@@ -76,6 +83,7 @@ def _plan(system: BenchSystem, steps: Steps, temperatures: Sequence[float], *, i
         planning = plan_pair(
             system.address,
             system.redis_url,
+            access=system.access,
             temperatures=temperatures,
             most_prompts=_QUICK_PLAN_PROMPTS if is_quick else None,
             max_tokens=_QUICK_PLAN_TOKENS if is_quick else _PLAN_TOKENS,

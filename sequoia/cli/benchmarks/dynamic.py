@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     stop_on_sigterm()
     steps = Steps(Console(stderr=True))
     temperatures = tuple(dict.fromkeys(mode.temperature for mode in asked))
-    with planned_system(arguments, steps, temperatures) as system, Client(system.address) as client:
+    with planned_system(arguments, steps, temperatures) as system, Client(system.address, **system.access) as client:
         pair = client.describe_pair()
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present", "draft")

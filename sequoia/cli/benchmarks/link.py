@@ -107,8 +107,8 @@ async def _measure(
     async with AsyncExitStack() as stack:
         verify = await stack.enter_async_context(DelayedLink(arguments.verify, added_seconds))
         draft = await stack.enter_async_context(DelayedLink(arguments.draft, added_seconds))
-        flags = {"listen": "127.0.0.1:0", "verify": verify.address, "draft": draft.address, "redis": arguments.redis}
-        address = await _coordinator(flags, stack)
+        flags = {"listen": "127.0.0.1:0", "verify": verify.address, "draft": draft.address}
+        address = await _coordinator(flags, arguments.redis, stack)
         await asyncio.sleep(_SETTLE_SECONDS)
         client = await stack.enter_async_context(AsyncClient(address))
         pair = await client.describe_pair()
@@ -124,10 +124,12 @@ async def _measure(
         )
 
 
-async def _coordinator(flags: Mapping[str, object], stack: AsyncExitStack) -> str:
+async def _coordinator(flags: Mapping[str, object], redis_url: str, stack: AsyncExitStack) -> str:
     """The address of a coordinator that is stopped when the stack is."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sequoia-")))
-    process = ServerProcess("coordinator", "coordinator.server", flags, os.environ, folder)
+    process = ServerProcess(
+        "coordinator", "coordinator.server", flags, {**os.environ, "SEQUOIA_REDIS": redis_url}, folder
+    )
     stack.callback(stop, [process])
     await asyncio.to_thread(lambda: list(wait_until_serving([process])))
     return process.address

@@ -7,10 +7,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
+from sequoia.access import tls_of
 from sequoia.cli.benchmarks.arguments import add_json
 from sequoia.cli.benchmarks.arm_figures import figures_of
 from sequoia.cli.benchmarks.arm_measuring import measure
@@ -26,6 +26,7 @@ from sequoia.cli.up import add_model_arguments, stop_on_sigterm
 from sequoia.client import Client
 from sequoia.engine.sources import default_cache_dir
 from sequoia.errors import InvalidArgument
+from sequoia.rpc import open_sync_channel
 from sequoia.v1 import worker_pb2_grpc
 
 
@@ -51,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     steps = Steps(Console(stderr=True))
     with (
         planned_system(arguments, steps, temperatures) as system,
-        Client(system.address) as client,
-        grpc.insecure_channel(system.worker_addresses["verify"]) as channel,
+        Client(system.address, **system.access) as client,
+        open_sync_channel(system.worker_addresses["verify"], tls_of(system.access)) as channel,
     ):
         worker = worker_pb2_grpc.WorkerServiceStub(channel)
         target = client.describe_pair().verify

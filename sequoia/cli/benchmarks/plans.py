@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sequoia.alternatives import best_chain
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.benchmarks.arguments import add_json, check_least
 from sequoia.cli.benchmarks.prompt_set import prompt_set
 from sequoia.cli.figures import new_table
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     temperatures = tuple(arguments.temperatures or (0.0, 0.6, 1.0))
     steps = Steps(Console(stderr=True))
     found: list[Kept] = []
-    with Client(arguments.address) as client:
+    with Client(arguments.address, **access_of(arguments)) as client:
         prompts = _prompts(client.describe_pair()) * arguments.rounds
         for temperature in temperatures:
             plan = _plan(client, temperature)

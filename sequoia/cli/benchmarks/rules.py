@@ -13,6 +13,7 @@ from rich.table import Table
 from coordinator.planner_prompts import TEXTS
 from sequoia.acceptance import PRIOR
 from sequoia.cli import rule_timing
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.benchmarks.arguments import add_json, check_least
 from sequoia.cli.figures import new_table
 from sequoia.cli.generate import add_address
@@ -54,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     tree = arguments.tree or optimal_tree(PRIOR, _TREE_SIZE, _TREE_LEVELS)
     workload = Workload(TEXTS, rules, tree, arguments.rounds, arguments.max_tokens)
     steps = Steps(Console(stderr=True))
-    with Client(arguments.address) as client:
+    with Client(arguments.address, **access_of(arguments)) as client:
         pair = client.describe_pair()
         if not pair.HasField("draft"):
             raise FailedPrecondition("there is no draft worker at present; start one and measure again", "draft")

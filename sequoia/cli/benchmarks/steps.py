@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_plot(arguments.plot)
     stop_on_sigterm()
     steps = Steps(Console(stderr=True))
-    with bench_system(arguments, steps) as system, Client(system.address) as client:
+    with bench_system(arguments, steps) as system, Client(system.address, **system.access) as client:
         pair = client.describe_pair()
         _check_draft(pair, workload)
         with steps.step(f"{workload.asking.num_answers} prompts, {len(workload.cells)} answers each") as on_progress:

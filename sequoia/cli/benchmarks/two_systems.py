@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from sequoia.cli.access_flags import access_of
 from sequoia.cli.benchmarks.modes import Mode, TreeWorkload
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
 from sequoia.cli.deployment import Deployment, DeploymentSettings
@@ -85,7 +86,7 @@ def _serving(side: Side, steps: Steps) -> Iterator[_System]:
     log_dir = side.settings.log_dir
     settings = replace(side.settings, log_dir=log_dir / side.name) if log_dir else side.settings
     steps.say(f"the system {side.name}:")
-    with Deployment(settings, steps) as deployment, Client(deployment.address) as client:
+    with Deployment(settings, steps) as deployment, Client(deployment.address, **access_of()) as client:
         yield _System(side, client, [each.pid for each in deployment.processes.values()])
 
 

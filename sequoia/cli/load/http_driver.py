@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx2
 
+from sequoia.access import Access
 from sequoia.cli.load.timeline import Ending, Piece
 from sequoia.cli.load.workload import Form, LoadRequest
 from sequoia.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
@@ -66,12 +68,17 @@ class HttpDriver:
         }
 
 
-def open_http(base_url: str, timeout_seconds: float) -> httpx2.AsyncClient:
-    """With the key of OPENAI_API_KEY, if there is one."""
-    key = os.environ.get("OPENAI_API_KEY")
+def open_http(base_url: str, access: Access, timeout_seconds: float) -> httpx2.AsyncClient:
+    """With its token, or the key of OPENAI_API_KEY, if there is one, and with its CAs and certificate."""
+    key = access.get("token") or os.environ.get("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     limits = httpx2.Limits(max_connections=None)
-    return httpx2.AsyncClient(base_url=base_url, headers=headers, timeout=timeout_seconds, limits=limits)
+    context = ssl.create_default_context(cafile=access.get("tls_ca") or None)
+    if cert := access.get("tls_cert"):
+        context.load_cert_chain(cert, access.get("tls_key"))
+    return httpx2.AsyncClient(
+        base_url=base_url, headers=headers, timeout=timeout_seconds, limits=limits, verify=context
+    )
 
 
 async def first_model(client: httpx2.AsyncClient) -> str:

@@ -9,6 +9,7 @@ from types import TracebackType
 from sequoia.cli.load.load_figures import Footprint
 from sequoia.process_memory import resident_bytes
 from sequoia.rpc import open_channel
+from sequoia.tls import Tls
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 _CALL_TIMEOUT_SECONDS = 5.0
@@ -22,9 +23,9 @@ class Probe:
     An async context manager.
     """
 
-    def __init__(self, process_ids: Iterable[int] = (), worker_addresses: Iterable[str] = ()) -> None:
+    def __init__(self, process_ids: Iterable[int], worker_addresses: Iterable[str], tls: Tls) -> None:
         self._process_ids = tuple(process_ids)
-        self._channels = [open_channel(each) for each in worker_addresses]
+        self._channels = [open_channel(each, tls) for each in worker_addresses]
         self._stubs = [worker_pb2_grpc.WorkerServiceStub(each) for each in self._channels]
 
     async def __aenter__(self) -> Probe:

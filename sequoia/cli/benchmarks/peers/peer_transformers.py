@@ -41,7 +41,8 @@ class _Clock(BaseStreamer):
 
 
 def _model(files: dict[str, Any], dtype: str) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(files["folder"], dtype=getattr(torch, dtype))
+    element = getattr(torch, dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(files["folder"], dtype=element, use_safetensors=True)
     model.eval().requires_grad_(False)
     # A checkpoint's own sampling parameters are no business of greedy decoding.
     model.generation_config = transformers.GenerationConfig()
