@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass
 
 import uvloop
 
+from coordinator.discovery import parse_places
 from coordinator.learning import Learning
 from coordinator.metrics import serve_metrics
 from coordinator.servicer import CoordinatorServicer, Patience
@@ -26,8 +27,12 @@ from sequoia.v1 import coordinator_pb2_grpc
 class CoordinatorConfig:
     """Owns the committed tokens of every request and runs the loop between a draft and a verify worker."""
 
-    verify: str = setting(MISSING, "addresses of the verify workers, with commas; all serve the same model")
-    draft: str = setting("", "addresses of the draft workers, with commas; empty: plain decoding")
+    verify: str = setting(
+        MISSING,
+        "addresses of the verify workers, with commas; all serve the same model; dns:///NAME:PORT: one for each "
+        "address that the name has",
+    )
+    draft: str = setting("", "addresses of the draft workers, likewise; empty: plain decoding")
     redis: str = setting("", "URL of the Redis that holds tree plans; empty: the built-in tree")
     listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
     rule: str = setting(
@@ -46,6 +51,11 @@ class CoordinatorConfig:
     def __post_init__(self) -> None:
         if self.max_waiting < 0:
             raise ValueError("--max-waiting (SEQUOIA_MAX_WAITING) must not be negative")
+        for name in ("verify", "draft"):
+            try:
+                parse_places(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"--{name} (SEQUOIA_{name.upper()}): {error}") from error
         for name in ("draft_timeout_seconds", "failover_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be above 0")

@@ -55,14 +55,19 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+def channel_options(address: str) -> tuple[tuple[str, int | str], ...]:
+    """Of a channel to there. Calls go in turn to all addresses of a dns:///NAME:PORT."""
+    return (*_CHANNEL_OPTIONS, *([("grpc.lb_policy_name", "round_robin")] if address.startswith("dns:") else []))
+
+
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel for asyncio code; it connects when first used."""
-    return grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.aio.insecure_channel(address, options=channel_options(address))
 
 
 def open_sync_channel(address: str) -> grpc.Channel:
     """A channel for threads; it connects when first used."""
-    return grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+    return grpc.insecure_channel(address, options=channel_options(address))
 
 
 class _ReadsRequests(grpc.aio.ServerInterceptor):
