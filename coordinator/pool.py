@@ -148,6 +148,12 @@ class Pool:
             await asyncio.sleep(POLL_SECONDS)
 
     @property
+    def capacity(self) -> Room:
+        """Of all that are there and stay."""
+        there = [each.description for each in list(self.members) if each.description and not each.is_leaving]
+        return Room(sum(each.num_slots for each in there), sum(each.kv_tokens for each in there))
+
+    @property
     def room(self) -> Room:
         """Of all that are there; of one that leaves, what its sessions have."""
         rooms = [each.room for each in self.members]

@@ -10,7 +10,8 @@ import uvloop
 
 from coordinator.discovery import parse_places
 from coordinator.learning import Learning
-from coordinator.metrics import serve_metrics
+from coordinator.metrics import complete, serve_metrics
+from coordinator.request_metrics import RequestMetrics
 from coordinator.servicer import CoordinatorServicer, Patience
 from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
@@ -78,11 +79,11 @@ async def _serve(config: CoordinatorConfig) -> None:
         Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):
         server = Server(config.listen)
-        speculator, rule = Speculator(plans, workers), RULES[config.rule]
+        speculator, rule, metrics = Speculator(plans, workers), RULES[config.rule], RequestMetrics()
         if config.metrics_port:
-            serve_metrics(speculator, config.metrics_port)
+            serve_metrics(complete(metrics, speculator, workers), config.metrics_port)
         patience = Patience(config.draft_timeout_seconds, config.failover_seconds)
-        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule)
+        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, metrics)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()

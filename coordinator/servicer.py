@@ -15,6 +15,7 @@ from coordinator.draft_stream import DraftStream
 from coordinator.explanation import explain
 from coordinator.learning import Learning
 from coordinator.request import Request, parse_request
+from coordinator.request_metrics import RequestMetrics
 from coordinator.session import Session
 from coordinator.speculation import RequestSpeculation, Speculator
 from coordinator.stream import Opening
@@ -46,29 +47,42 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One handler a request."""
 
     def __init__(
-        self, workers: Workers, speculator: Speculator, learning: Learning, patience: Patience, rule: Rule
+        self,
+        workers: Workers,
+        speculator: Speculator,
+        learning: Learning,
+        patience: Patience,
+        rule: Rule,
+        metrics: RequestMetrics,
     ) -> None:
         self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
-        self._patience = patience
+        self._patience, self._metrics = patience, metrics
         self._codec = TextCodec.from_files(workers.tokenizer)
 
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
         async with error_border(context):
-            target, draft = self._workers.verify_description, self._workers.draft_description
-            limit = max_tree_size(target, draft)
-            # Tokenising a long prompt or rendering a template must not hold up the other requests.
-            request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
-            request_id = secrets.token_hex(8)
-            async with (
-                self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
-                aclosing(session.run()) as steps,
-            ):
-                num_tokens = len(request.generated)
-                async for step in steps:
-                    num_tokens += len(step.token_ids)
-                    await context.write(_response(request_id, request, session, step, num_tokens))
-            _log.info("generated", extra={"request_id": request_id, "num_tokens": num_tokens})
+            with self._metrics.request():
+                await self._generate(message, context)
+
+    async def _generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
+        target, draft = self._workers.verify_description, self._workers.draft_description
+        limit = max_tree_size(target, draft)
+        # Tokenising a long prompt or rendering a template must not hold up the other requests.
+        request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
+        request_id = secrets.token_hex(8)
+        async with (
+            self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
+            aclosing(session.run()) as steps,
+        ):
+            num_tokens = num_before = len(request.generated)
+            async for step in steps:
+                num_tokens += len(step.token_ids)
+                await context.write(_response(request_id, request, session, step, num_tokens))
+            report = session.report
+            times = report.first_token_seconds, report.total_seconds
+            self._metrics.finished(len(request.prompt), num_tokens - num_before, *times)
+        _log.info("generated", extra={"request_id": request_id, "num_tokens": num_tokens})
 
     async def DescribePair(
         self, message: coordinator_pb2.DescribePairRequest, context: Any
@@ -112,7 +126,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             # As with a long prompt: the other requests go on.
             await asyncio.to_thread(transcript.resume, request.generated)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
-        session = Session(transcript, verify, draft, speculation)
+        session = Session(transcript, verify, draft, speculation, self._metrics)
         try:
             async with workers.verify.admission(max_num_tokens + workers.verify_description.max_tree_size):
                 with self._speculator:
