@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 
 from kustomize import Resource, pods
 
+from coordinator.discovery import parse_places
 from coordinator.gateway.config import GatewayConfig
 from coordinator.server import CoordinatorConfig
 from sequoia import cli
@@ -50,14 +52,30 @@ class Process:
     def settings(self) -> Any:
         """As the process itself would fill them. SystemExit: a flag, a variable or a value is wrong."""
         assert importlib.util.find_spec(self.module), self.module
-        known = {f"SEQUOIA_{name.upper()}" for name in get_type_hints(SETTINGS[self.module])}
-        ours = {name for name in self.environment if name.startswith("SEQUOIA_")}
-        assert ours <= known, f"{self.name} has variables that nobody reads: {ours - known}"
+        self._check_variables({f"SEQUOIA_{name.upper()}" for name in get_type_hints(SETTINGS[self.module])})
         return load(SETTINGS[self.module], self.name, self.arguments, self.environment)
 
+    @property
+    def addresses(self) -> set[tuple[str, int]]:
+        """Host and port of every server that it is told of."""
+        said = vars(self.parsed_command()) if not self.module else dataclasses.asdict(self.settings())
+        found: set[tuple[str, int]] = set()
+        for role in ("verify", "draft"):
+            found.update(parse_places(said.get(role) or "").names)
+        for url in filter(None, (said.get("address"), said.get("redis") or self.environment.get("SEQUOIA_REDIS"))):
+            place = url.removeprefix("dns:///").rpartition("@")[2].partition("/")[0]
+            host, _, port = place.rpartition(":")
+            found.add((host, int(port)))
+        return found
+
     def parsed_command(self) -> Any:
-        """Of a `sequoia COMMAND`. SystemExit: it is wrong."""
+        """Of a `sequoia plan`. SystemExit: it is wrong."""
+        self._check_variables({"SEQUOIA_ADDRESS", "SEQUOIA_REDIS"})
         return cli._parser(self.arguments).parse_args(self.arguments)
+
+    def _check_variables(self, known: set[str]) -> None:
+        ours = {name for name in self.environment if name.startswith("SEQUOIA_")}
+        assert ours <= known, f"{self.name} has variables that nobody reads: {ours - known}"
 
 
 def processes(resources: Iterable[Resource]) -> Iterator[Process]:
@@ -67,7 +85,7 @@ def processes(resources: Iterable[Resource]) -> Iterator[Process]:
         for pod in pods(resource):
             for container in pod["containers"]:
                 if container["image"].startswith("sequoia-"):
-                    environment = {each["name"]: _value(each, container, found) for each in container.get("env", ())}
+                    environment = _environment(container, found)
                     words = (*container["command"], *container.get("args", ()))
                     expanded = tuple(expand(word, environment) for word in words)
                     yield Process(container["name"], expanded, environment)
@@ -78,13 +96,19 @@ def expand(text: str, environment: Mapping[str, str]) -> str:
     return re.sub(r"\$\((\w+)\)", lambda found: environment[found[1]], text)
 
 
-def _value(said: Mapping[str, Any], container: Resource, resources: Iterable[Resource]) -> str:
-    if "value" in said:
-        return str(said["value"])
-    [(kind, reference)] = said["valueFrom"].items()
+def _environment(container: Resource, resources: Iterable[Resource]) -> dict[str, str]:
+    """In the order in which they stand: a variable is made of those before it."""
+    environment: dict[str, str] = {}
+    for each in container.get("env", ()):
+        value = each["value"] if "value" in each else _referred(each["valueFrom"], container, resources)
+        environment[each["name"]] = expand(value, environment)
+    return environment
+
+
+def _referred(said: Mapping[str, Any], container: Resource, resources: Iterable[Resource]) -> str:
+    [(kind, reference)] = said.items()
     if kind == "configMapKeyRef":
-        maps = {each["metadata"]["name"]: each["data"] for each in resources if each["kind"] == "ConfigMap"}
-        return str(maps[reference["name"]][reference["key"]])
+        return str(named(resources, "ConfigMap")[reference["name"]]["data"][reference["key"]])
     if kind == "resourceFieldRef":
         group, name = reference["resource"].split(".")
         return str(container["resources"][group][name])

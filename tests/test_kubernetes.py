@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from functools import cache
@@ -15,9 +16,14 @@ import pytest
 import yaml
 from kustomize import Resource, UnknownField, merge, pods, render
 from manifests import DEPLOY, OVERLAYS, WORKLOADS, Process, named, pod_labels, processes, selected
+from redis import Redis
+from redis.backoff import ConstantBackoff
+from redis.exceptions import AuthenticationError
+from redis.retry import Retry
 
 from coordinator.discovery import LOOKUP_SECONDS, parse_places
 from sequoia import rpc
+from sequoia.cli.redis import _find_binary
 from sequoia.v1 import coordinator_pb2, draft_pb2, verify_pb2
 
 KUBERNETES = "1.37"
@@ -95,19 +101,6 @@ def containers(resources: list[Resource]) -> list[dict[str, Any]]:
     return [each for resource in workloads(resources) for each in pods_of(resource)["containers"]]
 
 
-def addresses(process: Process) -> set[tuple[str, int]]:
-    """Host and port of every server that a process is told of."""
-    found = set()
-    for word in process.arguments:
-        flag, _, value = word.partition("=")
-        if flag in ("--verify", "--draft"):
-            found.update(parse_places(value).names)
-        elif flag in ("--address", "--redis"):
-            host, _, port = value.removeprefix("dns:///").rpartition("@")[2].partition("/")[0].rpartition(":")
-            found.add((host, int(port)))
-    return found
-
-
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl")
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_kustomize_itself_makes_the_same_of_an_overlay(overlay: str) -> None:
@@ -179,7 +172,7 @@ def test_every_flag_and_variable_is_one_that_the_process_takes(resources: list[R
         if each.module:
             each.settings()
         else:
-            assert each.parsed_command().redis == "redis://:a-secret@sequoia-redis:6379/0"
+            assert each.parsed_command().temperature == [0.0, 0.6, 1.0]
 
 
 def test_what_listens_is_reached_at_the_port_that_it_listens_on(resources: list[Resource]) -> None:
@@ -235,7 +228,7 @@ def test_every_address_is_that_of_a_service_and_leads_to_a_port(resources: list[
         ports = {each["name"] for container in pods_of(workload)["containers"] for each in container["ports"]}
         assert {each["targetPort"] for each in service["spec"]["ports"]} <= ports
     for process in processes(resources):
-        for host, port in addresses(process):
+        for host, port in process.addresses:
             assert port in {each["port"] for each in services[host]["spec"]["ports"]}, (process.name, host)
 
 
@@ -275,7 +268,7 @@ def test_nobody_may_speak_but_those_who_are_told_of_each_other(resources: list[R
     told = {
         (_workload_of(process, resources), host, port)
         for process in processes(resources)
-        for host, port in addresses(process)
+        for host, port in process.addresses
     }
     by_name = {each["metadata"]["name"]: each for each in workloads(resources)}
     for name, host, port in told:
@@ -382,6 +375,9 @@ def test_secrets_are_referred_to_and_never_written(resources: list[Resource]) ->
         for each in container.get("env", ()):
             is_secret = any(word in each["name"] for word in ("PASSWORD", "TOKEN", "SECRET", "KEY"))
             assert is_secret == ("secretKeyRef" in each.get("valueFrom", {})), each["name"]
+    [coordinator] = [each for each in processes(resources) if each.name == "coordinator"]
+    assert coordinator.settings().redis == "redis://:a-secret@sequoia-redis:6379/0"
+    assert not any("a-secret" in word for process in processes(resources) for word in process.command)
     [gateway] = [each for each in processes(resources) if each.name == "gateway"]
     pod = pods_of(named(resources, "Deployment")["sequoia-gateway"])
     [mount] = [each for each in pod["containers"][0]["volumeMounts"] if each["name"] == "api-keys"]
@@ -438,3 +434,28 @@ def test_draft_and_verify_run_in_pools_of_their_own_in_one_zone() -> None:
     assert pools == [{"sequoia/pool": "verify"}, {"sequoia/pool": "draft"}]
     affinity = pods_of(deployments["sequoia-draft"])["affinity"]["podAffinity"]
     assert set(affinity) == {"requiredDuringSchedulingIgnoredDuringExecution"}
+
+
+def test_redis_asks_for_its_password_and_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    """The container's own command, with the packaged server."""
+    [pod] = pods(named(rendered("cpu-dev"), "StatefulSet")["sequoia-redis"])
+    [container] = pod["containers"]
+    (tmp_path / "valkey-server").symlink_to(_find_binary())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = (
+        container["args"][0]
+        .replace("/data", str(tmp_path))
+        .replace("valkey-server -", f"valkey-server - --port {port}")
+    )
+    environment = {"PATH": f"{tmp_path}:/bin:/usr/bin", "REDIS_PASSWORD": "a-secret"}
+    with subprocess.Popen([*container["command"], script], env=environment, stdout=subprocess.DEVNULL) as server:
+        try:
+            client = Redis(port=port, password="a-secret", retry=Retry(ConstantBackoff(0.1), 100))
+            assert client.ping()
+            with pytest.raises(AuthenticationError):
+                Redis(port=port).ping()
+            server.terminate()
+            assert server.wait(20) == 0
+        finally:
+            server.kill()
