@@ -222,6 +222,8 @@ async def test_one_whose_record_vanished_is_drained_and_not_cut(
             await eventually(lambda: pool.members[0].num_sessions == 1)
             records.addresses = frozenset(both[1:])
             await eventually(lambda: there(pool) == {both[1]})
+            asked = records.num_lookups
+            await eventually(lambda: records.num_lookups > asked + 3)
             assert [each.link.address for each in pool.members] == list(both), "its session is still there"
             assert pool.room == (1 + 4, 200 + 8 + 1024), "what it has and nobody else can have"
             later = session(pool)

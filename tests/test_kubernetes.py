@@ -83,7 +83,7 @@ def rendered(overlay: str) -> list[Resource]:
     return render(DEPLOY / "k8s" / "overlays" / overlay)
 
 
-@pytest.fixture(params=OVERLAYS)
+@pytest.fixture(params=("../base", *OVERLAYS))
 def resources(request: pytest.FixtureRequest) -> list[Resource]:
     return rendered(request.param)
 
