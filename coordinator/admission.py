@@ -28,9 +28,24 @@ class Admission:
     """
 
     def __init__(self, room: Callable[[], Room], most_waiting: int) -> None:
-        self._room, self._most_waiting = room, most_waiting
+        self._room, self.most_waiting = room, most_waiting
         self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
         self._taken = Room(0, 0)
+
+    @property
+    def taken(self) -> Room:
+        """By those that were let in."""
+        return self._taken
+
+    @property
+    def num_waiting(self) -> int:
+        """Sessions that wait."""
+        return len(self._waiting)
+
+    @property
+    def num_tokens_waiting(self) -> int:
+        """KV memory that they wait for, in tokens. For other threads too."""
+        return sum(kv_tokens for _, kv_tokens in self._waiting.copy())
 
     @asynccontextmanager
     async def __call__(self, kv_tokens: int) -> AsyncIterator[None]:
@@ -65,7 +80,7 @@ class Admission:
         self.admit()
 
     async def _wait(self, kv_tokens: int) -> None:
-        if len(self._waiting) >= self._most_waiting:
+        if len(self._waiting) >= self.most_waiting:
             problem = f"{self._taken.num_slots} requests run and {len(self._waiting)} wait; try again"
             raise ResourceExhausted(f"{problem} in {RETRY_SECONDS:g} s", "queue", retry_seconds=RETRY_SECONDS)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -9,6 +9,7 @@ from functools import partial
 
 import grpc
 
+from coordinator.fallback import Fallback
 from coordinator.member import Member
 from coordinator.pool import Pool
 from coordinator.replies import has_times, is_tree
@@ -23,7 +24,7 @@ class DraftStream:
     """The session on a draft worker. Never raises and never holds a step up for longer than `reply_timeout_seconds`.
 
     Whatever goes wrong is a missing tree: the step is decoded plainly, and the session is opened again, elsewhere where
-    there is another worker, from the committed tokens. `reason` tells what happened last.
+    there is another worker, from the committed tokens. `reason` tells what happened last, `cause` why no tree came.
     """
 
     def __init__(self, pool: Pool, opening: Opening, reply_timeout_seconds: float, *, verify_device_id: str) -> None:
@@ -35,7 +36,8 @@ class DraftStream:
         self._acknowledged = self._num_sent = self._num_nodes = 0
         self._step = 0
         self.num_bytes = 0
-        self.reason = ""
+        self.reason, self.cause = "", Fallback.OPENING
+        self._is_opened, self.num_rebuilds = False, 0  # openings again, behind a loss
         self._has_own_device, self._opening_seconds = False, 0.0
 
     @property
@@ -50,6 +52,8 @@ class DraftStream:
         self._has_own_device = member.description.device_id != self._verify_device_id
         message = draft_pb2.DraftOpen(**self._opening.fields(token_ids), has_own_device=self._has_own_device)
         stub = draft_pb2_grpc.DraftServiceStub(member.link.channel)
+        self.num_rebuilds += self._is_opened
+        self._is_opened = True
         self._call, self._member = stub.Draft(timeout=max(0.0, self._opening.seconds_left)), member
         member.enter(self._opening.max_num_tokens)
         self._step, self._acknowledged, self._num_sent = 0, 0, len(token_ids)
@@ -58,7 +62,7 @@ class DraftStream:
     async def tree_or_none(self, committed: Sequence[int], shape: TreeShape) -> draft_pb2.DraftResponse | None:
         """A tree for the next step, or None: the draft is not ready, late, or lost."""
         if self._call is None or self._member is None:
-            self.reason = self.reason or "draft: opening"
+            self.reason, self.cause = self.reason or "draft: opening", Fallback.OPENING
             self.open(committed)
             return None
         if self._pending is not None and not self._take_late_reply():
@@ -77,7 +81,7 @@ class DraftStream:
         patience = self._member.patience_seconds(self._reply_timeout_seconds)
         await asyncio.wait((pending,), timeout=patience)
         if not pending.done():
-            self.reason = f"draft: no tree within {patience:.3g} s"
+            self.reason, self.cause = f"draft: no tree within {patience:.3g} s", Fallback.LATE
             return None
         return self._reply(pending)
 
@@ -89,6 +93,7 @@ class DraftStream:
     def refuse(self, reason: str) -> None:
         """The last tree was none: whoever sends such trees is no draft."""
         self._lose(f"draft: {reason}")
+        self.cause = Fallback.REFUSED
 
     def close(self) -> None:
         """End the session; the worker frees its KV slot."""
@@ -103,7 +108,7 @@ class DraftStream:
         """Whether the drafter is free again. A tree that came too late is dropped; what it acknowledged stays."""
         assert self._pending is not None
         if not self._pending.done():
-            self.reason = self.reason or "draft: not ready yet"
+            self.reason, self.cause = self.reason or "draft: not ready yet", Fallback.NOT_READY
             return False
         return self._reply(self._pending) is not None
 
@@ -142,7 +147,7 @@ class DraftStream:
         if self._member is not None and is_at_fault:
             self._member.failed(reason)
         self.close()
-        self.reason = reason
+        self.reason, self.cause = reason, Fallback.LOST
 
 
 def _record(member: Member, started: float, pending: asyncio.Task[draft_pb2.DraftResponse]) -> None:

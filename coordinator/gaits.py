@@ -31,6 +31,7 @@ class Gaits:
     predicted: Mapping[Gait, float]
     first: Gait
     promise: str
+    cause: str = "plan"  # of the first gait, in a word
 
     @staticmethod
     def of(plan: TreePlan) -> Gaits:
@@ -51,4 +52,4 @@ class Gaits:
     def unplanned(tree: Topology, chain: Topology) -> Gaits:
         """Of a pair without a plan: a built-in tree, tried before anything is known."""
         trees: dict[Gait, TreeShape] = {Gait.ON: tree, Gait.REDUCED: chain, Gait.OFF: PLAIN}
-        return Gaits(trees, dict.fromkeys(trees, 1.0), Gait.ON, "there is no plan yet")
+        return Gaits(trees, dict.fromkeys(trees, 1.0), Gait.ON, "there is no plan yet", "no_plan")

@@ -46,7 +46,7 @@ class Governor:
 
     def __init__(self, gaits: Gaits, num_sessions: int = 1) -> None:
         self._gaits, self._num_sessions = gaits, num_sessions
-        self.gait, self.reason = gaits.first, gaits.promise
+        self.gait, self.reason, self.cause = gaits.first, gaits.promise, gaits.cause
         self._paces: dict[TreeShape, Pace] = {}
         self._usual = Pace(num_sessions)  # of the gait's usual steps
         self._recent = Recent(num_sessions)
@@ -65,7 +65,7 @@ class Governor:
         is_other = gaits.trees != self._gaits.trees or gaits.first != self._gaits.first
         self._gaits = gaits
         if is_other:
-            self.reason, self._trial = gaits.promise, None
+            self.reason, self.cause, self._trial = gaits.promise, gaits.cause, None
             self._paces = {tree: pace for tree, pace in self._paces.items() if tree in gaits.trees.values()}
             self._go(gaits.first)
 
@@ -158,7 +158,7 @@ class Governor:
         if self.gait is Gait.ON and gait is Gait.OFF and self._may_pay(Gait.REDUCED, known):
             gait = Gait.REDUCED
         paces = ", ".join(f"{each.value} {pace.seconds_per_token * 1e3:.1f}" for each, pace in known.items())
-        self.reason = f"measured, in ms a token: {paces}"
+        self.reason, self.cause = f"measured, in ms a token: {paces}", "measured"
         self._go(gait)
 
     def _go(self, gait: Gait) -> None:

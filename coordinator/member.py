@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from functools import partial
 from statistics import median
 
 import grpc
 
+from coordinator.admission import Room
 from sequoia.channels import Channels
 from sequoia.errors import Unavailable
 from sequoia.rpc import error_from, open_channel
@@ -32,9 +34,9 @@ _HANGS, _LEAST_HANG_SECONDS = 10.0, 5.0
 class WorkerLink:
     """A channel to one worker. Raises InvalidArgument for one on another host without TLS."""
 
-    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "") -> None:
         self.address = address
-        self._channels = Channels(address, tls, open_channel)
+        self._channels = Channels(address, tls, partial(open_channel, server_name=server_name))
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
 
     @property
@@ -85,11 +87,12 @@ class Member:
     reply opens it again.
     """
 
-    def __init__(self, address: str, tls: Tls = PLAIN) -> None:
-        self.link = WorkerLink(address, tls)
+    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "") -> None:
+        self.link = WorkerLink(address, tls, server_name)
         self.description: worker_pb2.WorkerDescription | None = None  # None: it is not there, or does not fit
         self.num_sessions = self.num_tokens = 0  # of this coordinator, and what its sessions may become
         self.problem = ""  # what keeps it from being used
+        self.is_leaving = False  # it is not among the addresses any more: what runs on it may end there
         self._instance_id = ""
         self._pause = self._paused_until = 0.0  # how long it is left alone, 0 when it answered last, and until when
         self._reply_seconds: deque[float] = deque(maxlen=_NUM_REPLIES)
@@ -97,8 +100,24 @@ class Member:
     @property
     def is_usable(self) -> bool:
         """Whether a session may be opened on it."""
+        is_there = self.description is not None and not self.is_leaving
+        return is_there and not self.is_paused
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it is left alone, as it failed: for a while, and then but for the session that tries it."""
         is_probing = self._pause > 0.0 and self.num_sessions > 0
-        return self.description is not None and time.monotonic() >= self._paused_until and not is_probing
+        return time.monotonic() < self._paused_until or is_probing
+
+    @property
+    def room(self) -> Room:
+        """For sessions. One that leaves has as much as it needs for those it has, or they would take others' room."""
+        if self.description is None:
+            return Room(0, 0)
+        if self.is_leaving:
+            trees = self.num_sessions * self.description.max_tree_size
+            return Room(self.num_sessions, self.num_tokens + trees)
+        return Room(self.description.num_slots, self.description.kv_tokens)
 
     @property
     def load(self) -> tuple[float, float]:
@@ -119,6 +138,13 @@ class Member:
         """It has ended."""
         self.num_sessions -= 1
         self.num_tokens -= max_num_tokens
+
+    def stays(self, is_there: bool) -> None:
+        """Whether it is among the addresses."""
+        if is_there == self.is_leaving:
+            event = "worker stays" if is_there else "worker leaves"
+            _log.info(event, extra={"address": self.link.address, "num_sessions": self.num_sessions})
+        self.is_leaving = not is_there
 
     def found(self, description: worker_pb2.WorkerDescription) -> None:
         """It is there and belongs here. Another process than before begins without failures."""

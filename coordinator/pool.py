@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 
 from coordinator.admission import Admission, Room
+from coordinator.background import end
 from coordinator.descriptions import check_description
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
+
+_log = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 
@@ -20,7 +24,7 @@ class Pool:
     """Workers of one role that serve the same model.
 
     `check` raises FailedPrecondition for a description that does not belong here. At most `most_waiting` sessions wait
-    for room when they are let in by `admission`.
+    for room when they are let in by `admission`. `problem` says why none may be known.
     """
 
     def __init__(
@@ -32,7 +36,10 @@ class Pool:
         tls: Tls = PLAIN,
     ) -> None:
         self.members = [Member(address, tls) for address in addresses]
-        self._role, self._check = role, check
+        self._role, self._check, self._tls = role, check, tls
+        self._watchers: dict[Member, asyncio.Task[None]] = {}
+        self._is_watching = False
+        self.problem = ""
         self.admission = Admission(lambda: self.room, most_waiting)
 
     @property
@@ -49,12 +56,13 @@ class Pool:
     def nobody(self) -> Unavailable:
         """The error of who finds no worker here."""
         role = worker_pb2.WorkerRole.Name(self._role).rpartition("_")[2].lower()
-        problems = "; ".join(filter(None, (each.problem for each in self.members)))
+        problems = "; ".join(filter(None, (self.problem, *(each.problem for each in self.members))))
         return Unavailable(f"no {role} worker is there ({problems or 'all have failed a moment ago'}); try again")
 
     async def measure_round_trip(self) -> float:
         """To the first that is there, in seconds. Raises SequoiaError where there is none."""
-        there = next((each for each in self.members if each.description is not None), None)
+        found = (each for each in self.members if each.description is not None and not each.is_leaving)
+        there = next(found, None)
         if there is None:
             raise self.nobody()
         return await there.link.round_trip_seconds()
@@ -92,6 +100,49 @@ class Pool:
             self.admission.admit()
         return response
 
+    def begin_watching(self) -> None:
+        """Watch all members, and those that come later."""
+        self._is_watching = True
+        for member in self.members:
+            self._watchers[member] = asyncio.create_task(self.watch(member))
+
+    async def close(self) -> None:
+        """Let go of all members."""
+        await end(*self._watchers.values())
+        for member in self.members:
+            await member.link.close()
+
+    async def follow(self, places: Mapping[str, str]) -> None:
+        """From now on the members are at these addresses; with each the name in its certificate, empty: the address's.
+
+        A member that is at none of them gets no new session. When the last of its sessions has ended, the next call
+        closes its connection.
+        """
+        idle = [each for each in self.members if each.is_leaving and not each.num_sessions]
+        for member in idle:
+            if member.link.address not in places:
+                await self._part_from(member)
+        for member in self.members:
+            member.stays(member.link.address in places)
+        known = {each.link.address for each in self.members}
+        for address in sorted(places.keys() - known):
+            self._join(Member(address, self._tls, places[address]))
+        self.admission.admit()
+
+    def _join(self, member: Member) -> None:
+        _log.info("worker joins", extra={"address": member.link.address})
+        self.members.append(member)
+        if self._is_watching:
+            self._watchers[member] = asyncio.create_task(self.watch(member))
+
+    async def _part_from(self, member: Member) -> None:
+        _log.info("worker has left", extra={"address": member.link.address})
+        # First, so that no session finds it while its connection closes.
+        self.members.remove(member)
+        if (watcher := self._watchers.pop(member, None)) is not None:
+            await end(watcher)
+        await member.link.close()
+
     async def watch(self, member: Member) -> None:
         """Notice a worker that appears, goes away, or comes back as another process; measure how far it is."""
         while True:
@@ -101,10 +152,16 @@ class Pool:
             await asyncio.sleep(POLL_SECONDS)
 
     @property
-    def room(self) -> Room:
-        """Of all that are there."""
-        there = [each.description for each in self.members if each.description]
+    def capacity(self) -> Room:
+        """Of all that are there and stay."""
+        there = [each.description for each in list(self.members) if each.description and not each.is_leaving]
         return Room(sum(each.num_slots for each in there), sum(each.kv_tokens for each in there))
+
+    @property
+    def room(self) -> Room:
+        """Of all that are there; of one that leaves, what its sessions have."""
+        rooms = [each.room for each in self.members]
+        return Room(sum(each.num_slots for each in rooms), sum(each.kv_tokens for each in rooms))
 
 
 def check_same(found: worker_pb2.WorkerDescription, known: worker_pb2.WorkerDescription) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, MutableSequence
 
+from coordinator.fallback import Fallback
+from coordinator.request_metrics import STAGES, RequestMetrics
 from sequoia.topology import Topology, TreeShape
 from sequoia.v1 import coordinator_pb2, draft_pb2, tree_pb2, verify_pb2
 from sequoia.wire import shape_to_wire
 
-_STAGES = ("draft", "verify", "network", "host")
 _PARTS = ("forwards", "work", "draft_forwards", "draft_work")
 
 
 class Report:
-    """Adds up a request's steps into the SpeculationReport that its client receives."""
+    """Adds up a request's steps into the SpeculationReport that its client receives, and tells `metrics` of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, metrics: RequestMetrics | None = None) -> None:
+        self._metrics = metrics or RequestMetrics()
         self.message = coordinator_pb2.SpeculationReport()
         self._usages: dict[TreeShape, coordinator_pb2.TreeUsage] = {}
         self._step = coordinator_pb2.StageSeconds()
@@ -32,6 +34,7 @@ class Report:
         """The first verdict has arrived."""
         self.message.stages.prefill = self._lap()
         self.first_token_seconds = self.total_seconds
+        self._metrics.opened(self.first_token_seconds)
 
     def host(self) -> None:
         """The coordinator's own work, and the client's reading, end here: a step begins."""
@@ -46,11 +49,12 @@ class Report:
         self._step.draft_work += response.times.work
         self._split(response.times)
 
-    def fell_back(self, reason: str) -> None:
+    def fell_back(self, reason: str, cause: Fallback) -> None:
         """A tree was wanted and did not come: this step is decoded plainly."""
         self._step.draft += self._lap()
         self.message.num_fallback_steps += 1
         self.message.fallback_reason = reason
+        self._metrics.fell_back(cause)
 
     def verified(
         self, response: verify_pb2.VerifyResponse, draft: draft_pb2.DraftResponse | None, asked: TreeShape
@@ -66,6 +70,7 @@ class Report:
         self._step.network += seconds - worker_seconds
         self._split(response.times)
         _add(self.message.stages, self._step)
+        self._metrics.stepped(self._step)
         self.message.num_steps += 1
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
@@ -75,7 +80,7 @@ class Report:
             self._count_ngrams(draft.ngram_nodes, response.verdict)
             if isinstance(asked, Topology):
                 self._count_ranks(topology, asked, response.verdict)
-        return sum(getattr(self._step, name) for name in _STAGES)
+        return sum(getattr(self._step, name) for name in STAGES)
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
         self._step.forwards += times.forwards
@@ -95,6 +100,8 @@ class Report:
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message
+        if topology.size > 1:
+            self._metrics.drafted(topology, len(verdict.accepted_nodes))
         message.num_drafted_steps += topology.size > 1
         message.num_drafted_tokens += topology.size - 1
         message.num_accepted_tokens += len(verdict.accepted_nodes)
@@ -140,7 +147,7 @@ def _num_asked(topology: Topology, asked: Topology, accepted_nodes: Iterable[int
 
 
 def _add(total: coordinator_pb2.StageSeconds, step: coordinator_pb2.StageSeconds) -> None:
-    for name in (*_STAGES, *_PARTS):
+    for name in (*STAGES, *_PARTS):
         setattr(total, name, getattr(total, name) + getattr(step, name))
 
 

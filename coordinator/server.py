@@ -10,8 +10,10 @@ from dataclasses import MISSING, dataclass
 import uvloop
 
 from coordinator.clients import Clients
+from coordinator.discovery import parse_places
 from coordinator.learning import Learning
-from coordinator.metrics import serve_metrics
+from coordinator.metrics import complete, serve_metrics
+from coordinator.request_metrics import RequestMetrics
 from coordinator.servicer import CoordinatorServicer, Patience
 from coordinator.speculation import Speculator
 from coordinator.trees import TreePlans
@@ -33,8 +35,12 @@ _log = logging.getLogger(__name__)
 class CoordinatorConfig(TlsSettings):
     """Owns the committed tokens of every request and runs the loop between a draft and a verify worker."""
 
-    verify: str = setting(MISSING, "addresses of the verify workers, with commas; all serve the same model")
-    draft: str = setting("", "addresses of the draft workers, with commas; empty: plain decoding")
+    verify: str = setting(
+        MISSING,
+        "addresses of the verify workers, with commas; all serve the same model; dns:///NAME:PORT: one for each "
+        "address that the name has",
+    )
+    draft: str = setting("", "addresses of the draft workers, likewise; empty: plain decoding")
     redis: str = setting("", "URL of the Redis that holds tree plans, rediss:// with TLS; empty: the built-in tree")
     listen: str = setting("127.0.0.1:50600", "address to listen on; port 0 takes a free one")
     clients: str = setting("", "file (TOML) with the clients that are let in, and their limits; empty: everybody is")
@@ -62,6 +68,11 @@ class CoordinatorConfig(TlsSettings):
         TlsSettings.__post_init__(self)
         if self.max_waiting < 0:
             raise ValueError("--max-waiting (SEQUOIA_MAX_WAITING) must not be negative")
+        for name in ("verify", "draft"):
+            try:
+                parse_places(getattr(self, name))
+            except ValueError as error:
+                raise ValueError(f"--{name} (SEQUOIA_{name.upper()}): {error}") from error
         for name in ("draft_timeout_seconds", "failover_seconds", "plan_refresh_seconds", "start_timeout_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be above 0")
@@ -86,11 +97,11 @@ async def _serve(config: CoordinatorConfig) -> None:
         TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
         Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):
-        speculator, rule = Speculator(plans, workers), RULES[config.rule]
+        speculator, rule, metrics = Speculator(plans, workers), RULES[config.rule], RequestMetrics()
         if config.metrics_port:
-            serve_metrics(speculator, config.metrics_port, config.tls)
+            serve_metrics(complete(metrics, speculator, workers), config.metrics_port, config.tls)
         patience = Patience(config.draft_timeout_seconds, config.failover_seconds)
-        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, clients)
+        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, clients, metrics)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()

@@ -16,6 +16,7 @@ from coordinator.draft_stream import DraftStream
 from coordinator.explanation import explain
 from coordinator.learning import Learning
 from coordinator.request import DEFAULT_MAX_TOKENS, Request, parse_request
+from coordinator.request_metrics import RequestMetrics
 from coordinator.session import Session
 from coordinator.speculation import RequestSpeculation, Speculator
 from coordinator.stream import Opening
@@ -54,15 +55,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         patience: Patience,
         rule: Rule,
         clients: Clients,
+        metrics: RequestMetrics,
     ) -> None:
         self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
-        self._patience, self._clients = patience, clients
+        self._patience, self._clients, self._metrics = patience, clients, metrics
         self._codec = TextCodec.from_files(workers.tokenizer)
 
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
         async with error_border(context):
-            with self._clients.request(context) as use:
+            with self._metrics.request(), self._clients.request(context) as use:
                 await self._generate(message, context, use)
 
     async def _generate(self, message: coordinator_pb2.GenerateRequest, context: Any, use: Use) -> None:
@@ -78,11 +80,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
             aclosing(session.run()) as steps,
         ):
-            num_tokens = len(request.generated)
+            num_tokens = num_before = len(request.generated)
             async for step in steps:
                 num_tokens += len(step.token_ids)
                 use.add_tokens(len(step.token_ids))
                 await context.write(_response(request_id, request, session, step, num_tokens))
+            report = session.report
+            times = report.first_token_seconds, report.total_seconds
+            self._metrics.finished(len(request.prompt), num_tokens - num_before, *times)
         told = {"request_id": request_id, "client": use.client.name, "num_tokens": num_tokens}
         _log.info("generated", extra=told)
 
@@ -130,7 +135,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             # As with a long prompt: the other requests go on.
             await asyncio.to_thread(transcript.resume, request.generated)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
-        session = Session(transcript, verify, draft, speculation)
+        session = Session(transcript, verify, draft, speculation, self._metrics)
         try:
             async with workers.verify.admission(max_num_tokens + workers.verify_description.max_tree_size):
                 with self._speculator:

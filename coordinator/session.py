@@ -9,8 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from coordinator.draft_stream import DraftStream
+from coordinator.fallback import Fallback
 from coordinator.gaits import PLAIN
 from coordinator.report import Report
+from coordinator.request_metrics import RequestMetrics
 from coordinator.speculation import Choice, RequestSpeculation
 from coordinator.transcript import Step, Transcript
 from coordinator.verify_stream import VerifyStream
@@ -32,10 +34,12 @@ class Session:
         verify: VerifyStream,
         draft: DraftStream | None,
         speculation: RequestSpeculation,
+        metrics: RequestMetrics | None = None,
     ) -> None:
+        self._metrics = metrics or RequestMetrics()  # one of its own, which nobody reads
         self._transcript, self._verify, self._draft, self._speculation = transcript, verify, draft, speculation
         self._choice, self._was_drafted = Choice(PLAIN), False
-        self.report = Report()
+        self.report = Report(self._metrics)
         self.num_cached_prompt_tokens = 0  # that the verify worker had read for other requests
 
     async def run(self) -> AsyncGenerator[Step]:
@@ -68,6 +72,7 @@ class Session:
         self._verify.close()
         if self._draft is not None:
             self._draft.close()
+            self._metrics.rebuilt("draft", self._draft.num_rebuilds)
 
     async def _step(self) -> Answers:
         """One target forward: over a tree where there is one, plain decoding otherwise."""
@@ -81,7 +86,7 @@ class Session:
         draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
         self._speculation.opened(self._draft.take_opening_seconds())
         if draft is None:
-            self.report.fell_back(self._draft.reason)
+            self.report.fell_back(self._draft.reason, self._draft.cause)
             return await self._verified(None, 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS))
         self.report.drafted(draft)
         self._speculation.drafted(draft.ahead)
@@ -97,12 +102,13 @@ class Session:
         try:
             return draft, await self._verify.step(len(token_ids) - 1, tree, num_plain_steps)
         except Unavailable as error:
-            self.report.fell_back(str(error))
+            self.report.fell_back(str(error), Fallback.VERIFY_LOST)
+            self._metrics.rebuilt("verify")
         except InvalidArgument as error:
             if self._draft is None or tree is None:
                 raise
             self._draft.refuse(f"refused ({error})")
-            self.report.fell_back(self._draft.reason)
+            self.report.fell_back(self._draft.reason, self._draft.cause)
         return None, await self._verify.open(token_ids)
 
     def _choose(self, max_levels: int) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
 from types import TracebackType
 
 from coordinator.background import end
+from coordinator.discovery import LOOKUP_SECONDS, Discovery, Resolver, parse_places, resolve
 from coordinator.member import Member
 from coordinator.pool import POLL_SECONDS, Pool, check_same
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
@@ -17,7 +19,8 @@ from sequoia.v1 import worker_pb2
 class Workers:
     """The verify workers, without which nothing starts, and the draft workers, which may be missing at any time.
 
-    Addresses are lists with commas. An async context manager: entering waits for a verify worker, and watches all.
+    Addresses are lists with commas, in which a dns:///NAME:PORT stands for as many workers as the name has records. An
+    async context manager: entering waits for a verify worker, and watches all. Raises ValueError for no such list.
     """
 
     def __init__(
@@ -27,29 +30,38 @@ class Workers:
         start_timeout_seconds: float,
         most_waiting: int = 0,
         tls: Tls = PLAIN,
+        *,
+        resolver: Resolver = resolve,
+        lookup_seconds: float = LOOKUP_SECONDS,
     ) -> None:
-        verify, draft = _split(verify_addresses), _split(draft_addresses)
-        self.verify = Pool(verify, worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting, tls)
-        self.draft = Pool(draft, worker_pb2.WORKER_ROLE_DRAFT, self._check_draft, tls=tls)
+        verify, draft = parse_places(verify_addresses), parse_places(draft_addresses)
+        self.verify = Pool(verify.addresses, worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting, tls)
+        self.draft = Pool(draft.addresses, worker_pb2.WORKER_ROLE_DRAFT, self._check_draft, tls=tls)
+        self.is_speculation_configured = any(draft)
+        self._verify_discovery = Discovery(self.verify, verify, resolver, lookup_seconds)
+        self._draft_discovery = Discovery(self.draft, draft, resolver, lookup_seconds)
         self._start_timeout_seconds = start_timeout_seconds
-        self._watchers: list[asyncio.Task[None]] = []
+        self._followers: list[asyncio.Task[None]] = []
         self._target: worker_pb2.WorkerDescription | None = None
         self.tokenizer = worker_pb2.TokenizerFiles()
 
     async def __aenter__(self) -> Workers:
         response = await self._first_target()
         self._target, self.tokenizer = response.worker, response.tokenizer
+        await self._draft_discovery.begin(POLL_SECONDS)
         await asyncio.gather(*map(self._meet_draft_at_start, self.draft.members))
         for pool in (self.verify, self.draft):
-            self._watchers += [asyncio.create_task(pool.watch(member)) for member in pool.members]
+            pool.begin_watching()
+        discoveries = (self._verify_discovery, self._draft_discovery)
+        self._followers = [asyncio.create_task(each.follow()) for each in discoveries]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await end(*self._watchers)
-        for member in (*self.verify.members, *self.draft.members):
-            await member.link.close()
+        await end(*self._followers)
+        await self.verify.close()
+        await self.draft.close()
 
     @property
     def verify_description(self) -> worker_pb2.WorkerDescription:
@@ -69,9 +81,11 @@ class Workers:
 
     async def _first_target(self) -> worker_pb2.DescribeResponse:
         """Of the verify worker that is there first. Raises what the last of them has raised."""
-        timeout, pool = self._start_timeout_seconds, self.verify
+        pool, give_up = self.verify, time.monotonic() + self._start_timeout_seconds
+        await self._verify_discovery.begin(self._start_timeout_seconds)
+        timeout = max(POLL_SECONDS, give_up - time.monotonic())
         tasks = [asyncio.create_task(pool.meet(each, timeout, include_tokenizer=True)) for each in pool.members]
-        problem: SequoiaError = Unavailable("no address of a verify worker is given", "verify")
+        problem: SequoiaError = Unavailable(pool.problem or "no address of a verify worker is given", "verify")
         try:
             for first in asyncio.as_completed(tasks):
                 try:
@@ -113,10 +127,6 @@ def check_pair(verify: worker_pb2.WorkerDescription, draft: worker_pb2.WorkerDes
             "have different tokenizers; choose a draft from the target's own model family",
             "draft",
         )
-
-
-def _split(addresses: str) -> list[str]:
-    return list(dict.fromkeys(filter(None, (each.strip() for each in addresses.split(",")))))
 
 
 async def _ended(task: asyncio.Task[worker_pb2.DescribeResponse]) -> None:

@@ -66,12 +66,15 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
+def open_channel(address: str, tls: Tls = PLAIN, *, server_name: str = "") -> grpc.aio.Channel:
     """A channel for asyncio code; it connects when first used.
 
-    Raises InvalidArgument for files that are no certificates, and for another host without any.
+    The certificate there must be for `server_name`, or, where that is empty, for the address. Raises InvalidArgument
+    for files that are no certificates, and for another host without any.
     """
-    credentials, options = channel_credentials(address, tls), _channel_options(address)
+    credentials, options = channel_credentials(address, tls), channel_options(address)
+    if server_name:
+        options = (*options, ("grpc.ssl_target_name_override", server_name))
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, credentials, options=options)
@@ -79,15 +82,24 @@ def open_channel(address: str, tls: Tls = PLAIN) -> grpc.aio.Channel:
 
 def open_sync_channel(address: str, tls: Tls = PLAIN) -> grpc.Channel:
     """A channel for threads; it connects when first used. Raises InvalidArgument as `open_channel` does."""
-    credentials, options = channel_credentials(address, tls), _channel_options(address)
+    credentials, options = channel_credentials(address, tls), channel_options(address)
     if credentials is None:
         return grpc.insecure_channel(address, options=options)
     return grpc.secure_channel(address, credentials, options=options)
 
 
-def _channel_options(address: str) -> tuple[tuple[str, int], ...]:
-    """A proxy for the world outside has no business with what stays on this machine."""
-    return (*_CHANNEL_OPTIONS, ("grpc.enable_http_proxy", 0)) if is_local(address) else _CHANNEL_OPTIONS
+def channel_options(address: str) -> tuple[tuple[str, int | str], ...]:
+    """Of a channel to there.
+
+    Calls go in turn to all addresses of a dns:///NAME:PORT; a proxy for the world outside has no business with what
+    stays on this machine.
+    """
+    options: list[tuple[str, int | str]] = [*_CHANNEL_OPTIONS]
+    if address.startswith("dns:"):
+        options.append(("grpc.lb_policy_name", "round_robin"))
+    if is_local(address):
+        options.append(("grpc.enable_http_proxy", 0))
+    return tuple(options)
 
 
 class _ReadsRequests(grpc.aio.ServerInterceptor):
