@@ -59,7 +59,7 @@ class Served(Speculator):
 @pytest.fixture
 async def exported() -> dict[str, set[str]]:
     """The labels of every series of a coordinator that has served something, by its name."""
-    workers = Workers("a:1", "b:1", 1.0)
+    workers = Workers("127.0.0.1:1", "127.0.0.1:2", 1.0)
     for pool in (workers.verify, workers.draft):
         found = worker_pb2.WorkerDescription(instance_id="a", num_slots=4, kv_tokens=100)
         pool.members[0].found(found)

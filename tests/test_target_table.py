@@ -170,7 +170,7 @@ def test_verdicts_without_chance_are_those_of_the_lazy_walk(rule: Rule, penaltie
 
 
 def flat(logprobs: TokenLogprobs) -> list[float]:
-    (token_id, raw, processed, top) = logprobs
+    token_id, raw, processed, top = logprobs[:4]
     return [token_id, raw, processed, *(number for each in top for number in each)]
 
 
