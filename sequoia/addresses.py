@@ -14,7 +14,7 @@ def is_socket(address: str) -> bool:
 
 def is_local(address: str) -> bool:
     """Whether HOST:PORT is loopback, or the address a Unix socket: nobody on the network reads along."""
-    return is_socket(address) or is_loopback(address.removeprefix("dns:///").rpartition(":")[0].strip("[]"))
+    return is_socket(address) or is_loopback(address.rpartition(":")[0].strip("[]"))
 
 
 def is_loopback(host: str) -> bool:
