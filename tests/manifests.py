@@ -17,6 +17,7 @@ from coordinator.gateway.config import GatewayConfig
 from coordinator.server import CoordinatorConfig
 from sequoia import cli
 from sequoia.config import load
+from sequoia.tls import Tls, check_listen, check_peer
 from sequoia.worker_config import WorkerConfig
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -67,6 +68,14 @@ class Process:
             host, _, port = place.rpartition(":")
             found.add((host, int(port)))
         return found
+
+    def check_plain_text(self) -> None:
+        """Raises InvalidArgument where the process would refuse to listen there, or to ask there."""
+        settings = self.settings()
+        tls = Tls(settings.tls_cert, settings.tls_key, insecure=settings.insecure)
+        check_listen(settings.listen, tls)
+        for host, port in self.addresses:
+            check_peer(f"{host}:{port}", tls)
 
     def parsed_command(self) -> Any:
         """Of a `sequoia plan`. SystemExit: it is wrong."""

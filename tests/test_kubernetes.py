@@ -170,8 +170,9 @@ def test_every_flag_and_variable_is_one_that_the_process_takes(resources: list[R
     }
     for each in found:
         if each.module:
-            each.settings()
+            each.check_plain_text()
         else:
+            assert each.parsed_command().insecure
             assert each.parsed_command().temperature == [0.0, 0.6, 1.0]
 
 
