@@ -14,6 +14,7 @@ from guarded import OTHER, TOKEN, ClientsFile, Clock, entry, guarded
 from coordinator.allowance import ALL_THERE_IS_ROOM_FOR, Allowance, limited_tokens
 from coordinator.clients import Clients
 from coordinator.clients_file import Limits, digest_of, read_clients
+from coordinator.request_metrics import RequestMetrics
 from coordinator.servicer import CoordinatorServicer
 from sequoia.client import AsyncClient
 from sequoia.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SequoiaError, Unauthenticated
@@ -196,7 +197,7 @@ def test_who_names_more_tokens_than_it_may_have_is_refused() -> None:
 async def test_no_method_of_the_coordinator_answers_strangers(file: ClientsFile, clock: Clock, method: str) -> None:
     file.write(entry("ann", TOKEN))
     servicer = object.__new__(CoordinatorServicer)  # nothing else of it may be reached
-    servicer._clients = Clients(str(file.path), clock)
+    servicer._clients, servicer._metrics = Clients(str(file.path), clock), RequestMetrics()
     server = Server("127.0.0.1:0")
     coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
     address = await server.start(["sequoia.v1.CoordinatorService"])
