@@ -22,7 +22,7 @@ FLAGS: dict[str, object] = {
     "dtype": "float32",
     "num-threads": 1,
     "context-length": 512,
-    "max-tree-size": 16,
+    "max-tree-size": 8,
     "kv-tokens": 4096,
     "prefill-chunk": 32,
 }
