@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ from sequoia.topology import Int
 
 _LOG = logging.getLogger(__name__)
 _FIELD = "tensor-parallel"
-# Of a sum that one rank has come to and another has not. One that dies is noticed at once: its connections close.
-_TIMEOUT = timedelta(minutes=5)
+# For the ranks to meet.
+_MEETING = timedelta(minutes=5)
+# For what all of them do at once. One that dies is noticed sooner: its connections close.
+_MOST_SECONDS = 300.0
 # Until a request comes, or the slowest rank has read its weights.
 _IDLE = timedelta(days=365)
 _FAILED = 1
@@ -64,16 +68,21 @@ class Ranks:
     def all_do(self, command: Command, numbers: Int) -> Iterator[None]:
         """The first rank: let the others do what is done in this block.
 
-        An error in it ends the process: the ranks may have parted, and no forward after it would be right.
+        An error in it, or no end of it, ends the process: the ranks may have parted, and no forward after it would be
+        right.
         """
+        overdue = threading.Timer(_MOST_SECONDS, _end, (f"a rank has not answered for {_MOST_SECONDS:.0f} seconds",))
+        overdue.daemon = True
+        overdue.start()
         try:
             self._broadcast(torch.tensor([command, len(numbers)]))
             if len(numbers):
                 self._broadcast(torch.from_numpy(numbers))
             yield
         except Exception:  # noqa: BLE001 - whatever it is, nothing can be done behind it
-            _LOG.critical("a rank of this model has failed, so the worker ends", exc_info=True)
-            os._exit(_FAILED)
+            _end("a rank has failed")
+        finally:
+            overdue.cancel()
 
     def receive(self) -> Received:
         """Any other rank: what comes next. Raises Unavailable when the first one is gone."""
@@ -107,7 +116,7 @@ def join(num_ranks: int, device: str) -> Ranks:
     if kind == "cuda":
         _take_device(dist.get_node_local_rank())
     try:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_TIMEOUT)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=_MEETING)
         ranks = Ranks()
     except (ValueError, RuntimeError) as error:
         raise Unavailable(f"the {num_ranks} ranks have not met: {error}", _FIELD) from error
@@ -120,6 +129,11 @@ def _take_device(local_rank: int) -> None:
         problem = f"rank {local_rank} of this machine finds {torch.cuda.device_count()} CUDA devices"
         raise InvalidArgument(f"{problem}; every rank needs its own", "device")
     torch.cuda.set_device(local_rank)
+
+
+def _end(reason: str) -> NoReturn:
+    _LOG.critical("%s, so the worker ends", reason, exc_info=sys.exc_info()[0] is not None)
+    os._exit(_FAILED)
 
 
 @contextmanager
