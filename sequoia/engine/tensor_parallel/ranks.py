@@ -52,7 +52,8 @@ class Ranks:
     """This process among all. Called by the engine's thread only.
 
     Commands go by gloo through the hosts' memory, so that one who waits for a command keeps no device busy: a header
-    (command, how many numbers), then the numbers. The sums within the module go by the default group.
+    (command, how many numbers), then the numbers. The sums within the module go by groups that
+    `transformers` makes.
     """
 
     def __init__(self) -> None:
