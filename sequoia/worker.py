@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,10 @@ from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.offload.stream import BlockStream
+from sequoia.engine.tensor_parallel.mirrored import follow
+from sequoia.engine.tensor_parallel.ranks import Ranks
 from sequoia.engine.warmup import measure_profile
+from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker, start_worker
 from sequoia.rpc import Server, error_border, running, stop_signal
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
@@ -72,15 +76,37 @@ def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
 def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
     """Run workers, whose models share one thread, until SIGTERM or SIGINT.
 
-    Prints one JSON line with the address of each when all serve.
+    Prints one JSON line with the address of each when all serve. Of several ranks only the first serves; the others end
+    with it.
     """
+    _check_ranks(hosted)
     for _, config in hosted:
         _check_credentials(config)  # before a model is loaded
     with EngineThread() as thread:
         workers = [_load(kind, config, thread) for kind, config in hosted]
+        ranks = workers[0].ranks
+        if ranks and not ranks.leads:
+            _follow(workers[0], ranks)
+            return
         for worker in workers:
             worker.executor.call(partial(measure, worker))
         uvloop.run(_serve(hosted, workers))
+        if ranks:
+            workers[0].executor.call(ranks.end)
+
+
+def _check_ranks(hosted: Sequence[tuple[WorkerKind, WorkerConfig]]) -> None:
+    if any(config.tensor_parallel > 1 for _, config in hosted):
+        [(kind, _), *others] = hosted
+        if others or kind.role != worker_pb2.WORKER_ROLE_VERIFY:
+            raise InvalidArgument("it is for a verify worker in processes of its own", "tensor-parallel")
+
+
+def _follow(worker: Worker, ranks: Ranks) -> None:
+    # A launcher sends its signals to all ranks, and the first one has sessions to end before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    worker.executor.call(partial(follow, ranks, worker.executor.engine))
 
 
 def _check_credentials(config: WorkerConfig) -> None:
