@@ -20,6 +20,7 @@ import jsonschema
 import pytest
 import yaml
 from certificates import Authority
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kustomize import Resource, pods
 from manifests import DEPLOY, SECURED, VARIANTS, WORKLOADS, Process, named, processes, rendered
 from prometheus_client import CollectorRegistry
@@ -27,10 +28,11 @@ from redis.backoff import ConstantBackoff
 from redis.exceptions import AuthenticationError, ConnectionError
 from redis.retry import Retry
 
+from coordinator.clients_file import read_clients
 from coordinator.metrics import serve_metrics
 from sequoia.cli.redis import _find_binary
 from sequoia.redis_connection import connect
-from sequoia.rpc import Server
+from sequoia.rpc import Server, open_channel
 from sequoia.tls import Tls
 
 TLS_FOLDER = "/etc/sequoia/tls"
@@ -177,6 +179,38 @@ def test_the_certificate_of_cert_manager_is_the_secret_that_is_mounted() -> None
     issuers = named(certificates(), "Issuer")
     assert {each["spec"]["issuerRef"]["name"] for each in found.values()} == set(issuers)
     assert issuers["sequoia-ca"]["spec"]["ca"]["secretName"] == found["sequoia-ca"]["spec"]["secretName"]
+
+
+_STUBS = {
+    # Whether the files are there that the Secrets are made of.
+    "kubectl": 'for word; do case $word in --from-file=*) test -s "${word#*=}";; esac; done',
+    "kustomize": "test -f kustomization.yaml",
+    "sequoia": f'exec "{sys.executable}" -c "import sys; from sequoia.cli import main; sys.exit(main())" "$@"',
+}
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates, and is not installed")
+async def test_the_documented_commands_make_certificates_and_clients_that_do(tmp_path: Path) -> None:
+    [block] = [each for each in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "openssl req" in each]
+    (tmp_path / "bin").mkdir()
+    for name, script in _STUBS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\nset -eu\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    overlay = tmp_path / "deploy" / "k8s" / "overlays" / "gpu"
+    overlay.mkdir(parents=True)
+    (overlay / "kustomization.yaml").touch()
+    environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    await asyncio.to_thread(
+        subprocess.run, ["sh", "-eu", "-c", block], cwd=tmp_path, env=environment, check=True, timeout=60
+    )
+    assert [each.name for each in read_clients(tmp_path / "clients.toml")] == ["gateway", "planner", "loadtest"]
+    server = Server("127.0.0.1:0", files(tmp_path))
+    address = await server.start([])
+    for name in names():
+        async with open_channel(address, files(tmp_path), server_name=name) as channel:
+            found = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+            assert found.status == health_pb2.HealthCheckResponse.SERVING, name
+    await server.stop(0)
 
 
 @pytest.fixture
