@@ -18,15 +18,15 @@ _KIND = {"Kustomization": "kustomize.config.k8s.io/v1beta1", "Component": "kusto
 _KNOWN: dict[str, Any] = {
     **dict.fromkeys(("apiVersion", "kind", "namespace", "resources", "components")),
     "labels": dict.fromkeys(("pairs", "includeTemplates")),
-    "patches": dict.fromkeys(("path",)),
+    "patches": {"path": None, "target": dict.fromkeys(("kind", "name"))},
     "images": dict.fromkeys(("name", "newTag")),
     "configMapGenerator": {"name": None, "files": None, "options": dict.fromkeys(("disableNameSuffixHash", "labels"))},
 }
 # Lists that a strategic merge goes into, by the key that tells their elements apart; others are replaced as a whole.
 _MERGE_KEYS = {
-    **dict.fromkeys(("containers", "volumes", "env"), "name"),
-    "ports": "containerPort",
-    "volumeMounts": "mountPath",
+    **dict.fromkeys(("containers", "volumes", "env"), ("name",)),
+    "ports": ("containerPort", "port"),  # of a container, of a Service
+    "volumeMounts": ("mountPath",),
 }
 _CLUSTER_WIDE = ("Namespace",)
 
@@ -53,7 +53,7 @@ def _build(folder: Path, resources: list[Resource]) -> list[Resource]:
         resources = _build(folder / name, resources)
     for each in said.get("patches", ()):
         for patch in _documents(folder / each["path"]):
-            _apply(patch, resources)
+            _apply(patch, resources, each.get("target"))
     for resource in resources:
         _transform(resource, said)
     return resources
@@ -80,13 +80,18 @@ def _config_map(folder: Path, said: dict[str, Any]) -> Resource:
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": said["name"], **labels}, "data": data}
 
 
-def _apply(patch: Resource, resources: list[Resource]) -> None:
+def _apply(patch: Resource, resources: list[Resource], target: dict[str, str] | None) -> None:
+    """Without a target there must be the one that the patch names; with one there may be none."""
     found = [each for each in resources if _identity(each) == _identity(patch)]
-    if len(found) != 1:
+    if target is not None:
+        wanted = target["kind"], target["name"]
+        found = [each for each in resources if (each["kind"], each["metadata"]["name"]) == wanted]
+    elif len(found) != 1:
         raise UnknownField(f"a patch for {_identity(patch)} meets {len(found)} resources")
-    merged = merge(found[0], patch)
-    found[0].clear()
-    found[0].update(merged)
+    for each in found:
+        merged = merge(each, patch)
+        each.clear()
+        each.update(merged)
 
 
 def _identity(resource: Resource) -> tuple[str, str, str]:
@@ -102,17 +107,18 @@ def merge(base: Any, patch: Any, name: str = "") -> Any:
                 merged[key] = merge(base.get(key), value, key)
         return merged
     if isinstance(base, list) and isinstance(patch, list) and name in _MERGE_KEYS:
-        return _merge_lists(base, patch, _MERGE_KEYS[name])
+        [key] = [each for each in _MERGE_KEYS[name] if each in patch[0]]
+        return _merge_lists(base, patch, key)
     if isinstance(patch, dict):
         return {key: merge(None, value, key) for key, value in patch.items() if value is not None}
     return deepcopy(patch)
 
 
 def _merge_lists(base: list[Any], patch: list[Any], key: str) -> list[Any]:
-    patches = {each[key]: each for each in patch}
-    known = [each[key] for each in base]
-    merged = [merge(each, patches[each[key]]) if each[key] in patches else each for each in base]
-    return [each for each in patch if each[key] not in known] + merged
+    """What the patch names comes first, in its order: a variable that is made of another must be named after it."""
+    known, named = {each[key]: each for each in base}, [each[key] for each in patch]
+    merged = [merge(known.get(each[key]), each) for each in patch]
+    return merged + [each for each in base if each[key] not in named]
 
 
 def _transform(resource: Resource, said: dict[str, Any]) -> None:

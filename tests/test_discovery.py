@@ -8,10 +8,12 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from certificates import Authority
 from tiny_models import build_tokenizer
 
 from coordinator.discovery import Name, parse_places, resolve
@@ -27,6 +29,7 @@ from sequoia.errors import Unavailable
 from sequoia.rpc import Context, Server, channel_options, open_channel
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
+from sequoia.tls import PLAIN, Tls
 from sequoia.topology import Topology
 from sequoia.v1 import verify_pb2, verify_pb2_grpc, worker_pb2, worker_pb2_grpc
 
@@ -93,8 +96,8 @@ class Plain:
 
 
 @asynccontextmanager
-async def serving(worker: VerifyWorker, host: str, port: int) -> AsyncIterator[str]:
-    server = Server(f"{host}:{port}")
+async def serving(worker: VerifyWorker, host: str, port: int, tls: Tls = PLAIN) -> AsyncIterator[str]:
+    server = Server(f"{host}:{port}", tls)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc_server)
     verify_pb2_grpc.add_VerifyServiceServicer_to_server(worker, server.grpc_server)
     yield await server.start(["sequoia.v1.VerifyService"])
@@ -124,6 +127,16 @@ async def second() -> VerifyWorker:
 async def both(first: VerifyWorker, second: VerifyWorker, port: int) -> AsyncIterator[tuple[str, str]]:
     async with serving(first, "127.0.0.1", port) as one, serving(second, "127.0.0.2", port) as other:
         yield one, other
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def certified(authority: Authority, name: str, *hosts: str) -> Tls:
+    """With a certificate for these hosts; whoever asks needs one too."""
+    return Tls(*authority.issue(name, *hosts), ca=authority.path)
 
 
 def following(records: Records, port: int, **how: Any) -> Workers:
@@ -291,9 +304,10 @@ async def test_drafts_behind_a_name_may_be_missing(both: tuple[str, str]) -> Non
         assert workers.is_speculation_configured
 
 
-async def test_a_client_may_name_its_coordinators_so(first: VerifyWorker, port: int) -> None:
-    """gRPC looks such names up by itself, and goes on at another address where one is lost."""
-    async with serving(first, "127.0.0.1", port), open_channel(f"dns:///localhost:{port}") as channel:
+async def test_a_client_may_name_its_coordinators_so(authority: Authority, first: VerifyWorker, port: int) -> None:
+    """gRPC looks such names up by itself, and goes on at another address where one is lost; a name is another host."""
+    tls = certified(authority, "both", "localhost")
+    async with serving(first, "127.0.0.1", port, tls), open_channel(f"dns:///localhost:{port}", tls) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         assert await stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=10) == worker_pb2.GetStatusResponse()
 
@@ -310,3 +324,72 @@ async def test_calls_are_spread_over_the_addresses_of_a_name(both: tuple[str, st
         async with asyncio.timeout(10):
             while {await asked() for _ in range(4)} != {"41", "42"}:
                 pass
+
+
+async def test_workers_behind_a_name_are_believed_by_a_certificate_for_the_name(
+    authority: Authority, first: VerifyWorker, second: VerifyWorker, port: int
+) -> None:
+    workers_tls = certified(authority, "workers", "verify.test")
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        both = [
+            await enter(serving(each, host, port, workers_tls))
+            for each, host in ((first, "127.0.0.1"), (second, "127.0.0.2"))
+        ]
+        records = Records(both[0])
+        workers = await enter(following(records, port, tls=certified(authority, "coordinator", "coordinator.test")))
+        assert there(workers.verify) == {both[0]}
+        records.addresses = frozenset(both)
+        await eventually(lambda: there(workers.verify) == set(both))
+        running = session(workers.verify)
+        answer = [step.token_ids async for step in running.run()]
+        assert answer in (8 * [(41,)], 8 * [(42,)])
+        running.close()
+
+
+async def test_a_certificate_for_another_name_is_not_believed_nor_one_for_the_address(
+    authority: Authority, first: VerifyWorker, second: VerifyWorker, port: int
+) -> None:
+    impostors = {"127.0.0.2": "draft.test", "127.0.0.3": "127.0.0.3"}
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        right = await enter(serving(first, "127.0.0.1", port, certified(authority, "right", "verify.test")))
+        wrong = {
+            await enter(serving(second, host, port, certified(authority, host, name)))
+            for host, name in impostors.items()
+        }
+        records, tls = Records(right, *wrong), certified(authority, "coordinator", "coordinator.test")
+        workers = await enter(following(records, port, tls=tls))
+        await eventually(lambda: {each.link.address for each in workers.verify.members if each.problem} == wrong)
+        assert there(workers.verify) == {right}
+        for host in impostors:
+            authority.issue(host, "verify.test")
+        await eventually(lambda: there(workers.verify) == {right, *wrong})
+
+
+async def test_an_address_is_believed_by_a_certificate_for_itself_also_beside_a_name(
+    authority: Authority, first: VerifyWorker, second: VerifyWorker, port: int
+) -> None:
+    tls = certified(authority, "coordinator", "coordinator.test")
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        named = await enter(serving(first, "127.0.0.1", port, certified(authority, "named", "verify.test")))
+        fixed = await enter(serving(second, "127.0.0.2", port, certified(authority, "fixed", "127.0.0.2")))
+        places = f"dns:///verify.test:{port},{fixed}"
+        workers = await enter(Workers(places, "", 5.0, tls=tls, resolver=Records(named), lookup_seconds=0.02))
+        await eventually(lambda: there(workers.verify) == {named, fixed})
+
+
+async def test_the_name_counts_for_the_connections_of_a_renewed_certificate_too(
+    authority: Authority, first: VerifyWorker, port: int
+) -> None:
+    ours = certified(authority, "coordinator", "january.test")
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        address = await enter(serving(first, "127.0.0.1", port, certified(authority, "worker", "verify.test")))
+        workers = await enter(following(Records(address), port, tls=ours))
+        [member] = workers.verify.members
+        before = member.link.channel
+        authority.issue("coordinator", "february.test")
+        await member.link.round_trip_seconds()
+        assert member.link.channel is not before

@@ -126,7 +126,8 @@ def test_the_control_plane_needs_nothing_that_only_workers_have() -> None:
 
 def test_every_image_that_is_run_is_made_here_or_pinned() -> None:
     of_compose = {each["image"] for each in COMPOSE["services"].values()}
-    found = set().union(of_compose, *(images(render(DEPLOY / "k8s" / "overlays" / overlay)) for overlay in OVERLAYS))
+    folders = [DEPLOY / "loadtest", *(DEPLOY / "k8s" / "overlays" / overlay for overlay in OVERLAYS)]
+    found = set().union(of_compose, *(images(render(folder)) for folder in folders))
     assert {each.partition(":")[0] for each in found} == {*IMAGES, "valkey/valkey"}
     for each in found:
         name, _, tag = each.partition(":")

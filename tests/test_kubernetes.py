@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,26 @@ import kubernetes_validate
 import pytest
 import yaml
 from kustomize import Resource, UnknownField, merge, pods, render
-from manifests import DEPLOY, OVERLAYS, WORKLOADS, Process, named, pod_labels, processes, selected
+from manifests import (
+    JOBS,
+    OVERLAYS,
+    VARIANTS,
+    WORKLOADS,
+    Process,
+    laid_out,
+    named,
+    pod_labels,
+    processes,
+    rendered,
+    selected,
+)
 from redis import Redis
 from redis.backoff import ConstantBackoff
 from redis.exceptions import AuthenticationError
 from redis.retry import Retry
 
 from coordinator.discovery import LOOKUP_SECONDS, parse_places
-from sequoia import rpc
+from sequoia import health, rpc
 from sequoia.cli.redis import _find_binary
 from sequoia.v1 import coordinator_pb2, draft_pb2, verify_pb2
 
@@ -34,6 +46,13 @@ GRPC_SERVICES = {
 }
 _TEXT = {"type": "string"}
 _LABELS = {"type": "object", "additionalProperties": {"type": "string"}}
+_SECRET_KEY = {
+    "type": "object",
+    "required": ["name", "key"],
+    "properties": {"name": _TEXT, "key": _TEXT},
+    "additionalProperties": False,
+}
+_SECRET_OF_TLS = {"type": "object", "properties": {"secret": _SECRET_KEY}, "additionalProperties": False}
 # Of the Prometheus operator's own schemas as much as we use: a field that is not here is one that nobody has looked up.
 OPERATOR_SPECS: dict[str, dict[str, Any]] = {
     "ServiceMonitor": {
@@ -43,7 +62,18 @@ OPERATOR_SPECS: dict[str, dict[str, Any]] = {
             "endpoints": {
                 "items": {
                     "required": ["port"],
-                    "properties": dict.fromkeys(("port", "path", "interval", "scrapeTimeout"), _TEXT),
+                    "properties": {
+                        **dict.fromkeys(("port", "path", "interval", "scrapeTimeout"), _TEXT),
+                        "scheme": {"enum": ["http", "https"]},
+                        "tlsConfig": {
+                            "properties": {
+                                "serverName": _TEXT,
+                                **dict.fromkeys(("ca", "cert"), _SECRET_OF_TLS),
+                                "keySecret": _SECRET_KEY,
+                            },
+                            "additionalProperties": False,
+                        },
+                    },
                     "additionalProperties": False,
                 }
             },
@@ -78,12 +108,7 @@ OPERATOR_SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-@cache
-def rendered(overlay: str) -> list[Resource]:
-    return render(DEPLOY / "k8s" / "overlays" / overlay)
-
-
-@pytest.fixture(params=("../base", *OVERLAYS))
+@pytest.fixture(params=("../base", *OVERLAYS, *VARIANTS))
 def resources(request: pytest.FixtureRequest) -> list[Resource]:
     return rendered(request.param)
 
@@ -102,11 +127,13 @@ def containers(resources: list[Resource]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl")
-@pytest.mark.parametrize("overlay", OVERLAYS)
-def test_kustomize_itself_makes_the_same_of_an_overlay(overlay: str) -> None:
-    command = ["kubectl", "kustomize", str(DEPLOY / "k8s" / "overlays" / overlay)]
-    made = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    assert _by_name(rendered(overlay)) == _by_name(list(yaml.safe_load_all(made)))
+@pytest.mark.parametrize("variant", [*OVERLAYS, *VARIANTS])
+def test_kustomize_itself_makes_the_same_of_an_overlay(variant: str, tmp_path: Path) -> None:
+    made = "---\n".join(
+        subprocess.run(["kubectl", "kustomize", each], capture_output=True, text=True, check=True, timeout=60).stdout
+        for each in laid_out(variant, tmp_path)
+    )
+    assert _by_name(rendered(variant)) == _by_name(list(yaml.safe_load_all(made)))
 
 
 def _by_name(resources: list[Resource]) -> dict[tuple[str, str], Resource]:
@@ -135,6 +162,20 @@ def test_a_patch_that_meets_nothing_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(said))
     with pytest.raises(UnknownField, match="nowhere"):
         render(tmp_path)
+
+
+def test_a_patch_with_a_target_meets_what_is_there_and_may_meet_nothing(tmp_path: Path) -> None:
+    said = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["a.yaml"],
+        "patches": [{"path": "b.yaml", "target": {"kind": "ConfigMap", "name": name}} for name in ("here", "nowhere")],
+    }
+    for name, body in (("a", {"x": "1"}), ("b", {"y": "2"})):
+        resource = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "here"}, "data": body}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(resource))
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(said))
+    assert render(tmp_path)[0]["data"] == {"x": "1", "y": "2"}
 
 
 def test_a_merge_goes_into_named_lists_and_takes_away_what_is_null() -> None:
@@ -169,18 +210,16 @@ def test_every_flag_and_variable_is_one_that_the_process_takes(resources: list[R
         "sequoia",
     }
     for each in found:
-        if each.module:
-            each.check_plain_text()
-        else:
-            assert each.parsed_command().insecure
-            assert each.parsed_command().temperature == [0.0, 0.6, 1.0]
+        each.check_plain_text()
+    [planner] = [each for each in found if each.name == "planner"]
+    assert planner.parsed_command().temperature == [0.0, 0.6, 1.0]
 
 
 def test_what_listens_is_reached_at_the_port_that_it_listens_on(resources: list[Resource]) -> None:
     by_name = {each["name"]: each for each in containers(resources) if each["image"].startswith("sequoia-")}
-    del by_name["planner"]
     for process in processes(resources):
-        if process.name == "planner":
+        if not process.module:
+            assert "ports" not in by_name[process.name]
             continue
         settings, ports = process.settings(), {each["name"]: each["containerPort"] for each in _ports(by_name, process)}
         host, _, port = settings.listen.rpartition(":")
@@ -203,11 +242,16 @@ def test_every_probe_asks_a_port_and_a_service_that_are_there(resources: list[Re
                 assert asked is None or asked["port"] in ports
             service = probe.get("grpc", {}).get("service")
             assert service is None or service in GRPC_SERVICES
+            command = probe.get("exec", {}).get("command", [])
+            if command and container["name"] != "redis":
+                assert command[:3] == ["python", "-m", "sequoia.health"]
+                assert int(command[3].removeprefix("localhost:")) in ports
+                assert probe["timeoutSeconds"] > health._TIMEOUT_SECONDS
 
 
 def test_what_serves_has_all_three_probes_and_loading_has_its_time(resources: list[Resource]) -> None:
     for resource in workloads(resources):
-        if resource["kind"] == "CronJob":
+        if resource["kind"] in JOBS:
             continue
         for container in pods_of(resource)["containers"]:
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
@@ -327,7 +371,7 @@ def test_every_workload_that_serves_may_be_disrupted_one_pod_at_a_time(resources
         each["metadata"]["name"] for budget in budgets for each in selected(budget["spec"]["selector"], resources)
     ]
     assert sorted(covered) == sorted(
-        each["metadata"]["name"] for each in workloads(resources) if each["kind"] != "CronJob"
+        each["metadata"]["name"] for each in workloads(resources) if each["kind"] not in JOBS
     )
     assert {budget["spec"]["maxUnavailable"] for budget in budgets} == {1}
 
@@ -375,9 +419,11 @@ def test_secrets_are_referred_to_and_never_written(resources: list[Resource]) ->
     for container in containers(resources):
         for each in container.get("env", ()):
             is_secret = any(word in each["name"] for word in ("PASSWORD", "TOKEN", "SECRET", "KEY"))
+            is_secret &= each["name"] not in ("SEQUOIA_TLS_KEY", "SEQUOIA_TOKEN_FILE")
             assert is_secret == ("secretKeyRef" in each.get("valueFrom", {})), each["name"]
-    [coordinator] = [each for each in processes(resources) if each.name == "coordinator"]
-    assert coordinator.settings().redis == "redis://:a-secret@sequoia-redis:6379/0"
+    for process in processes(resources):
+        if process.redis:
+            assert re.match(r"rediss?://:a-secret@sequoia-redis:6379/0(\?|$)", process.redis)
     assert not any("a-secret" in word for process in processes(resources) for word in process.command)
     [gateway] = [each for each in processes(resources) if each.name == "gateway"]
     pod = pods_of(named(resources, "Deployment")["sequoia-gateway"])
