@@ -8,6 +8,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
 from rich.console import Console
 from tiny_models import ARCHITECTURES, write_perturbed_model, write_tiny_model
 
@@ -16,6 +17,12 @@ from sequoia.cli.steps import Steps
 from sequoia.client import Client
 from sequoia.rpc import open_sync_channel
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Tiny models have nothing to divide; where others use the cores too, a second thread costs them a factor of six."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
