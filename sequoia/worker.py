@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,9 @@ from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.warmup import measure_profile
 from sequoia.loaded_worker import Worker, start_worker
+from sequoia.request_scope import request_scope
 from sequoia.rpc import Server, error_border, running, stop_signal
+from sequoia.tracing import OpenSpan, Tracing, traced, tracing_as_asked
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire
 from sequoia.worker_config import WorkerConfig
@@ -34,7 +37,8 @@ class WorkerKind:
 
     role: worker_pb2.WorkerRole
     service: str
-    add_servicer: Callable[[Worker, grpc.aio.Server], None]
+    traced_as: str  # its name in traces
+    add_servicer: Callable[[Worker, grpc.aio.Server, Tracing | None], None]
     start: Callable[[WorkerConfig, worker_pb2.WorkerRole, Executor], Worker] = start_worker
 
 
@@ -69,18 +73,30 @@ def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
         slot.keep(range(len(part)))
 
 
-def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
-    """Run workers, whose models share one thread, until SIGTERM or SIGINT.
+@asynccontextmanager
+async def session_border(context: Any, tracing: Tracing | None, name: str) -> AsyncIterator[OpenSpan | None]:
+    """Around a session's handler: its errors, and what its log lines and its spans have of the request it is for."""
+    with request_scope(context.invocation_metadata()):
+        async with error_border(context):
+            with traced(tracing, name) as span:
+                _LOG.debug("session begins")
+                yield span
+
+
+def serve(*hosted: tuple[WorkerKind, WorkerConfig], environ: Mapping[str, str]) -> None:
+    """Run workers, whose models share one thread, until SIGTERM or SIGINT. OTEL_* of `environ` may ask for traces.
 
     Prints one JSON line with the address of each when all serve.
     """
     for _, config in hosted:
         _check_credentials(config)  # before a model is loaded
-    with EngineThread() as thread:
+    with ExitStack() as stack:
+        tracings = [stack.enter_context(tracing_as_asked(kind.traced_as, environ)) for kind, _ in hosted]
+        thread = stack.enter_context(EngineThread())
         workers = [_load(kind, config, thread) for kind, config in hosted]
         for worker in workers:
             worker.executor.call(partial(measure, worker))
-        uvloop.run(_serve(hosted, workers))
+        uvloop.run(_serve(hosted, workers, tracings))
 
 
 def _check_credentials(config: WorkerConfig) -> None:
@@ -96,12 +112,16 @@ def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worke
     return executor.call(lambda: kind.start(config, kind.role, executor))
 
 
-async def _serve(hosted: Sequence[tuple[WorkerKind, WorkerConfig]], workers: Sequence[Worker]) -> None:
+async def _serve(
+    hosted: Sequence[tuple[WorkerKind, WorkerConfig]],
+    workers: Sequence[Worker],
+    tracings: Sequence[Tracing | None],
+) -> None:
     servers: dict[Server, Sequence[str]] = {}
-    for (kind, config), worker in zip(hosted, workers, strict=True):
+    for (kind, config), worker, tracing in zip(hosted, workers, tracings, strict=True):
         server = Server(config.listen, config.tls)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
-        kind.add_servicer(worker, server.grpc_server)
+        kind.add_servicer(worker, server.grpc_server, tracing)
         servers[server] = (kind.service, "sequoia.v1.WorkerService")
     async with running(servers):
         await stop_signal()
