@@ -43,7 +43,8 @@ class Calibration:
     plain_factor: float  # of the target's forward over one token, without a draft that runs in between
     tree_factor: float  # of its wider ones
     draft_factor: float
-    host_seconds: float
+    plain_host_seconds: float  # of a plain step, round trips included
+    host_seconds: float  # of a drafted step, without them
 
 
 async def measure(
@@ -128,7 +129,7 @@ def profiles(pair: DescribePairResponse) -> tuple[LatencyProfile, LatencyProfile
 
 
 def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures]) -> Calibration:
-    """The medians over the answers of what a step took. Plain decoding: all of a step, as it has nothing beside.
+    """The medians over the answers of what a step took.
 
     Dynamic trees are left out: how wide their forwards were is not known.
     """
@@ -141,14 +142,15 @@ def calibrate(pair: DescribePairResponse, figures: Iterable[SpeculationFigures])
     # One factor for all trees: apart, they would be of too few answers each.
     ratios = [_per_step([usage], "verify") / verify.at(tree.size) for tree, each in drafted.items() for usage in each]
     tree_factor = median(ratios) if ratios else 1.0
-    plain_factor = _per_step(plain, "verify", "network", "host") / verify.at(1) if plain else tree_factor
+    plain_factor = _per_step(plain, "verify") / verify.at(1) if plain else tree_factor
+    plain_host_seconds = _per_step(plain, "network", "host") if plain else 0.0
     draft_factor, per_step = _line(
         [(draft_seconds(tree, draft), each) for tree, usages in drafted.items() if (each := _draft_per_step(usages))]
     )
     round_trips = pair.verify_rtt_seconds + pair.draft_rtt_seconds
     beside = [_per_step(usages, "host", "network") - round_trips for usages in drafted.values()]
     host_seconds = per_step + (max(0.0, median(beside)) if beside else 0.0)
-    return Calibration(plain_factor, tree_factor, draft_factor, host_seconds)
+    return Calibration(plain_factor, tree_factor, draft_factor, plain_host_seconds, host_seconds)
 
 
 def inputs_for(
@@ -164,17 +166,19 @@ def inputs_for(
 ) -> PlanInputs:
     """What a plan for so many sessions behind such a context follows from.
 
-    Raises ValueError when the workers never measured a forward of that many sessions.
+    Forwards are shared by the sessions, what the hosts do is not: it counts for each of them. Raises ValueError when
+    the workers never measured a forward of that many sessions.
     """
     verify, draft = (profile.curve(num_sessions, num_context_tokens) for profile in profiles(pair))
+    plain_factor = calibration.plain_factor + num_sessions * calibration.plain_host_seconds / verify.at(1)
     return PlanInputs(
         acceptance=tuple(map(tuple, acceptance)),
         errors=tuple(map(tuple, errors)),
-        verify_curve=verify.scaled((1, calibration.plain_factor), (2, calibration.tree_factor)),
+        verify_curve=verify.scaled((1, plain_factor), (2, calibration.tree_factor)),
         draft_curve=draft.scaled((1, calibration.draft_factor)),
         draft_rtt_seconds=pair.draft_rtt_seconds,
         verify_rtt_seconds=pair.verify_rtt_seconds,
-        host_seconds=calibration.host_seconds,
+        host_seconds=num_sessions * calibration.host_seconds,
         tokens_factor=factor,
         dynamic_factor=factor_of_dynamic,
         draft_ahead_hit_rate=draft_ahead_hit_rate,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sequoia.config import num_bytes, num_cores
-from sequoia.engine.decoder import Decoder
+from sequoia.engine.decoder import Decoder, TransformersDecoder
 from sequoia.engine.decoders import Arithmetic, build_decoder, why_not_native
 from sequoia.engine.executor import Executor
 from sequoia.engine.forwards import Engine
@@ -24,6 +24,8 @@ from sequoia.engine.offload.budget import Demands, bytes_for_layers
 from sequoia.engine.offload.decoder import build_offloaded
 from sequoia.engine.offload.stream import BlockStream
 from sequoia.engine.sources import ModelFiles, resolve
+from sequoia.engine.tensor_parallel.mirrored import LeadingCache, LeadingDecoder
+from sequoia.engine.tensor_parallel.ranks import Ranks, join
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.engine.tree_logits import MOST_ROWS
 from sequoia.errors import InvalidArgument
@@ -53,15 +55,17 @@ class Worker:
     tree_rows: int  # KV rows that a session has for its trees, beside those of its tokens
     mixes_ngrams: bool
     stream: BlockStream[Any] | None = None  # what an offloaded model's layers come from
+    ranks: Ranks | None = None  # this process among those that have the model together
 
 
 def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Executor) -> Worker:
     """Load the model and allocate the KV pool. Runs on the engine's thread."""
-    num_threads = config.num_threads or num_cores()
+    num_threads = config.num_threads or max(1, num_cores() // config.tensor_parallel)
     torch.set_num_threads(num_threads)
     files = resolve(config.model, revision=config.revision or None, cache_dir=config.cache_dir or None)
     is_draft = role == worker_pb2.WORKER_ROLE_DRAFT
-    model = _load_model(config, files, config.offload)
+    ranks = join(config.tensor_parallel, config.device) if config.tensor_parallel > 1 else None
+    model = _load_model(config, files, config.offload, ranks)
     if is_draft and model.checkpoint is not None and why_not_native(model, files.cache_dir):
         # Packed by torch, layers would be in memory twice for good.
         model = _load_model(config, files, "none")
@@ -71,7 +75,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         raise InvalidArgument(f"{model.reference} {reason}", "model")
     quantization = _quantization(config, model, is_draft=is_draft)
     arithmetic = Arithmetic(
-        engine=config.engine,
+        engine=_engine(config),
         quantization=quantization,
         is_draft=is_draft,
         deterministic=config.deterministic,
@@ -81,7 +85,8 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
     slot_rows = context_length + tree_rows
     num_layers = model.module.config.get_text_config().num_hidden_layers
     kv_tokens = _kv_tokens(config, slot_rows)
-    cache = KVCache(num_layers, config.num_slots, slot_rows, kv_tokens, reuses=config.prefix_reuse == "on")
+    new_cache = partial(LeadingCache, ranks) if ranks and ranks.leads else KVCache
+    cache = new_cache(num_layers, config.num_slots, slot_rows, kv_tokens, reuses=config.prefix_reuse == "on")
     if model.checkpoint is None:
         decoder, stream = build_decoder(model, arithmetic, slot_rows, files.cache_dir), None
     else:
@@ -101,6 +106,9 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         if is_draft and not stream.is_resident:
             problem = f"{stream.num_resident} of the draft's {stream.num_blocks} layers fit into memory"
             raise InvalidArgument(f"{problem}, and all must; choose a smaller draft", "model")
+    if ranks and ranks.leads:
+        assert isinstance(decoder, TransformersDecoder), "no other runs in ranks"
+        decoder = LeadingDecoder(decoder, ranks)
     executor.engine = Engine(decoder, cache, model.device, model.dtype, vocabulary=model.vocabulary)
     description = worker_pb2.WorkerDescription(
         instance_id=secrets.token_hex(8),
@@ -115,7 +123,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         context_length=context_length,
         max_tree_size=config.max_tree_size,
         rules=[rule_to_wire(rule) for rule in RULES.values()],
-        hardware_key=_hardware_key(model, quantization, num_threads, decoder, stream),
+        hardware_key=_hardware_key(model, quantization, num_threads, decoder, stream, config.tensor_parallel),
         num_slots=config.num_slots,
         kv_tokens=kv_tokens,
         device_id=device_id(model.device),
@@ -130,6 +138,7 @@ def start_worker(config: WorkerConfig, role: worker_pb2.WorkerRole, executor: Ex
         tree_rows,
         mixes_ngrams=config.ngram == "on",
         stream=stream if stream and not stream.is_resident else None,
+        ranks=ranks,
     )
 
 
@@ -147,6 +156,10 @@ def _num_trees(config: WorkerConfig, role: worker_pb2.WorkerRole) -> int:
     return 1 + MOST_GUESSES if is_ahead else 1
 
 
+def _engine(config: WorkerConfig) -> str:
+    return "transformers" if config.tensor_parallel > 1 else config.engine
+
+
 def _quantization(config: WorkerConfig, model: LoadedModel, *, is_draft: bool) -> str:
     if config.quantization != "auto":
         return config.quantization
@@ -159,14 +172,15 @@ def _quantization(config: WorkerConfig, model: LoadedModel, *, is_draft: bool) -
     return "int8" if model.dtype == torch.bfloat16 or config.offload != "none" else "none"
 
 
-def _load_model(config: WorkerConfig, files: ModelFiles, offload: str) -> LoadedModel:
+def _load_model(config: WorkerConfig, files: ModelFiles, offload: str, ranks: Ranks | None = None) -> LoadedModel:
     return load_model(
         files,
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         offload=offload,
-        engine=config.engine,
+        engine=_engine(config),
+        ranks=ranks,
     )
 
 
@@ -189,7 +203,12 @@ def device_id(device: torch.device) -> str:
 
 
 def _hardware_key(
-    model: LoadedModel, quantization: str, num_threads: int, decoder: Decoder, stream: BlockStream[Any] | None
+    model: LoadedModel,
+    quantization: str,
+    num_threads: int,
+    decoder: Decoder,
+    stream: BlockStream[Any] | None,
+    num_ranks: int,
 ) -> str:
     if model.device.type == "cuda":
         place = torch.cuda.get_device_name(model.device)
@@ -197,5 +216,6 @@ def _hardware_key(
         place = f"cpu-{torch.backends.cpu.get_cpu_capability()}/{num_threads} threads"
     independent = "/deterministic" * (decoder.rows_are_independent and decoder.name != "native")
     is_streamed = stream is not None and not stream.is_resident
+    divided = f"/{num_ranks} ranks" if num_ranks > 1 else ""
     streamed = f"/{stream.num_resident} of {stream.num_blocks} layers in memory" if stream and is_streamed else ""
-    return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}{streamed}"
+    return f"{place}/{model.dtype_name}/{quantization}/{decoder.name}{independent}{streamed}{divided}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import EngineThread, Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.offload.stream import BlockStream
+from sequoia.engine.tensor_parallel.mirrored import follow
+from sequoia.engine.tensor_parallel.ranks import Ranks
 from sequoia.engine.warmup import measure_profile
+from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker, start_worker
 from sequoia.request_scope import request_scope
 from sequoia.rpc import Server, error_border, running, stop_signal
@@ -86,17 +90,39 @@ async def session_border(context: Any, tracing: Tracing | None, name: str) -> As
 def serve(*hosted: tuple[WorkerKind, WorkerConfig], environ: Mapping[str, str]) -> None:
     """Run workers, whose models share one thread, until SIGTERM or SIGINT. OTEL_* of `environ` may ask for traces.
 
-    Prints one JSON line with the address of each when all serve.
+    Prints one JSON line with the address of each when all serve. Of several ranks only the first serves; the others end
+    with it.
     """
+    _check_ranks(hosted)
     for _, config in hosted:
         _check_credentials(config)  # before a model is loaded
     with ExitStack() as stack:
         tracings = [stack.enter_context(tracing_as_asked(kind.traced_as, environ)) for kind, _ in hosted]
         thread = stack.enter_context(EngineThread())
         workers = [_load(kind, config, thread) for kind, config in hosted]
+        ranks = workers[0].ranks
+        if ranks and not ranks.leads:
+            _follow(workers[0], ranks)
+            return
         for worker in workers:
             worker.executor.call(partial(measure, worker))
         uvloop.run(_serve(hosted, workers, tracings))
+        if ranks:
+            workers[0].executor.call(ranks.end)
+
+
+def _check_ranks(hosted: Sequence[tuple[WorkerKind, WorkerConfig]]) -> None:
+    if any(config.tensor_parallel > 1 for _, config in hosted):
+        [(kind, _), *others] = hosted
+        if others or kind.role != worker_pb2.WORKER_ROLE_VERIFY:
+            raise InvalidArgument("it is for a verify worker in processes of its own", "tensor-parallel")
+
+
+def _follow(worker: Worker, ranks: Ranks) -> None:
+    # A launcher sends its signals to all ranks, and the first one has sessions to end before.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    worker.executor.call(partial(follow, ranks, worker.executor.engine))
 
 
 def _check_credentials(config: WorkerConfig) -> None:

@@ -7,6 +7,14 @@ from dataclasses import MISSING, dataclass
 from sequoia.config import ENGINES, OFFLOADS, QUANTIZATIONS, num_bytes, setting
 from sequoia.tls import TlsSettings
 
+# Ranks run the modules of `transformers` as they are.
+_BESIDE_RANKS: dict[str, tuple[str | bool, ...]] = {
+    "engine": ("auto", "transformers"),
+    "quantization": ("auto", "none"),
+    "offload": ("none",),
+    "deterministic": (False,),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerConfig(TlsSettings):
@@ -44,6 +52,9 @@ class WorkerConfig(TlsSettings):
     )
     resident_layers: int = setting(-1, "offloaded: layers that stay in memory; -1: as many as fit")
     prefill_chunk: int = setting(256, "most prompt tokens of one session in a forward")
+    tensor_parallel: int = setting(
+        1, "verify worker: processes that have the model together, a part each, started by torchrun; 1: this one alone"
+    )
     num_threads: int = setting(0, "CPU threads; 0: one for each core this process may use")
     draft_ahead: str = setting(
         "auto",
@@ -64,7 +75,7 @@ class WorkerConfig(TlsSettings):
 
     def __post_init__(self) -> None:
         TlsSettings.__post_init__(self)
-        for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1)):
+        for name, least in (("num_slots", 1), ("max_tree_size", 1), ("prefill_chunk", 1), ("tensor_parallel", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} (SEQUOIA_{name.upper()}) must be at least {least}")
         try:
@@ -77,5 +88,13 @@ class WorkerConfig(TlsSettings):
             name = "memory-limit" if self.memory_limit else "resident-layers"
             flag = f"--{name} (SEQUOIA_{name.upper().replace('-', '_')})"
             raise ValueError(f"{flag} is for --offload disk, host or auto")
+        if self.tensor_parallel > 1:
+            self._check_beside_ranks()
         if self.context_length < 0 or self.num_threads < 0 or self.kv_tokens < 0:
             raise ValueError("--context-length, --num-threads and --kv-tokens must not be negative")
+
+    def _check_beside_ranks(self) -> None:
+        for name, allowed in _BESIDE_RANKS.items():
+            if (value := getattr(self, name)) not in allowed:
+                flag, good = f"--{name} (SEQUOIA_{name.upper()})", " or ".join(map(str, allowed))
+                raise ValueError(f"{flag} is {value}; with --tensor-parallel it must be {good}")

@@ -44,7 +44,7 @@ class Cluster:
         self._environment = {**_ENVIRONMENT, **(environment or {})}
         counts = {"verify": num_verify, "draft": num_draft, "coordinator": num_coordinators}
         self._roles = {f"{role}{index}": role for role, count in counts.items() for index in range(count)}
-        self._addresses = {name: f"127.0.0.1:{_free_port()}" for name in self._roles}
+        self._addresses = {name: f"127.0.0.1:{free_port()}" for name in self._roles}
         self._processes: dict[str, ServerProcess] = {}
         self._stack = ExitStack()
         self.links: dict[str, FaultyLink] = {}
@@ -154,7 +154,7 @@ class Cluster:
             process.stdout.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One that stays free: the system gives none of these to those who ask for any."""
     while True:
         port = random.randrange(20_000, 32_000)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import socket
+import ssl
 import urllib.request
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 
 import pytest
+from certificates import Authority
 from cluster import Cluster
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_models import write_perturbed_model, write_tiny_model
@@ -26,6 +28,7 @@ from coordinator.workers import Workers
 from sequoia.errors import ResourceExhausted, SequoiaError
 from sequoia.rules import GREEDY
 from sequoia.situation import Situation
+from sequoia.tls import Tls
 from sequoia.topology import Topology
 from sequoia.v1 import draft_pb2, tree_pb2, verify_pb2, worker_pb2
 
@@ -56,7 +59,7 @@ class Metrics:
 
 @pytest.fixture
 async def metrics() -> Metrics:
-    return Metrics(Workers("a:1,b:1", "c:1", 1.0, 8))
+    return Metrics(Workers("127.0.0.1:1,127.0.0.1:2", "127.0.0.1:3", 1.0, 8))
 
 
 def free_port() -> int:
@@ -236,9 +239,36 @@ async def test_speculation_that_is_configured_and_not_active_says_why(metrics: M
 
 
 async def test_speculation_that_is_not_configured_is_not_missed() -> None:
-    metrics = Metrics(Workers("a:1", "", 1.0))
+    metrics = Metrics(Workers("127.0.0.1:1", "", 1.0))
     assert metrics.value("speculation_configured") == 0.0
     assert metrics.value("speculation_active", reason="not_configured") == 0.0
+
+
+async def test_in_plain_text_it_is_on_loopback_alone(metrics: Metrics) -> None:
+    port = free_port()
+    serve_metrics(metrics.registry, port)
+    with socket.create_server(("127.0.0.2", port)):
+        pass  # all addresses would have been taken
+    with socket.create_connection(("127.0.0.1", port), timeout=5):
+        pass
+
+
+async def test_with_certificates_it_is_https_for_who_has_one(metrics: Metrics, tmp_path: Path) -> None:
+    authority, port = Authority(tmp_path), free_port()
+    client = authority.issue("prometheus", "prometheus.example")
+    serve_metrics(metrics.registry, port, Tls(*authority.server(), ca=authority.path))
+    url = f"https://127.0.0.1:{port}/metrics"
+    context = ssl.create_default_context(cafile=authority.path)
+    with pytest.raises(OSError, match=r"certificate required|EOF|reset"):
+        await asyncio.to_thread(fetched, url, context)
+    context.load_cert_chain(client.cert, client.key)
+    assert b"sequoia_draft_ahead" in await asyncio.to_thread(fetched, url, context)
+
+
+def fetched(url: str, context: ssl.SSLContext) -> bytes:
+    with urllib.request.urlopen(url, context=context, timeout=5) as reply:
+        found: bytes = reply.read()
+        return found
 
 
 @pytest.fixture

@@ -199,7 +199,7 @@ def test_a_file_that_is_wrong_is_refused_by_its_flag(
             "--draft-curve: /nowhere.json: No such file or directory; give a JSON file",
         ),
         (["--temperature", "0"], "--temperature: is for a running pair, and --acceptance for numbers alone"),
-        (["--redis", "redis://x"], "--redis: is for a running pair"),
+        (["--redis", "redis://localhost"], "--redis: is for a running pair"),
         (["--watch"], "--watch: is for a running pair"),
     ],
 )
@@ -221,7 +221,7 @@ def test_flags_of_numbers_alone_need_the_acceptance_and_both_curves(
 def test_a_running_pair_needs_redis(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SEQUOIA_REDIS", raising=False)
     assert "--redis: is missing; give the coordinator's Redis" in refusal(capsys, [])
-    assert "--interval: goes with --watch" in refusal(capsys, ["--redis", "redis://x", "--interval", "5"])
+    assert "--interval: goes with --watch" in refusal(capsys, ["--redis", "redis://localhost", "--interval", "5"])
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("watched")
 def test_watching_tells_every_event_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--redis", "redis://x", "--temperature", "0.6", "--watch"]) == 0
+    assert main(["plan", "--redis", "redis://localhost", "--temperature", "0.6", "--watch"]) == 0
     failed, measured = capsys.readouterr().out.splitlines()
     assert failed == "temperature 0.6: failed, Redis is away"
     assert measured.startswith("temperature 0.6: measured, there was no plan -> speculate: tree of ")
@@ -246,7 +246,7 @@ def test_watching_tells_every_event_in_a_line(capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.usefixtures("watched")
 def test_watching_in_json_is_an_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--redis", "redis://x", "--watch", "--interval", "0.1", "--json"]) == 0
+    assert main(["plan", "--redis", "redis://localhost", "--watch", "--interval", "0.1", "--json"]) == 0
     failed, measured = map(json.loads, capsys.readouterr().out.splitlines())
     assert failed == {"kind": "failed", "temperature": 0.6, "reason": "Redis is away", "plan": None}
     assert measured["plan"].keys() >= KEYS

@@ -172,6 +172,8 @@ async def test_there_is_a_plan_for_every_load_that_the_workers_take(
     keys = {load: key(coordinator, num_sessions=load[0], num_context_tokens=load[1]) for load in loads}
     plans = await stored(redis, *keys.values())
     assert {load for load in loads if keys[load] in plans} == {(1, 0), (1, 2000), (2, 0), (2, 2000)}
+    host_seconds = [plans[keys[sessions, 0]].inputs.host_seconds for sessions in (1, 2)]
+    assert host_seconds == pytest.approx([0.002, 0.004]), "sessions share forwards, and nothing else"
     sizes = [plans[keys[sessions, 0]].chosen.shape.size for sessions in (1, 2)]
     assert sizes[1] <= sizes[0]
 
@@ -312,7 +314,7 @@ def test_calibration_of_a_single_tree_scales_without_a_constant() -> None:
     report = coordinator._report(MEASURING_TREE)
     answer.add(pb.GenerateResponse(finish=pb.Finish(speculation=report)))
     calibration = calibrate(coordinator.pair, [answer.finished().speculation])
-    assert calibration == Calibration(*map(pytest.approx, (2.0, 2.0, 3.0, 0.002)))
+    assert calibration == Calibration(*map(pytest.approx, (2.0, 2.0, 3.0, 0.0, 0.002)))
 
 
 class Watched:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import System
 
+from sequoia.access import Access
 from sequoia.checks import Difference, Drafting, IdentityCheck, Law, LawCheck, SelfCheck, check_law, simulate
 from sequoia.cli import main
 from sequoia.cli.selfcheck import remarks, to_dict
@@ -100,7 +101,9 @@ def failed() -> SelfCheck:
     return SelfCheck("target", "draft", "bfloat16", 1.0, (late,), (greedy, coupled))
 
 
-async def check_that_fails(address: str, *, temperature: float, num_samples: int, step: Step) -> SelfCheck:
+async def check_that_fails(
+    address: str, *, temperature: float, num_samples: int, step: Step, access: Access
+) -> SelfCheck:
     return failed()
 
 

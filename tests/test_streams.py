@@ -100,7 +100,7 @@ async def pool(workers: Workers) -> AsyncIterator[Pool]:
         yield pool
 
 
-def session(pool: Pool, *, has_own_device: bool) -> Session:
+def session(pool: Pool, *, has_own_device: bool = True, has_draft: bool = True) -> Session:
     codec = TextCodec.from_files(
         TokenizerFiles(tokenizer_json=build_tokenizer(400).backend_tokenizer.to_str().encode())
     )
@@ -109,7 +109,7 @@ def session(pool: Pool, *, has_own_device: bool) -> Session:
     return Session(
         Transcript(PROMPT, 10, sampling, TextStream(codec, ())),
         VerifyStream(pool, opening, 1.0),
-        DraftStream(pool, opening, 5.0, verify_device_id="here" if has_own_device else "there"),
+        DraftStream(pool, opening, 5.0, verify_device_id="here" if has_own_device else "there") if has_draft else None,
         AlwaysTree(),  # type: ignore[arg-type]
     )
 
@@ -201,13 +201,15 @@ class Lying(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceSe
         self, requests: AsyncIterator[verify_pb2.VerifyRequest], context: Context
     ) -> AsyncIterator[verify_pb2.VerifyResponse]:
         async for request in requests:
-            verdict = verify_pb2.Verdict(bonus_token_id=40)
-            response = verify_pb2.VerifyResponse(step=request.step.step, verdict=verdict)
             if request.WhichOneof("kind") == "open":
                 self.openings.append(tuple(request.open.token_ids))
-            elif self._lies:
-                response.MergeFrom(json_format.ParseDict(self._lies.pop(), verify_pb2.VerifyResponse()))
-            yield response
+            for left in range(request.step.num_plain_steps, -1, -1):
+                step = request.step.step + request.step.num_plain_steps - left
+                verdict = verify_pb2.Verdict(bonus_token_id=40)
+                response = verify_pb2.VerifyResponse(step=step, verdict=verdict, num_plain_steps_left=left)
+                if self._lies and request.WhichOneof("kind") == "step":
+                    response.MergeFrom(json_format.ParseDict(self._lies.pop(), verify_pb2.VerifyResponse()))
+                yield response
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,8 @@ class Lying(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceSe
 async def test_a_verdict_that_cannot_be_one_costs_no_text(lie: dict[str, Any]) -> None:
     workers = Lying(lie)
     async with serving(workers) as address, pool_of(address) as pool:
-        running = session(pool, has_own_device=True)
+        # The draft would be the same member, and its failures this one's.
+        running = session(pool, has_draft=False)
         async with asyncio.timeout(20), aclosing(running.run()) as steps:
             tokens = [token async for step in steps for token in step.token_ids]
         running.close()

@@ -221,7 +221,7 @@ async def test_an_encrypted_key_is_refused_and_no_password_asked_for(authority: 
 
 async def test_a_message_that_is_compressed_is_refused_before_it_is_unpacked(telling: Telling) -> None:
     """Some kilobytes would become gigabytes before anybody could count them."""
-    async with serving(telling, Tls()) as address, open_channel(address) as channel:
+    async with serving(telling, Tls()) as address, grpc.aio.insecure_channel(address) as channel:
         call = channel.unary_unary("/sequoia.v1.WorkerService/GetStatus", lambda raw: raw, lambda raw: raw)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call(bytes(2**20), compression=grpc.Compression.Gzip)

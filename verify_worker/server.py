@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 
 import grpc
 
@@ -21,11 +22,20 @@ from verify_worker.servicer import VerifyServicer
 def main() -> None:
     """Load the settings, then serve until told to stop."""
     config = load(WorkerConfig, "verify_worker", sys.argv[1:], os.environ)
+    check_world(config.tensor_parallel, os.environ)
     configure_logging("verify_worker", config.log_level)
     try:
         serve((VERIFY, config), environ=os.environ)
     except SequoiaError as error:
         fail(str(error))
+
+
+def check_world(num_ranks: int, environ: Mapping[str, str]) -> None:
+    """End the process unless a launcher has started as many as there are to be."""
+    started = environ.get("WORLD_SIZE", "1")
+    if started != str(num_ranks):
+        problem = f"--tensor-parallel (SEQUOIA_TENSOR_PARALLEL) is {num_ranks}, and WORLD_SIZE is {started}"
+        fail(f"{problem}; start it by torchrun --nproc-per-node {num_ranks} -m verify_worker.server")
 
 
 def _add_servicer(worker: Worker, server: grpc.aio.Server, tracing: Tracing | None) -> None:

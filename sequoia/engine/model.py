@@ -20,6 +20,8 @@ from sequoia.engine.native.library import why_unavailable
 from sequoia.engine.offload.checkpoint import Checkpoint
 from sequoia.engine.offload.hollow import hollow_module, weight_names
 from sequoia.engine.sources import ModelFiles
+from sequoia.engine.tensor_parallel.plan import check_plan, placement
+from sequoia.engine.tensor_parallel.ranks import Ranks
 from sequoia.engine.tokenizer import TokenizerDescription, describe_tokenizer
 from sequoia.errors import InvalidArgument
 from sequoia.process_memory import available_bytes
@@ -55,11 +57,12 @@ def load_model(
     trust_remote_code: bool = False,
     offload: str = "none",
     engine: str = "auto",
+    ranks: Ranks | None = None,
 ) -> LoadedModel:
     """Load a causal LM with its tokenizer.
 
     offload: `none`; `disk` for the CPU and `host` for a GPU, without its weights, for a decoder that reads them later;
-    `auto`, the same where they do not fit.
+    `auto`, the same where they do not fit. ranks: those that have parts of it, each its own, all of which load it now.
     dtype: auto (by what `engine` makes of it), float32, bfloat16 or float16; device: auto, cpu or cuda. Raises
     InvalidArgument naming `model` for one that cannot be loaded or served, and naming `device` for what this machine
     lacks.
@@ -72,14 +75,19 @@ def load_model(
     given, files = files, dense_files(files, element)
     config = _load_config(files, trust_remote_code)
     check_config(config, files.reference)
+    num_ranks = ranks.count if ranks else 1
+    if num_ranks > 1:
+        check_plan(config, num_ranks, files.reference)
     if dtype == "auto" and element == torch.bfloat16 and not (_multiplies_bfloat16(place) or can_run_config(config)):
         element = torch.float32
         files = dense_files(given, element)
-    is_hollow = _is_hollow(files, offload, place)
+    is_hollow = _is_hollow(files, offload, place, num_ranks)
     if is_hollow:
         module = hollow_module(config, files.directory, element)
     else:
-        module = _load_module(files, config, element, place, attn_implementation, trust_remote_code)
+        module = _load_module(files, config, element, place, attn_implementation, trust_remote_code, num_ranks)
+    if ranks:
+        ranks.wait_for_all()
     check_attention(module, files.reference)
     num_rows = module.get_output_embeddings().out_features
     tokenizer = describe_tokenizer(files, module.config, module.generation_config, trust_remote_code=trust_remote_code)
@@ -126,12 +134,14 @@ def _load_config(files: ModelFiles, trust_remote_code: bool) -> PreTrainedConfig
         raise _unloadable(files, error) from error
 
 
-def _is_hollow(files: ModelFiles, offload: str, place: torch.device) -> bool:
+def _is_hollow(files: ModelFiles, offload: str, place: torch.device, num_ranks: int) -> bool:
     """Raises InvalidArgument naming `offload` or `model` for what the memory or the device does not allow."""
     tier = "disk" if place.type == "cpu" else "host"
     if offload not in ("none", "auto", tier):
         raise InvalidArgument(f"{offload} is no tier of a model on {place.type}; use {tier}", "offload")
     size, free = sum(path.stat().st_size for path in files.directory.glob("*.safetensors")), free_bytes(place)
+    if place.type != "cpu":
+        size //= num_ranks
     if offload == tier or free is None or size < free:
         return offload == tier
     if offload == "none":
@@ -152,17 +162,19 @@ def _load_module(
     place: torch.device,
     attn_implementation: str,
     trust_remote_code: bool,
+    num_ranks: int,
 ) -> PreTrainedModel:
+    where = placement(num_ranks) if num_ranks > 1 else {"device_map": place}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.directory,
             config=config,
             dtype=dtype,
-            device_map=place,
             attn_implementation=attn_implementation,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            **where,
         )
     except _LOAD_ERRORS as error:
         raise _unloadable(files, error) from error

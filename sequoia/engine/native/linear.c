@@ -10,9 +10,9 @@
 
 /* Rows of a tile: as many as the registers have room for. */
 #ifdef __AVX512F__
-enum { PANEL = 32, TILE = 12, WIDE_TILE = 6 };
+enum { PANEL = 32, TILE = 12, INTEGER_TILE = 12, WIDE_TILE = 6 };
 #else
-enum { PANEL = 32, TILE = 3, WIDE_TILE = 2 };
+enum { PANEL = 32, TILE = 5, INTEGER_TILE = 3, WIDE_TILE = 2 };
 #endif
 
 /* The cache lines that a loop over `word`s of two lines comes to 24 words later, into the first cache, and those of 128
@@ -62,7 +62,7 @@ static inline int uses_amx(const Linear *linear) {
  * AVX-512 allow. */
 static inline int most_rows(const Linear *linear) {
     if (uses_amx(linear)) return is_wide(linear) ? 16 : 32;
-    return is_wide(linear) ? WIDE_TILE : TILE;
+    return is_wide(linear) ? WIDE_TILE : linear->kind == BFLOAT16 ? TILE : INTEGER_TILE;
 }
 
 static inline int num_tiles(const Linear *linear, int rows) {
@@ -178,11 +178,53 @@ static inline __attribute__((always_inline)) void finish(const int height, const
                         bias ? bias + half * LANES : 0, linear->outputs - column - half * LANES, add);
 }
 
+#ifndef __AVX512F__
+enum { BLOCK_WORDS = 64 };
+
+/* The same sums of more than two rows, half a panel at a time, or the registers would not do. Inputs become float32
+ * some words ahead, for both their numbers to be broadcast as they are loaded. */
+static inline __attribute__((always_inline)) void sum_half(const int height, const uint16_t *w, const uint32_t *x,
+                                                           int words, __m512 sums[][2], int half) {
+    float even[BLOCK_WORDS * TILE], odd[BLOCK_WORDS * TILE];
+    __m512 own[TILE];
+#pragma GCC unroll 5
+    for (int i = 0; i < height; i++) own[i] = _mm512_setzero_ps();
+    for (int block = 0; block < words; block += BLOCK_WORDS) {
+        int count = words - block < BLOCK_WORDS ? words - block : BLOCK_WORDS;
+        for (int i = 0; i < count * height; i++, x++) {
+            uint32_t first = *x << 16, second = *x & 0xffff0000u;
+            memcpy(even + i, &first, sizeof first);
+            memcpy(odd + i, &second, sizeof second);
+        }
+        for (int word = 0; word < count; word++, w += 64) {
+            __m512i pairs = load_pairs(w);
+            __m512 left = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+            __m512 right = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xffff0000u)));
+            fetch_ahead(w, 64 * sizeof *w);
+#pragma GCC unroll 5
+            for (int i = 0; i < height; i++) {
+                own[i] = _mm512_fmadd_ps(left, _mm512_set1_ps(even[word * height + i]), own[i]);
+                own[i] = _mm512_fmadd_ps(right, _mm512_set1_ps(odd[word * height + i]), own[i]);
+            }
+        }
+    }
+#pragma GCC unroll 5
+    for (int i = 0; i < height; i++) sums[i][half] = own[i];
+}
+#endif
+
 static inline __attribute__((always_inline)) void multiply_bfloat16(const int height, const Linear *linear,
                                                                     const uint32_t *x, int panel, float *y, int add) {
     int words = linear->inputs / 2;
     const uint16_t *w = (const uint16_t *)linear->weights + (int64_t)panel * words * 64;
     __m512 sums[TILE][2];
+#ifndef __AVX512F__
+    if (height > 2) {
+        for (int half = 0; half < 2; half++) sum_half(height, w + half * 32, x, words, sums, half);
+        finish(height, linear, sums, panel, y, add);
+        return;
+    }
+#endif
 #pragma GCC unroll 12
     for (int i = 0; i < height; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int word = 0; word < words; word++, w += 64, x += height) {
@@ -210,11 +252,11 @@ static inline __attribute__((always_inline)) void multiply_integers(const int he
     const uint32_t *low = x + (int64_t)height * words;
     const int offset = four ? 8 : 128;
     const __m512i nibble = _mm512_set1_epi8(15);
-    __m512 totals[TILE][2];
+    __m512 totals[INTEGER_TILE][2];
 #pragma GCC unroll 12
     for (int i = 0; i < height; i++) totals[i][0] = totals[i][1] = _mm512_setzero_ps();
     for (int g = 0; g < num_groups; g++, scales += PANEL) {
-        __m512i high_sums[TILE][2], low_sums[TILE][2];
+        __m512i high_sums[INTEGER_TILE][2], low_sums[INTEGER_TILE][2];
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
             const int32_t *sums = input_sums + ((int64_t)i * num_groups + g) * 2;
@@ -314,10 +356,12 @@ static void multiply_amx(const Linear *linear, const Scratch *scratch, int start
 
 #ifdef __AVX512F__
 #define WIDE_HEIGHTS(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
-#define HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#define HEIGHTS INTEGER_HEIGHTS
 #else
 #define WIDE_HEIGHTS(CASE) CASE(1) CASE(2)
-#define HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(3)
+#define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(3)
+#define HEIGHTS(CASE) INTEGER_HEIGHTS(CASE) CASE(4) CASE(5)
 #endif
 
 static void multiply_tile(const Linear *linear, const Scratch *scratch, int start, int height, int panel, float *y,
@@ -343,8 +387,8 @@ static void multiply_tile(const Linear *linear, const Scratch *scratch, int star
 #define CASE(n) case n: multiply_integers(n, four, wide, linear, x, scales, sums, panel, y, add); break;
 #define WITH(FOUR, WIDE, CASES) { enum { four = FOUR, wide = WIDE }; switch (height) { CASES(CASE) } }
     int wide_inputs = linear->activation_bits == 16;
-    if (linear->kind == INT4) { if (wide_inputs) WITH(1, 1, WIDE_HEIGHTS) else WITH(1, 0, HEIGHTS) }
-    else { if (wide_inputs) WITH(0, 1, WIDE_HEIGHTS) else WITH(0, 0, HEIGHTS) }
+    if (linear->kind == INT4) { if (wide_inputs) WITH(1, 1, WIDE_HEIGHTS) else WITH(1, 0, INTEGER_HEIGHTS) }
+    else { if (wide_inputs) WITH(0, 1, WIDE_HEIGHTS) else WITH(0, 0, INTEGER_HEIGHTS) }
 #undef WITH
 #undef CASE
 }

@@ -1,0 +1,1 @@
+"""One model in several processes, a part of its weights and of its KV rows in each."""
