@@ -20,6 +20,8 @@ from collector import Collector, collecting, eventually, named, only
 from conftest import System, start_tiny_system
 from opentelemetry.sdk.trace import TracerProvider
 
+from coordinator.fallback import Fallback
+from coordinator.report import Report
 from sequoia.errors import InvalidArgument
 from sequoia.request_scope import call_metadata, current_scope, request_scope
 from sequoia.topology import Topology
@@ -156,6 +158,15 @@ def test_opentelemetry_is_not_loaded_unasked(module: str, part: str) -> None:
     program = f"import {module}; {LOADED.format(part)}"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_why_a_step_has_no_tree_is_told_of_that_step_only() -> None:
+    report = Report()
+    report.host()
+    report.fell_back("draft: no tree within 1 s", Fallback.LATE)
+    assert report.fallback is Fallback.LATE
+    report.host()
+    assert report.fallback is None
 
 
 def test_asked_for_without_the_packages_it_names_the_extra() -> None:
