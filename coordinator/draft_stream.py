@@ -15,6 +15,7 @@ from coordinator.pool import Pool
 from coordinator.replies import has_times, is_tree
 from coordinator.stream import Opening, exchange
 from sequoia.errors import DeadlineExceeded, SequoiaError
+from sequoia.request_scope import call_metadata
 from sequoia.topology import TreeShape
 from sequoia.v1 import draft_pb2, draft_pb2_grpc
 from sequoia.wire import shape_to_wire
@@ -54,7 +55,8 @@ class DraftStream:
         stub = draft_pb2_grpc.DraftServiceStub(member.link.channel)
         self.num_rebuilds += self._is_opened
         self._is_opened = True
-        self._call, self._member = stub.Draft(timeout=max(0.0, self._opening.seconds_left)), member
+        self._call = stub.Draft(timeout=max(0.0, self._opening.seconds_left), metadata=call_metadata())
+        self._member = member
         member.enter(self._opening.max_num_tokens)
         self._step, self._acknowledged, self._num_sent = 0, 0, len(token_ids)
         self._ask(draft_pb2.DraftRequest(open=message))

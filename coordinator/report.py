@@ -21,7 +21,8 @@ class Report:
         self._metrics = metrics or RequestMetrics()
         self.message = coordinator_pb2.SpeculationReport()
         self._usages: dict[TreeShape, coordinator_pb2.TreeUsage] = {}
-        self._step = coordinator_pb2.StageSeconds()
+        self.step_seconds = coordinator_pb2.StageSeconds()  # of the last step
+        self.fallback: Fallback | None = None  # why that one has no tree, though one was wanted
         self._mark = self._started = time.monotonic()
         self.first_token_seconds = 0.0
 
@@ -29,6 +30,11 @@ class Report:
     def total_seconds(self) -> float:
         """Since the request began."""
         return time.monotonic() - self._started
+
+    @property
+    def total_step_seconds(self) -> float:
+        """That the last step took."""
+        return sum(getattr(self.step_seconds, name) for name in STAGES)
 
     def opened(self) -> None:
         """The first verdict has arrived."""
@@ -38,21 +44,22 @@ class Report:
 
     def host(self) -> None:
         """The coordinator's own work, and the client's reading, end here: a step begins."""
-        self._step = coordinator_pb2.StageSeconds(host=self._lap())
+        self.step_seconds, self.fallback = coordinator_pb2.StageSeconds(host=self._lap()), None
 
     def drafted(self, response: draft_pb2.DraftResponse) -> None:
         """A tree has arrived."""
         seconds = self._lap()
-        self._step.draft += response.worker_seconds
-        self._step.network += max(0.0, seconds - response.worker_seconds)
-        self._step.draft_forwards += response.times.forwards
-        self._step.draft_work += response.times.work
+        self.step_seconds.draft += response.worker_seconds
+        self.step_seconds.network += max(0.0, seconds - response.worker_seconds)
+        self.step_seconds.draft_forwards += response.times.forwards
+        self.step_seconds.draft_work += response.times.work
         self._split(response.times)
 
     def fell_back(self, reason: str, cause: Fallback) -> None:
         """A tree was wanted and did not come: this step is decoded plainly."""
-        self._step.draft += self._lap()
+        self.step_seconds.draft += self._lap()
         self.message.num_fallback_steps += 1
+        self.fallback = cause
         self.message.fallback_reason = reason
         self._metrics.fell_back(cause)
 
@@ -66,11 +73,11 @@ class Report:
         seconds = self._lap()
         # A step that the worker ran on by itself may have been waiting for us.
         worker_seconds = min(seconds, response.worker_seconds)
-        self._step.verify += worker_seconds
-        self._step.network += seconds - worker_seconds
+        self.step_seconds.verify += worker_seconds
+        self.step_seconds.network += seconds - worker_seconds
         self._split(response.times)
-        _add(self.message.stages, self._step)
-        self._metrics.stepped(self._step)
+        _add(self.message.stages, self.step_seconds)
+        self._metrics.stepped(self.step_seconds)
         self.message.num_steps += 1
         if draft is not None or asked.size == 1:
             self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
@@ -80,11 +87,11 @@ class Report:
             self._count_ngrams(draft.ngram_nodes, response.verdict)
             if isinstance(asked, Topology):
                 self._count_ranks(topology, asked, response.verdict)
-        return sum(getattr(self._step, name) for name in STAGES)
+        return self.total_step_seconds
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
-        self._step.forwards += times.forwards
-        self._step.work += times.work
+        self.step_seconds.forwards += times.forwards
+        self.step_seconds.work += times.work
 
     def _use(self, shape: TreeShape, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
         usage = self._usages.get(shape)
@@ -92,11 +99,11 @@ class Report:
             usage = self._usages[shape] = self.message.trees.add(**shape_to_wire(shape))
         usage.num_steps += 1
         usage.num_tokens += len(verdict.accepted_nodes) + 1
-        _add(usage.stages, self._step)
+        _add(usage.stages, self.step_seconds)
         usage.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
         if ahead == draft_pb2.DRAFT_AHEAD_HIT:
             usage.num_ahead_hits += 1
-            usage.hit_draft_seconds += self._step.draft
+            usage.hit_draft_seconds += self.step_seconds.draft
 
     def _count(self, topology: Topology, verdict: verify_pb2.Verdict) -> None:
         message = self.message

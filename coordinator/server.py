@@ -26,6 +26,7 @@ from sequoia.rpc import Server, running, stop_signal
 from sequoia.rules import DEFAULT_RULE, RULES, SAMPLED_RULES
 from sequoia.telemetry import configure_logging
 from sequoia.tls import TlsSettings
+from sequoia.tracing import Tracing, tracing_as_asked
 from sequoia.v1 import coordinator_pb2_grpc
 
 _log = logging.getLogger(__name__)
@@ -83,12 +84,13 @@ def main() -> None:
     config = load(CoordinatorConfig, "coordinator", sys.argv[1:], os.environ)
     configure_logging("coordinator", config.log_level)
     try:
-        uvloop.run(_serve(config))
+        with tracing_as_asked("sequoia-coordinator", os.environ) as tracing:
+            uvloop.run(_serve(config, tracing))
     except SequoiaError as error:
         fail(str(error))
 
 
-async def _serve(config: CoordinatorConfig) -> None:
+async def _serve(config: CoordinatorConfig, tracing: Tracing | None) -> None:
     server, clients = _open_to_clients(config)
     if config.redis:
         check_redis(config.redis, config.tls)
@@ -101,7 +103,7 @@ async def _serve(config: CoordinatorConfig) -> None:
         if config.metrics_port:
             serve_metrics(complete(metrics, speculator, workers), config.metrics_port, config.tls)
         patience = Patience(config.draft_timeout_seconds, config.failover_seconds)
-        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, clients, metrics)
+        servicer = CoordinatorServicer(workers, speculator, learning, patience, rule, clients, metrics, tracing)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server.grpc_server)
         async with running({server: ("sequoia.v1.CoordinatorService",)}):
             await stop_signal()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
@@ -17,6 +16,7 @@ from coordinator.explanation import explain
 from coordinator.learning import Learning
 from coordinator.request import DEFAULT_MAX_TOKENS, Request, parse_request
 from coordinator.request_metrics import RequestMetrics
+from coordinator.request_trace import RequestTrace
 from coordinator.session import Session
 from coordinator.speculation import RequestSpeculation, Speculator
 from coordinator.stream import Opening
@@ -25,8 +25,10 @@ from coordinator.transcript import Step, Transcript
 from coordinator.trees import max_tree_size
 from coordinator.verify_stream import VerifyStream
 from coordinator.workers import Workers
+from sequoia.request_scope import request_scope
 from sequoia.rpc import error_border
 from sequoia.rules import Rule
+from sequoia.tracing import Tracing, traced
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc
 from sequoia.wire import rule_to_wire
 
@@ -56,39 +58,58 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         rule: Rule,
         clients: Clients,
         metrics: RequestMetrics,
+        tracing: Tracing | None = None,
     ) -> None:
+        self._tracing = tracing
         self._workers, self._speculator, self._learning, self._rule = workers, speculator, learning, rule
         self._patience, self._clients, self._metrics = patience, clients, metrics
         self._codec = TextCodec.from_files(workers.tokenizer)
 
     async def Generate(self, message: coordinator_pb2.GenerateRequest, context: Any) -> None:
         """Streams the answer as it is committed."""
-        async with error_border(context):
-            with self._metrics.request(), self._clients.request(context) as use:
-                await self._generate(message, context, use)
+        with request_scope(context.invocation_metadata()) as scope:
+            async with error_border(context):
+                with (
+                    self._metrics.request(),
+                    self._clients.request(context) as use,
+                    traced(self._tracing, "generate") as span,
+                ):
+                    trace = RequestTrace(span) if span is not None else None
+                    await self._generate(message, context, use, scope.request_id, trace)
 
-    async def _generate(self, message: coordinator_pb2.GenerateRequest, context: Any, use: Use) -> None:
+    async def _generate(
+        self,
+        message: coordinator_pb2.GenerateRequest,
+        context: Any,
+        use: Use,
+        request_id: str,
+        trace: RequestTrace | None,
+    ) -> None:
         asked = message.max_tokens if message.HasField("max_tokens") else None
         message.max_tokens = use.max_tokens(asked, DEFAULT_MAX_TOKENS)
         target, draft = self._workers.verify_description, self._workers.draft_description
         limit = max_tree_size(target, draft)
         # Tokenising a long prompt or rendering a template must not hold up the other requests.
         request = await asyncio.to_thread(parse_request, message, self._codec, target, limit, self._rule)
-        request_id = secrets.token_hex(8)
+        if trace is not None:
+            trace.asked(request)
         use.add_tokens(len(request.prompt))
         async with (
-            self._session(request, context.time_remaining() or _MOST_SECONDS) as session,
+            self._session(request, context.time_remaining() or _MOST_SECONDS, trace) as session,
             aclosing(session.run()) as steps,
         ):
             num_tokens = num_before = len(request.generated)
             async for step in steps:
                 num_tokens += len(step.token_ids)
                 use.add_tokens(len(step.token_ids))
-                await context.write(_response(request_id, request, session, step, num_tokens))
+                response = _response(request_id, request, session, step, num_tokens)
+                if trace is not None and response.HasField("finish"):
+                    trace.finished(response.finish)
+                await context.write(response)
             report = session.report
             times = report.first_token_seconds, report.total_seconds
             self._metrics.finished(len(request.prompt), num_tokens - num_before, *times)
-        told = {"request_id": request_id, "client": use.client.name, "num_tokens": num_tokens}
+        told = {"client": use.client.name, "num_tokens": num_tokens}
         _log.info("generated", extra=told)
 
     async def DescribePair(
@@ -117,7 +138,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             return explain(message, self._speculator, self._rule)
 
     @asynccontextmanager
-    async def _session(self, request: Request, timeout_seconds: float) -> AsyncIterator[Session]:
+    async def _session(
+        self, request: Request, timeout_seconds: float, trace: RequestTrace | None
+    ) -> AsyncIterator[Session]:
         """Both streams, for as long as the request lives: their end frees both KV slots."""
         workers = self._workers
         max_num_tokens = len(request.prompt) + request.max_tokens
@@ -135,9 +158,11 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             # As with a long prompt: the other requests go on.
             await asyncio.to_thread(transcript.resume, request.generated)
         speculation = RequestSpeculation(self._speculator, request, has_draft=draft is not None)
-        session = Session(transcript, verify, draft, speculation, self._metrics)
+        session = Session(transcript, verify, draft, speculation, self._metrics, trace)
         try:
             async with workers.verify.admission(max_num_tokens + workers.verify_description.max_tree_size):
+                if trace is not None:
+                    trace.admitted()
                 with self._speculator:
                     yield session
         finally:

@@ -13,6 +13,7 @@ from coordinator.fallback import Fallback
 from coordinator.gaits import PLAIN
 from coordinator.report import Report
 from coordinator.request_metrics import RequestMetrics
+from coordinator.request_trace import RequestTrace
 from coordinator.speculation import Choice, RequestSpeculation
 from coordinator.transcript import Step, Transcript
 from coordinator.verify_stream import VerifyStream
@@ -35,10 +36,11 @@ class Session:
         draft: DraftStream | None,
         speculation: RequestSpeculation,
         metrics: RequestMetrics | None = None,
+        trace: RequestTrace | None = None,
     ) -> None:
         self._metrics = metrics or RequestMetrics()  # one of its own, which nobody reads
         self._transcript, self._verify, self._draft, self._speculation = transcript, verify, draft, speculation
-        self._choice, self._was_drafted = Choice(PLAIN), False
+        self._choice, self._was_drafted, self._trace = Choice(PLAIN), False, trace
         self.report = Report(self._metrics)
         self.num_cached_prompt_tokens = 0  # that the verify worker had read for other requests
 
@@ -129,7 +131,10 @@ class Session:
     def _commit(self, draft: draft_pb2.DraftResponse | None, response: verify_pb2.VerifyResponse) -> Step:
         accepted = [draft.tree.token_ids[node] for node in response.verdict.accepted_nodes] if draft else []
         verdict = response.verdict
-        return self._transcript.commit([*accepted, verdict.bonus_token_id], verdict.logprobs)
+        step = self._transcript.commit([*accepted, verdict.bonus_token_id], verdict.logprobs)
+        if self._trace is not None:
+            self._trace.committed(step, draft, self.report)
+        return step
 
 
 @asynccontextmanager

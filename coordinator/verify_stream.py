@@ -13,6 +13,7 @@ from coordinator.pool import Pool
 from coordinator.replies import has_times, is_verdict
 from coordinator.stream import Opening, exchange
 from sequoia.errors import Cancelled, ResourceExhausted, SequoiaError, Unavailable
+from sequoia.request_scope import call_metadata
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
 
 # Between two looks for a worker that takes a session.
@@ -77,7 +78,7 @@ class VerifyStream:
 
     def _enter(self, member: Member) -> None:
         stub = verify_pb2_grpc.VerifyServiceStub(member.link.channel)
-        self._call = stub.Verify(timeout=max(0.0, self._opening.seconds_left))
+        self._call = stub.Verify(timeout=max(0.0, self._opening.seconds_left), metadata=call_metadata())
         self._member, self._step, self.num_plain_steps_left = member, 0, 0
         # It may be taken for gone while its stream lives.
         self._vocab_size = member.description.vocab_size if member.description else 0

@@ -13,6 +13,7 @@ from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
+from sequoia.tracing import Tracing
 from sequoia.v1 import draft_pb2_grpc, worker_pb2
 from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
@@ -23,16 +24,16 @@ def main() -> None:
     config = load(WorkerConfig, "draft_worker", sys.argv[1:], os.environ)
     configure_logging("draft_worker", config.log_level)
     try:
-        serve((DRAFT, config))
+        serve((DRAFT, config), environ=os.environ)
     except SequoiaError as error:
         fail(str(error))
 
 
-def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
-    draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker), server)
+def _add_servicer(worker: Worker, server: grpc.aio.Server, tracing: Tracing | None) -> None:
+    draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker, tracing), server)
 
 
-DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", _add_servicer, start)
+DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", "sequoia-draft", _add_servicer, start)
 
 
 if __name__ == "__main__":

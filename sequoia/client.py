@@ -30,6 +30,7 @@ from sequoia.channels import Channels
 from sequoia.errors import InvalidArgument
 from sequoia.generation import Answer, Chunk, Generation, OutOfStep, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
+from sequoia.request_scope import call_metadata
 from sequoia.rpc import open_channel, open_sync_channel
 from sequoia.speculation_figures import SpeculationFigures, StageSeconds
 from sequoia.topology import TokenLogprobs
@@ -140,7 +141,7 @@ class Client:
         attempts = Attempts(self._addresses, request, timeout_seconds, answer)
         while answer.generation is None:
             stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
-            call = stub.Generate(attempts.request, timeout=seconds, metadata=self._metadata)
+            call = stub.Generate(attempts.request, timeout=seconds, metadata=(*self._metadata, *call_metadata()))
             try:
                 for response in call:
                     yield answer.add(response)
@@ -238,7 +239,7 @@ class AsyncClient:
         attempts = Attempts(self._addresses, request, timeout_seconds, answer)
         while answer.generation is None:
             stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
-            call = stub.Generate(attempts.request, timeout=seconds, metadata=self._metadata)
+            call = stub.Generate(attempts.request, timeout=seconds, metadata=(*self._metadata, *call_metadata()))
             try:
                 async for response in call:
                     yield answer.add(response)

@@ -7,6 +7,7 @@ import logging
 from datetime import UTC, datetime
 
 from sequoia.redaction import redacted
+from sequoia.request_scope import current_scope
 
 # What every record has; the rest came as `extra`.
 _OWN_FIELDS = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"))
@@ -15,9 +16,9 @@ _OWN_FIELDS = frozenset((*vars(logging.makeLogRecord({})), "message", "asctime",
 def configure_logging(process: str, level: str) -> None:
     """Send this process's logs and warnings of `level` ("info") and above to stderr. Call once, in main().
 
-    A line has time, level, process, logger and event (the message), then the fields given as `extra`, such as
-    request_id, and the traceback as `exception`; passwords in URLs and bearer tokens are hidden. Raises ValueError for
-    an unknown level.
+    A line has time, level, process, logger and event (the message), request_id and, if there is one, trace_id of the
+    request that it belongs to, the fields given as `extra`, and the traceback as `exception`; passwords in URLs and
+    bearer tokens are hidden. Raises ValueError for an unknown level.
     """
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonLines(process))
@@ -40,6 +41,8 @@ class _JsonLines(logging.Formatter):
             "logger": record.name,
             "event": record.getMessage(),
         }
+        if (scope := current_scope()) is not None:
+            line |= scope.log_fields
         line |= {name: value for name, value in vars(record).items() if name not in _OWN_FIELDS}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +25,9 @@ from sequoia.engine.tensor_parallel.ranks import Ranks
 from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker, start_worker
+from sequoia.request_scope import request_scope
 from sequoia.rpc import Server, error_border, running, stop_signal
+from sequoia.tracing import OpenSpan, Tracing, traced, tracing_as_asked
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire
 from sequoia.worker_config import WorkerConfig
@@ -38,7 +41,8 @@ class WorkerKind:
 
     role: worker_pb2.WorkerRole
     service: str
-    add_servicer: Callable[[Worker, grpc.aio.Server], None]
+    traced_as: str  # its name in traces
+    add_servicer: Callable[[Worker, grpc.aio.Server, Tracing | None], None]
     start: Callable[[WorkerConfig, worker_pb2.WorkerRole, Executor], Worker] = start_worker
 
 
@@ -73,8 +77,18 @@ def feed(slot: KVSlot, token_ids: tuple[int, ...], chunk: int) -> Job[None]:
         slot.keep(range(len(part)))
 
 
-def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
-    """Run workers, whose models share one thread, until SIGTERM or SIGINT.
+@asynccontextmanager
+async def session_border(context: Any, tracing: Tracing | None, name: str) -> AsyncIterator[OpenSpan | None]:
+    """Around a session's handler: its errors, and what its log lines and its spans have of the request it is for."""
+    with request_scope(context.invocation_metadata()):
+        async with error_border(context):
+            with traced(tracing, name) as span:
+                _LOG.debug("session begins")
+                yield span
+
+
+def serve(*hosted: tuple[WorkerKind, WorkerConfig], environ: Mapping[str, str]) -> None:
+    """Run workers, whose models share one thread, until SIGTERM or SIGINT. OTEL_* of `environ` may ask for traces.
 
     Prints one JSON line with the address of each when all serve. Of several ranks only the first serves; the others end
     with it.
@@ -82,7 +96,9 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
     _check_ranks(hosted)
     for _, config in hosted:
         _check_credentials(config)  # before a model is loaded
-    with EngineThread() as thread:
+    with ExitStack() as stack:
+        tracings = [stack.enter_context(tracing_as_asked(kind.traced_as, environ)) for kind, _ in hosted]
+        thread = stack.enter_context(EngineThread())
         workers = [_load(kind, config, thread) for kind, config in hosted]
         ranks = workers[0].ranks
         if ranks and not ranks.leads:
@@ -90,7 +106,7 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig]) -> None:
             return
         for worker in workers:
             worker.executor.call(partial(measure, worker))
-        uvloop.run(_serve(hosted, workers))
+        uvloop.run(_serve(hosted, workers, tracings))
         if ranks:
             workers[0].executor.call(ranks.end)
 
@@ -122,12 +138,16 @@ def _load(kind: WorkerKind, config: WorkerConfig, thread: EngineThread) -> Worke
     return executor.call(lambda: kind.start(config, kind.role, executor))
 
 
-async def _serve(hosted: Sequence[tuple[WorkerKind, WorkerConfig]], workers: Sequence[Worker]) -> None:
+async def _serve(
+    hosted: Sequence[tuple[WorkerKind, WorkerConfig]],
+    workers: Sequence[Worker],
+    tracings: Sequence[Tracing | None],
+) -> None:
     servers: dict[Server, Sequence[str]] = {}
-    for (kind, config), worker in zip(hosted, workers, strict=True):
+    for (kind, config), worker, tracing in zip(hosted, workers, tracings, strict=True):
         server = Server(config.listen, config.tls)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
-        kind.add_servicer(worker, server.grpc_server)
+        kind.add_servicer(worker, server.grpc_server, tracing)
         servers[server] = (kind.service, "sequoia.v1.WorkerService")
     async with running(servers):
         await stop_signal()

@@ -15,6 +15,7 @@ from sequoia.telemetry import configure_logging
 PROGRAM = """
 import logging, warnings
 from pathlib import Path
+from sequoia.request_scope import request_scope
 from sequoia.telemetry import configure_logging
 configure_logging("coordinator", "info")
 log = logging.getLogger("coordinator.session")
@@ -25,6 +26,8 @@ try:
 except ZeroDivisionError:
     log.exception("two\\nlines")
 warnings.warn("old")
+with request_scope([("x-request-id", "r2"), ("traceparent", f"00-{'1' * 32}-{'2' * 16}-01")]):
+    log.info("within")
 """
 
 
@@ -36,7 +39,7 @@ def lines() -> list[dict[str, Any]]:
 
 
 def test_each_event_is_one_json_line(lines: list[dict[str, Any]]) -> None:
-    assert [line["level"] for line in lines] == ["info", "error", "warning"]
+    assert [line["level"] for line in lines] == ["info", "error", "warning", "info"]
 
 
 def test_line_carries_the_extra_fields_and_no_others(lines: list[dict[str, Any]]) -> None:
@@ -61,3 +64,8 @@ def test_line_carries_the_traceback(lines: list[dict[str, Any]]) -> None:
 def test_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="LOUD"):
         configure_logging("coordinator", "loud")
+
+
+def test_line_of_a_request_has_its_id_and_its_trace(lines: list[dict[str, Any]]) -> None:
+    assert (lines[3]["request_id"], lines[3]["trace_id"]) == ("r2", "1" * 32)
+    assert "request_id" not in lines[2]

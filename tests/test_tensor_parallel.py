@@ -113,7 +113,7 @@ def test_only_a_target_alone_runs_in_ranks() -> None:
     config = WorkerConfig(model="m", tensor_parallel=2)
     for hosted in ([(DRAFT, config)], [(VERIFY, config), (DRAFT, WorkerConfig(model="m"))]):
         with pytest.raises(InvalidArgument, match="tensor-parallel: it is for a verify worker"):
-            serve(*hosted)
+            serve(*hosted, environ={})
 
 
 @pytest.mark.parametrize(("num_ranks", "environ"), [(2, {}), (2, {"WORLD_SIZE": "4"}), (1, {"WORLD_SIZE": "2"})])

@@ -12,6 +12,7 @@ from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
+from sequoia.tracing import Tracing
 from sequoia.v1 import verify_pb2_grpc, worker_pb2
 from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
@@ -24,7 +25,7 @@ def main() -> None:
     check_world(config.tensor_parallel, os.environ)
     configure_logging("verify_worker", config.log_level)
     try:
-        serve((VERIFY, config))
+        serve((VERIFY, config), environ=os.environ)
     except SequoiaError as error:
         fail(str(error))
 
@@ -37,11 +38,11 @@ def check_world(num_ranks: int, environ: Mapping[str, str]) -> None:
         fail(f"{problem}; start it by torchrun --nproc-per-node {num_ranks} -m verify_worker.server")
 
 
-def _add_servicer(worker: Worker, server: grpc.aio.Server) -> None:
-    verify_pb2_grpc.add_VerifyServiceServicer_to_server(VerifyServicer(worker), server)
+def _add_servicer(worker: Worker, server: grpc.aio.Server, tracing: Tracing | None) -> None:
+    verify_pb2_grpc.add_VerifyServiceServicer_to_server(VerifyServicer(worker, tracing), server)
 
 
-VERIFY = WorkerKind(worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", _add_servicer)
+VERIFY = WorkerKind(worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", "sequoia-verify", _add_servicer)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ replies.py      answers -> one object or events (choices.py, logprobs.py and fig
 failures.py     errors -> status codes and the API's error objects
 keys.py         who may ask
 call.py         one request on its way
+tracing.py      its id and its span
 app.py          the routes; page.html is one of them
 server.py       the process
 """

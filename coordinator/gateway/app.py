@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,18 @@ from starlette.routing import Route
 
 from coordinator.gateway.asked import Asked, read_chat, read_completion
 from coordinator.gateway.body import Body, read_body
-from coordinator.gateway.call import REQUEST_ID, Call
+from coordinator.gateway.call import Call
 from coordinator.gateway.caller import caller_of
 from coordinator.gateway.config import GatewayConfig, split
 from coordinator.gateway.failures import ApiError, api_error
 from coordinator.gateway.keys import ApiKeys
 from coordinator.gateway.replies import Reply
 from coordinator.gateway.served_model import ModelWatch, ServedModel
+from coordinator.gateway.tracing import Scoped
 from sequoia.client import AsyncClient
 from sequoia.errors import PermissionDenied, SequoiaError, Unauthenticated
+from sequoia.request_scope import REQUEST_ID, current_scope
+from sequoia.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ _PAGE_POLICY = (
 _PAGE_HEADERS = {"content-security-policy": _PAGE_POLICY}
 
 
-def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Starlette:
+def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys, tracing: Tracing | None = None) -> Starlette:
     """The application; `client` is the caller's to close."""
     gateway = Gateway(config, client, keys)
     routes = [
@@ -59,6 +61,7 @@ def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Star
         allow_headers=["*"],
         expose_headers=[REQUEST_ID, "retry-after"],
     )
+    scoped = Middleware(Scoped, tracing=tracing)
     handlers: dict[Any, Callable[[Request, Any], Any]] = {
         ApiError: lambda _, error: _failure(error),
         SequoiaError: lambda _, error: _failure(api_error(error)),
@@ -66,7 +69,7 @@ def build_app(config: GatewayConfig, client: AsyncClient, keys: ApiKeys) -> Star
         ClientDisconnect: lambda _, error: Response(status_code=_CLIENT_CLOSED_REQUEST),
         Exception: lambda _, error: _failure(ApiError(500, "a fault of ours; please report it", code="internal")),
     }
-    return Starlette(routes=routes, middleware=[cors] if origins else [], exception_handlers=handlers)
+    return Starlette(routes=routes, middleware=[scoped, cors] if origins else [scoped], exception_handlers=handlers)
 
 
 class Gateway:
@@ -117,7 +120,8 @@ class Gateway:
 
     async def _answer(self, request: Request, read: Callable[[Body], Asked]) -> Response:
         """A failure has the request's id as well: it is what a client can be asked for."""
-        request_id, names = f"req_{secrets.token_hex(8)}", dict[str, str]()
+        scope, names = current_scope(), dict[str, str]()
+        assert scope is not None, "the middleware makes one"
         try:
             caller = caller_of(request, self._client, self._keys)
             asked = read(await read_body(request, self._config.max_body_bytes, self._config.body_timeout_seconds))
@@ -125,19 +129,18 @@ class Gateway:
             try:
                 served = await self._watch.current(caller)
                 served.check(asked.model)
-                call = Call(caller, asked, Reply(asked, served), request_id)
+                call = Call(caller, asked, Reply(asked, served), scope.request_id)
                 return await (call.stream(request) if asked.streams else call.whole(request))
             except SequoiaError as error:
                 raise caller.failure(error, names) from error
         except (ApiError, SequoiaError) as error:
             failure = error if isinstance(error, ApiError) else api_error(error, names)
-            failure.headers[REQUEST_ID] = request_id
+            failure.headers[REQUEST_ID] = scope.request_id
             return _failure(failure)
 
 
 def _failure(error: ApiError) -> Response:
-    told = {"status": error.status, "error": error.message, "request_id": error.headers.get(REQUEST_ID)}
-    _log.info("refused", extra=told)
+    _log.info("refused", extra={"status": error.status, "error": error.message})
     return JSONResponse(error.to_dict(), error.status, headers=error.headers)
 
 

@@ -17,11 +17,11 @@ from coordinator.gateway.asked import Asked
 from coordinator.gateway.caller import Caller
 from coordinator.gateway.replies import Reply, event
 from sequoia.errors import SequoiaError
+from sequoia.request_scope import REQUEST_ID
 
 _log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-REQUEST_ID = "x-request-id"
 # A proxy that gathers pieces would make a stream one lump.
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -32,7 +32,7 @@ class Call:
     def __init__(self, caller: Caller, asked: Asked, reply: Reply, request_id: str) -> None:
         self._caller, self._client, self._asked, self._reply = caller, caller.client, asked, reply
         self._headers = {REQUEST_ID: request_id}
-        self._log_fields = {"request_id": request_id, "endpoint": asked.endpoint, "owner": caller.owner}
+        self._log_fields = {"endpoint": asked.endpoint, "owner": caller.owner}
 
     async def whole(self, request: Request) -> Response:
         """All at once, when it is there."""

@@ -23,6 +23,7 @@ from sequoia.client import AsyncClient
 from sequoia.credentials import server_context
 from sequoia.errors import InvalidArgument
 from sequoia.tls import Tls, check_listen
+from sequoia.tracing import Tracing
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 _FAREWELL_SECONDS = 0.5
 
 
-def serve(config: GatewayConfig) -> None:
+def serve(config: GatewayConfig, tracing: Tracing | None) -> None:
     """Serve until told to stop; running answers then end. Raises InvalidArgument for a setting that cannot be met."""
     keys, tls = ApiKeys(config.api_keys), Tls(config.tls_cert, config.tls_key, insecure=config.insecure)
     context = server_context(tls.cert, tls.key) if tls.cert else None
@@ -43,7 +44,7 @@ def serve(config: GatewayConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
     with listener:
-        uvloop.run(_serve(config, keys, token, listener, context))
+        uvloop.run(_serve(config, keys, token, listener, context, tracing))
 
 
 async def _serve(
@@ -52,10 +53,11 @@ async def _serve(
     token: str | None,
     listener: socket.socket,
     context: ssl.SSLContext | None,
+    tracing: Tracing | None,
 ) -> None:
     access = config.access(token)
     async with AsyncClient(config.address, timeout_seconds=config.request_timeout_seconds, **access) as client:
-        app = build_app(config, client, keys)
+        app = build_app(config, client, keys, tracing)
         settings = uvicorn.Config(
             app,
             http=BoundedHttp,

@@ -36,7 +36,7 @@ def main() -> None:
     config = load(ColocatedConfig, "colocated", sys.argv[1:], os.environ)
     configure_logging("workers", config.target.log_level)
     try:
-        serve((VERIFY, config.target), (DRAFT, config.draft))
+        serve((VERIFY, config.target), (DRAFT, config.draft), environ=os.environ)
     except SequoiaError as error:
         fail(str(error))
 

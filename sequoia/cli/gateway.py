@@ -17,5 +17,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop."""
-    serve(fill(GatewayConfig, arguments, os.environ))
+    serve(fill(GatewayConfig, arguments, os.environ), os.environ)
     return 0

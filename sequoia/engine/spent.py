@@ -21,6 +21,11 @@ class Spent:
     forwards: float = 0.0  # waiting for them included
     work: float = 0.0  # between them
 
+    @property
+    def told(self) -> dict[str, float]:
+        """As attributes of a span."""
+        return {"forwards_seconds": self.forwards, "work_seconds": self.work}
+
 
 def timed(job: Job[Result], spent: Spent) -> Job[Result]:
     """The same job, which adds its time to `spent`."""
