@@ -21,7 +21,7 @@ from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """Tiny models have nothing to divide; where others use the cores too, a second thread costs them a factor of six."""
+    """Tiny models have nothing to divide: where others are at work a second thread makes them six times slower."""
     torch.set_num_threads(1)
 
 
