@@ -144,6 +144,15 @@ async def test_a_redis_that_evicts_is_noted_and_one_that_is_not_there_is_bad(
     assert grades(found, "redis") == ["bad"]
 
 
+async def test_a_password_is_not_sent_to_another_host_in_plain_text_nor_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = await told(capsys, "--redis", "redis://:geheim@192.0.2.1:6379/0", status=1)
+    [redis] = [each for each in found if each.subject == "redis"]
+    assert "would be plain text" in redis.what
+    assert "geheim" not in redis.what
+
+
 def test_a_draft_alone_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--draft", "smollm2-135m"]) == 2
     assert "draft: says what a target is drafted by; give --target too" in capsys.readouterr().err

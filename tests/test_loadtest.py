@@ -225,6 +225,8 @@ def test_a_report_needs_no_other_file(system: System, tmp_path: Path, capsys: py
         (["--address", "127.0.0.1:1", "--backend", "openai"], "backend: is spoken by a gateway"),
         (["--address", "127.0.0.1:1", "--base-url", "http://127.0.0.1:1/v1"], "base-url: is of an OpenAI API"),
         (["--base-url", "127.0.0.1:1"], "base-url: '127.0.0.1:1' does not begin with http://"),
+        (["--link-delay-ms", "5", "--address", "127.0.0.1:1,127.0.0.1:2"], "link-delay-ms: is for one address"),
+        (["--link-delay-ms", "5", "--base-url", "https://127.0.0.1:1/v1"], "link-delay-ms: is for one address"),
         (["--html", "/nowhere/page.html"], "html: there is no folder /nowhere"),
     ],
 )

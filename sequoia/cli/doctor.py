@@ -49,9 +49,10 @@ def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
     yield from _check_system(arguments)
     redis_url = arguments.redis or os.environ.get("SEQUOIA_REDIS")
     if redis_url:
-        from sequoia.cli.checkup.redis import check_redis
+        from sequoia.access import tls_of
+        from sequoia.cli.checkup.redis import look_at_redis
 
-        yield from check_redis(redis_url)
+        yield from look_at_redis(redis_url, tls_of(access_of(arguments)))
 
 
 def _check_system(arguments: argparse.Namespace) -> Iterator[Finding]:

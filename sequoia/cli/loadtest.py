@@ -116,6 +116,7 @@ def _plan(arguments: argparse.Namespace) -> LoadPlan:
     _check(arguments, "temperature", lambda value: 0.0 <= value < math.inf, "0 or more")
     _check(arguments, "cancel_rate", lambda value: 0.0 <= value < 1.0, "0 or more, and below 1")
     _check(arguments, "link_delay_ms", lambda value: 0.0 <= value < math.inf, "0 or more")
+    _check_link(arguments)
     for percent in arguments.metric_percentiles:
         if not 0.0 <= percent <= 100.0:
             raise InvalidArgument(f"has {percent:g}; they are from 0 to 100", "metric-percentiles")
@@ -133,6 +134,14 @@ def _plan(arguments: argparse.Namespace) -> LoadPlan:
         burstiness=arguments.burstiness,
         seed=arguments.seed,
     )
+
+
+def _check_link(arguments: argparse.Namespace) -> None:
+    """A link of ours stands between the clients and one address, and has no certificate for it."""
+    is_tls = bool(access_of(arguments).get("tls_ca")) or (arguments.base_url or "").startswith("https:")
+    is_one = "," not in (arguments.address or "") and not (arguments.address or "").startswith("dns:")
+    if arguments.link_delay_ms and (is_tls or not is_one):
+        raise InvalidArgument("is for one address, HOST:PORT, and plain text", "link-delay-ms")
 
 
 def _levels(arguments: argparse.Namespace) -> Iterator[Level]:

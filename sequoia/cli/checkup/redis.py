@@ -9,18 +9,22 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from sequoia.cli.checkup.finding import Finding
-from sequoia.redis_connection import connect
+from sequoia.errors import InvalidArgument
+from sequoia.redaction import redacted
+from sequoia.redis_connection import check_redis, connect
+from sequoia.tls import Tls
 
 _EVICTING = ("allkeys-", "volatile-")
 _REMEDY = "start one, or say where it is: --redis. Without it the last plans serve, and no new ones are kept"
 
 
-def check_redis(url: str) -> Iterator[Finding]:
-    """Its version, and whether it throws away what it keeps."""
+def look_at_redis(url: str, tls: Tls) -> Iterator[Finding]:
+    """Its version, and whether it throws away what it keeps. Nothing is sent in plain text that must not be."""
     try:
+        check_redis(url, tls)
         info = asyncio.run(_info(url))
-    except (RedisError, OSError) as error:
-        yield Finding("redis", "bad", f"{type(error).__name__}: {error}", _REMEDY)
+    except (RedisError, OSError, InvalidArgument) as error:
+        yield Finding("redis", "bad", redacted(f"{type(error).__name__}: {error}"), _REMEDY)
         return
     server, version = info.get("server_name", "redis"), info.get("redis_version", "?")
     told = f"{server} {version}, {info.get('used_memory_human', '?')} in use"

@@ -48,6 +48,8 @@ class HttpDriver:
                         yield Piece(text, 1)
         except httpx2.HTTPError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise Internal(f"the stream has an event that is none of the API's: {error!r}") from error
         if ending is None:
             raise Internal("the stream ended without its usage")
         yield Piece("", 0, ending)
