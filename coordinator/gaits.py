@@ -25,13 +25,17 @@ class Gait(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Gaits:
-    """The trees of a plan by gait, and the seconds per token that they were predicted to take."""
+    """The trees of a plan by gait, and the seconds per token that they were predicted to take.
+
+    `reading_seconds` of the target's time per token of a prompt that the draft reads, for all sessions together.
+    """
 
     trees: Mapping[Gait, TreeShape]
     predicted: Mapping[Gait, float]
     first: Gait
     promise: str
     cause: str = "plan"  # of the first gait, in a word
+    reading_seconds: float = 0.0
 
     @staticmethod
     def of(plan: TreePlan) -> Gaits:
@@ -46,7 +50,10 @@ class Gaits:
         trees[Gait.OFF], predicted[Gait.OFF] = PLAIN, plan.inputs.verify_curve.at(1)
         speedup = plan.best_tree.speedup if plan.best_tree else 0.0
         first = Gait.ON if speedup >= LEAST_SPEEDUP else Gait.OFF
-        return Gaits(trees, predicted, first, f"the plan promises {speedup:.2f} of plain decoding's speed")
+        promise = f"the plan promises {speedup:.2f} of plain decoding's speed"
+        curve = plan.inputs.draft_curve
+        reading = curve.seconds[-1] / curve.max_tokens if plan.inputs.shares_device else 0.0
+        return Gaits(trees, predicted, first, promise, reading_seconds=reading)
 
     @staticmethod
     def unplanned(tree: Topology, chain: Topology) -> Gaits:

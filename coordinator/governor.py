@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from copy import copy
 
 from coordinator.gaits import Gait, Gaits
 from coordinator.pace import Pace
+from coordinator.paces import Paces
+from coordinator.reading import Reading
 from coordinator.trial import Recent, Trial
 from sequoia.topology import TreeShape
 
-# A gait is left for one that is faster by this much at least, and by so many standard errors of the difference.
-_LEAST_GAIN, _STANDARD_ERRORS = 0.02, 2.5
+# A gait is left for one that is faster by this much at least, and by so many standard errors of the difference: fewer
+# for plain decoding, than which nothing may be slower.
+_LEAST_GAIN, _STANDARD_ERRORS, _STANDARD_ERRORS_OFF = 0.02, 2.0, 1.0
 # A trial's length in steps of a session. Plain steps vary less, so that fewer of them will do.
 _TRIAL_STEPS, _PLAIN_TRIAL_STEPS = 8, 4
 # First steps of a trial that are left out of it, for each other session: until the last of them has changed over.
 _SETTLING_STEPS = 4
-# Plain steps that a session runs on by itself before it asks again: of all sessions together, of one at least.
+# Plain steps that a session runs on by itself before it asks again, at most; as a trial comes near, at least.
 _PLAIN_STEPS, _LEAST_PLAIN_STEPS = 64, 4
+# Steps of a session between two looks at what the paces say.
+_LOOK_STEPS = 4
 # Steps of a session between the end of a trial and the next one, at least; fewer while plain decoding's pace is not
 # known.
 _BETWEEN_TRIALS, _BETWEEN_FIRST_TRIALS = 24, 8
@@ -47,18 +51,18 @@ class Governor:
     def __init__(self, gaits: Gaits, num_sessions: int = 1) -> None:
         self._gaits, self._num_sessions = gaits, num_sessions
         self.gait, self.reason, self.cause = gaits.first, gaits.promise, gaits.cause
-        self._paces: dict[TreeShape, Pace] = {}
-        self._usual = Pace(num_sessions)  # of the gait's usual steps
+        self._paces = Paces(gaits.trees[gaits.first], num_sessions)
+        self._reading = Reading(gaits.reading_seconds / num_sessions)
         self._recent = Recent(num_sessions)
         self._trial: Trial | None = None
         self._past_trial: Trial | None = None  # over, and not yet compared with what comes after it
-        self._steps_since_trial = 0
+        self._steps_since_trial = self._steps_since_look = 0
         self._credit_seconds = self._charged_seconds = 0.0
 
     @property
     def paces(self) -> Mapping[TreeShape, Pace]:
         """By shape; plain decoding is the root-only one. A copy."""
-        return dict(self._paces)
+        return self._paces.all
 
     def follow(self, gaits: Gaits) -> None:
         """Go on with another plan's trees; with the same ones what is known of them stays known."""
@@ -66,19 +70,32 @@ class Governor:
         self._gaits = gaits
         if is_other:
             self.reason, self.cause, self._trial = gaits.promise, gaits.cause, None
-            self._paces = {tree: pace for tree, pace in self._paces.items() if tree in gaits.trees.values()}
+            self._reading = Reading(gaits.reading_seconds / self._num_sessions)
+            self._paces.keep(gaits.trees.values())
             self._go(gaits.first)
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether the next step is one of a trial."""
+        return self._trial is not None
 
     def tree(self) -> TreeShape:
         """Of the next step."""
         return self._gaits.trees[self._trial.gait if self._trial else self.gait]
+
+    def pays_to_begin(self, num_tokens: int, num_tokens_left: int) -> bool:
+        """Whether a session that has no draft yet should have one read its `num_tokens`, all others waiting."""
+        if self._trial:
+            return num_tokens_left >= _TRIAL_STEPS
+        gain = self._expected(Gait.OFF) - self._expected(self.gait)
+        return num_tokens_left * gain >= self._reading.seconds(num_tokens) * self._num_sessions
 
     @property
     def num_plain_steps(self) -> int:
         """That a session without a tree may run on by itself before it asks again."""
         if self._trial:
             return math.ceil((self._trial.num_unsettled + self._trial.num_steps_left) / self._num_sessions) - 1
-        return max(_LEAST_PLAIN_STEPS, _PLAIN_STEPS // self._num_sessions)
+        return min(_PLAIN_STEPS, max(_LEAST_PLAIN_STEPS, int(self._num_steps_to_trial / self._num_sessions)))
 
     def observe(self, shape: TreeShape, seconds: float, num_tokens: int, *, usual: bool = True) -> None:
         """What one step took for which `shape` was chosen.
@@ -91,9 +108,7 @@ class Governor:
             self._try_on(self._trial, seconds, num_tokens, usual)
             return
         if gait is self.gait:
-            pace = self._paces.setdefault(self._gaits.trees[gait], Pace(self._num_sessions))
-            pace.add(seconds, num_tokens)
-            pace.seconds += self._charged_seconds
+            self._paces.add(seconds, num_tokens, self._charged_seconds)
             self._charged_seconds = 0.0
         if self._trial is not None:
             return
@@ -101,14 +116,18 @@ class Governor:
         self._steps_since_trial += 1
         if usual and gait is self.gait:
             self._recent.add(seconds)
-            self._drift(seconds, num_tokens)
+            self._paces.add_usual(seconds, num_tokens)
             self._compare()
-        self._decide()
-        if self._past_trial is None:
-            self._try_another()
+        self._steps_since_look += 1
+        if self._steps_since_look >= _LOOK_STEPS * self._num_sessions:
+            self._steps_since_look = 0
+            self._decide()
+            if self._past_trial is None:
+                self._try_another()
 
-    def charge(self, seconds: float) -> None:
-        """What a session has paid before its first tree: the draft has read its prompt, where the target waits."""
+    def charge(self, seconds: float, num_tokens: int) -> None:
+        """What a session has paid before its first tree: the draft has read so many tokens, where the target waits."""
+        self._reading.add(seconds, num_tokens)
         if self.gait is not Gait.OFF:
             self._charged_seconds += seconds
 
@@ -120,14 +139,6 @@ class Governor:
             self._trial, self._past_trial, self._steps_since_trial = None, trial, 0
             self._recent.clear()
 
-    def _drift(self, seconds: float, num_tokens: int) -> None:
-        """Let the other gaits' paces follow what a usual step takes now."""
-        before = self._usual.seconds_per_step if self._usual.is_known else None
-        self._usual.add(seconds, num_tokens)
-        for shape, pace in self._paces.items():
-            if before and shape != self._gaits.trees[self.gait]:
-                pace.scale(self._usual.seconds_per_step / before)
-
     def _compare(self) -> None:
         """Take the last trial's steps into its gait's pace, as if the machine had been then as it mostly is now."""
         trial = self._past_trial
@@ -135,9 +146,7 @@ class Governor:
             return
         self._past_trial, then = None, trial.machine_speed(after)
         if then is not None and trial.steps:
-            pace = self._paces.setdefault(self._gaits.trees[trial.gait], Pace(self._num_sessions))
-            for seconds, num_tokens in trial.steps:
-                pace.add(seconds * self._usual.seconds_per_step / then, num_tokens)
+            self._paces.add_tried(self._gaits.trees[trial.gait], trial.steps, then)
 
     def _gait_of(self, shape: TreeShape) -> Gait:
         """Trees that were cut at the end of an answer, or explored, belong to the gait that is gone in."""
@@ -149,7 +158,7 @@ class Governor:
         if self.gait not in known:
             return
         now = known[self.gait]
-        better = {gait: pace for gait, pace in known.items() if gait is not self.gait and _gains(pace, now)}
+        better = {gait: pace for gait, pace in known.items() if gait is not self.gait and _gains(gait, pace, now)}
         if better:
             self._change(min(better, key=lambda gait: better[gait].seconds_per_token), known)
 
@@ -162,75 +171,88 @@ class Governor:
         self._go(gait)
 
     def _go(self, gait: Gait) -> None:
-        pace = self._pace(gait)
         self.gait, self._past_trial = gait, None
-        self._usual = copy(pace) if pace else Pace(self._num_sessions)
+        self._paces.lead(self._gaits.trees[gait])
         self._recent.clear()
         self._charged_seconds = 0.0
-        if pace is None:
-            # Nothing tells how the others' paces are to be compared with those of its steps.
-            self._paces = {}
 
     def _may_pay(self, gait: Gait, known: Mapping[Gait, Pace]) -> bool:
         is_open = gait in self._gaits.trees and gait not in known
         return is_open and self._expected(gait) < known[Gait.OFF].seconds_per_token
 
-    def _try_another(self) -> None:
-        """Begin the trial of the gait that was observed least, when what it is expected to lose is paid for."""
+    @property
+    def _next_tried(self) -> Gait | None:
+        """Plain decoding until its pace is known; then that which was observed least."""
         others = [gait for gait in self._gaits.trees if gait is not self.gait]
-        if self._is_open(Gait.OFF):
-            # Nothing can be said before plain decoding was measured: that trial is on credit.
-            if self._steps_since_trial >= _BETWEEN_FIRST_TRIALS * self._num_sessions:
-                self._try(Gait.OFF)
-        elif others and self._steps_since_trial >= _BETWEEN_TRIALS * self._num_sessions:
-            gait = min(others, key=self._evidence)
-            if self._credit_seconds >= self._expected_loss(gait):
-                self._try(gait)
+        return Gait.OFF if self._is_open(Gait.OFF) else min(others, key=self._evidence, default=None)
+
+    def _try_another(self) -> None:
+        """Begin a trial when what it is expected to lose is paid for.
+
+        Nothing can be said before plain decoding was measured: that trial is on credit.
+        """
+        gait = self._next_tried
+        if gait is None or self._steps_since_trial < self._steps_between * self._num_sessions:
+            return
+        if self._is_open(Gait.OFF) or self._credit_seconds >= self._expected_loss(gait):
+            self._trial = Trial(
+                gait,
+                num_steps_left=_num_trial_steps(gait) * self._num_sessions,
+                num_unsettled=_SETTLING_STEPS * (self._num_sessions - 1),
+                num_waits_left=_PATIENCE_STEPS * self._num_sessions,
+                before=self._recent.step_seconds,
+            )
+
+    @property
+    def _steps_between(self) -> int:
+        return _BETWEEN_FIRST_TRIALS if self._is_open(Gait.OFF) else _BETWEEN_TRIALS
+
+    @property
+    def _num_steps_to_trial(self) -> float:
+        """Of all sessions together, at the least, while they are decoded plainly."""
+        gait, pace = self._next_tried, self._pace(Gait.OFF)
+        if gait is None or pace is None:
+            return 0.0
+        unpaid = self._expected_loss(gait) - self._credit_seconds
+        paid_in = unpaid / (_TRIAL_SHARE * pace.seconds_per_step)
+        return max(paid_in, float(self._steps_between * self._num_sessions - self._steps_since_trial))
 
     def _is_open(self, gait: Gait) -> bool:
         return gait is not self.gait and self._pace(gait) is None
 
-    def _try(self, gait: Gait) -> None:
-        self._trial = Trial(
-            gait,
-            num_steps_left=_num_trial_steps(gait) * self._num_sessions,
-            num_unsettled=_SETTLING_STEPS * (self._num_sessions - 1),
-            num_waits_left=_PATIENCE_STEPS * self._num_sessions,
-            before=self._recent.step_seconds,
-        )
-
     def _expected_loss(self, gait: Gait) -> float:
-        pace = self._paces.get(self._gaits.trees[gait])
+        """Of a trial, in seconds of sessions: all of them are in it, and where it is one of trees, all drafts read."""
+        pace = self._paces.observed(self._gaits.trees[gait])
         num_steps = _num_trial_steps(gait) * self._num_sessions + _SETTLING_STEPS * (self._num_sessions - 1)
         num_tokens = num_steps * (pace.num_tokens / pace.num_steps if pace else _USUAL_TOKENS)
-        return max(0.0, num_tokens * (self._expected(gait) - self._expected(self.gait)))
+        lost = max(0.0, num_tokens * (self._expected(gait) - self._expected(self.gait)))
+        return lost + (self._reading.usual_seconds * self._num_sessions**2 if self.gait is Gait.OFF else 0.0)
 
     def _evidence(self, gait: Gait) -> int:
-        pace = self._paces.get(self._gaits.trees[gait])
+        pace = self._paces.observed(self._gaits.trees[gait])
         return pace.observed if pace else 0
 
     def _pace(self, gait: Gait) -> Pace | None:
         """When it is known."""
-        pace = self._paces.get(self._gaits.trees[gait])
-        return pace if pace is not None and pace.is_known else None
+        return self._paces.known(self._gaits.trees[gait])
 
     def _expected(self, gait: Gait) -> float:
         """Seconds per token: as observed, or else as predicted, by the scale of the gait that is observed best."""
         if (pace := self._pace(gait)) is not None:
             return pace.seconds_per_token
-        known = [each for each in self._gaits.trees if self._pace(each) is not None]
+        known = {each: pace for each in self._gaits.trees if (pace := self._pace(each)) is not None}
         if not known:
             return self._gaits.predicted[gait]
         best = max(known, key=self._evidence)
-        known_pace = self._paces[self._gaits.trees[best]].seconds_per_token
-        return known_pace * self._gaits.predicted[gait] / self._gaits.predicted[best]
+        return known[best].seconds_per_token * self._gaits.predicted[gait] / self._gaits.predicted[best]
 
 
 def _num_trial_steps(gait: Gait) -> int:
     return _PLAIN_TRIAL_STEPS if gait is Gait.OFF else _TRIAL_STEPS
 
 
-def _gains(pace: Pace, now: Pace) -> bool:
+def _gains(gait: Gait, pace: Pace, now: Pace) -> bool:
     gain = now.seconds_per_token - pace.seconds_per_token
     error = math.hypot(now.standard_error, pace.standard_error)
-    return gain > max(_LEAST_GAIN * now.seconds_per_token, _STANDARD_ERRORS * error)
+    least = _STANDARD_ERRORS_OFF if gait is Gait.OFF else _STANDARD_ERRORS
+    return gain > max(_LEAST_GAIN * now.seconds_per_token, least * error)

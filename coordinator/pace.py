@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 # Steps after which an observation counts half, of one session.
-_HALF_LIFE_STEPS = 64
+_HALF_LIFE_STEPS = 256
 # A pace is known after so many steps, of one session.
 _KNOWN_STEPS = 8
 

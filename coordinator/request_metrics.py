@@ -54,7 +54,8 @@ class RequestMetrics:
         text = "(whole time - time to first token) / (tokens - 1)"
         self._per_token = self._histogram("time_per_output_token_seconds", text, _STEP_BUCKETS)
         self._whole = self._histogram("e2e_request_latency_seconds", "of answers that came to an end", _REQUEST_BUCKETS)
-        self._rounds = self._histogram("round_seconds", "one step, by where its time went", _STEP_BUCKETS, "stage")
+        rounds = self._histogram("round_seconds", "one step, by where its time went", _STEP_BUCKETS, "stage")
+        self._rounds = {stage: rounds.labels(stage) for stage in STAGES}
         self._begin_at_zero()
 
     @contextmanager
@@ -84,7 +85,7 @@ class RequestMetrics:
         for stage in STAGES:
             seconds = getattr(stages, stage)
             if seconds or stage != "draft":
-                self._rounds.labels(stage).observe(seconds)
+                self._rounds[stage].observe(seconds)
 
     def drafted(self, tree: Topology, num_accepted: int) -> None:
         """A tree has its verdict: the first so many positions of its accepted path were right."""
@@ -125,6 +126,4 @@ class RequestMetrics:
             self._fallbacks.labels(cause.value)
         for role in ROLES:
             self._rebuilds.labels(role)
-        for stage in STAGES:
-            self._rounds.labels(stage)
         self._accepted_at.labels("0")

@@ -45,9 +45,12 @@ class Session:
         self.num_cached_prompt_tokens = 0  # that the verify worker had read for other requests
 
     async def run(self) -> AsyncGenerator[Step]:
-        """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first."""
+        """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first.
+
+        One that is only tried does not read while the first is waited for.
+        """
         self._choose(self._transcript.num_tokens_left)
-        if self._draft is not None and self._choice.shape != PLAIN:
+        if self._draft is not None and self._choice.shape != PLAIN and not self._choice.is_tried:
             self._draft.open(self._transcript.token_ids)
         verdict = await self._verify.open(self._transcript.token_ids)
         self.num_cached_prompt_tokens = min(verdict.num_reused_tokens, self._transcript.num_prompt_tokens)
@@ -86,7 +89,8 @@ class Session:
         if self._draft is None or shape == PLAIN:
             return await self._verified(None, min(most, self._choice.num_plain_steps))
         draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
-        self._speculation.opened(self._draft.take_opening_seconds())
+        if seconds := self._draft.take_opening_seconds():
+            self._speculation.opened(seconds, len(self._transcript.token_ids))
         if draft is None:
             self.report.fell_back(self._draft.reason, self._draft.cause)
             return await self._verified(None, 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS))
@@ -114,7 +118,7 @@ class Session:
         return None, await self._verify.open(token_ids)
 
     def _choose(self, max_levels: int) -> None:
-        choice = self._speculation.choose(len(self._transcript.token_ids))
+        choice = self._speculation.choose(len(self._transcript.token_ids), max_levels)
         self._choice = replace(choice, shape=choice.shape.truncated(max_levels))
 
     def _observe(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.VerifyResponse) -> None:

@@ -34,6 +34,7 @@ class Choice:
 
     shape: TreeShape
     num_plain_steps: int = _PLAIN_STEPS
+    is_tried: bool = False  # for some steps, to see what they take
 
 
 class Distances(Pair, Protocol):
@@ -132,11 +133,12 @@ class RequestSpeculation:
     def __init__(self, speculator: Speculator, request: Request, *, has_draft: bool) -> None:
         self._speculator, self._request, self._has_draft = speculator, request, has_draft
         self._governor: Governor | None = None
+        self._has_begun = False  # a draft was asked for, and has read the text
         self.state = coordinator_pb2.SPECULATION_STATE_UNSPECIFIED
         self.reason = ""
 
-    def choose(self, num_tokens: int) -> Choice:
-        """Of the next step, behind so many committed tokens."""
+    def choose(self, num_tokens: int, num_tokens_left: int) -> Choice:
+        """Of the next step, behind so many committed tokens, and so many before the answer's end at the latest."""
         if self._request.mode == coordinator_pb2.SPECULATION_MODE_OFF:
             return Choice(PLAIN)
         if not self._has_draft:
@@ -149,28 +151,31 @@ class RequestSpeculation:
             return Choice(self._speculator.best_tree(situation))
         self._governor = self._speculator.governor(situation)
         self._tell(self._governor)
-        return self._governed(self._governor)
+        return self._governed(self._governor, num_tokens, num_tokens_left)
 
     def drafted(self, ahead: draft_pb2.DraftAhead) -> None:
         """A tree came for the step."""
         self._speculator.num_ahead_hits += ahead == draft_pb2.DRAFT_AHEAD_HIT
         self._speculator.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
 
-    def opened(self, seconds: float) -> None:
-        """The draft has read the prompt, on the target's own device, in so many seconds."""
+    def opened(self, seconds: float, num_tokens: int) -> None:
+        """The draft has read so many tokens, on the target's own device, in so many seconds."""
         if self._governor is not None:
-            self._governor.charge(seconds)
+            self._governor.charge(seconds, num_tokens)
 
     def observe(self, choice: Choice, seconds: float, num_tokens: int, *, usual: bool) -> None:
         """What the step took. `usual`: it went as chosen, right after one that did."""
         if self._governor is not None:
             self._governor.observe(choice.shape, seconds, num_tokens, usual=usual)
 
-    def _governed(self, governor: Governor) -> Choice:
+    def _governed(self, governor: Governor, num_tokens: int, num_tokens_left: int) -> Choice:
         tree = governor.tree()
         if tree == PLAIN:
             return Choice(PLAIN, governor.num_plain_steps)
-        return Choice(self._speculator.explored(tree))
+        if not self._has_begun and not governor.pays_to_begin(num_tokens, num_tokens_left):
+            return Choice(PLAIN)
+        self._has_begun = True
+        return Choice(self._speculator.explored(tree), is_tried=governor.is_trying)
 
     def _tell(self, governor: Governor) -> None:
         state = STATES[governor.gait]

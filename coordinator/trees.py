@@ -14,7 +14,7 @@ from coordinator.background import end
 from sequoia.errors import Unavailable
 from sequoia.planner import TreePlan, without_dynamic
 from sequoia.rules import GREEDY, RULES, SAMPLED_RULES, Rule
-from sequoia.situation import TEMPERATURES, Situation
+from sequoia.situation import SESSIONS, TEMPERATURES, Situation
 from sequoia.tree_cache import PlanKey, TreeCache
 from sequoia.v1.worker_pb2 import WorkerDescription
 
@@ -53,7 +53,10 @@ class TreePlans:
         greedy, *sampled = TEMPERATURES.names
         served = [(GREEDY, greedy), *product(SAMPLED_RULES, sampled)]
         # Grows by what is asked for, up to the number of situations there are.
-        self._wanted = {Situation(rule.name, temperature) for rule, temperature in served}
+        # All loads at once: while one had no plan yet, a single session's would serve it, which promises too much.
+        self._wanted = {
+            Situation(rule.name, temperature, load) for rule, temperature in served for load in SESSIONS.names
+        }
         self._problem = ""
         self._news = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -82,9 +85,12 @@ class TreePlans:
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return None
-        self._wanted.add(situation)
+        if situation not in self._wanted:
+            self._wanted.add(situation)
+            self._news.set()  # another load must not wait for the next look
+        here = plan_key(verify, draft, situation)
         for each in self._serving(situation):
-            plan = self._plans.get(plan_key(verify, draft, each))
+            plan = self._plans.get(here.at(each))
             if plan is not None:
                 takes_any = RULES[situation.rule].takes_any_shape
                 return FoundPlan(plan if takes_any else without_dynamic(plan), each)
@@ -135,8 +141,10 @@ class TreePlans:
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return []
-        wanted = {each for situation in self._wanted for each in situation.neighbours}
-        return [plan_key(verify, draft, each) for each in wanted]
+        wanted = {each: None for situation in self._wanted for each in situation.neighbours}
+        [first, *others] = wanted
+        here = plan_key(verify, draft, first)
+        return [here, *map(here.at, others)]
 
     def _serving(self, situation: Situation) -> list[Situation]:
         rules = dict.fromkeys((situation.rule, self._default_rule.name))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 from sequoia.rules import Rule
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Buckets:
     """Ranges of a quantity of 0 or more. `ends` are the last values of all but the last range, ascending.
 
@@ -18,7 +19,7 @@ class Buckets:
     ends: tuple[float, ...]
     planned_at: tuple[float, ...]
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The ranges, in words: "1", "(1,2]", ..., "(8,inf)"; the first one goes down to 0."""
         edges = [f"{each:g}" for each in self.ends]
@@ -84,13 +85,22 @@ class Situation:
 
         Other round trips change a plan least, the nearest first; then fewer sessions and shorter contexts.
         """
-        here = ROUND_TRIPS.names.index(self.round_trip)
-        by_distance = sorted(ROUND_TRIPS.names, key=lambda name: abs(ROUND_TRIPS.names.index(name) - here))
-        loads = dict.fromkeys(
-            [(self.sessions, self.context), (self.sessions, CONTEXTS.names[0]), (SESSIONS.names[0], CONTEXTS.names[0])]
-        )
-        return tuple(
-            replace(self, sessions=sessions, context=context, round_trip=round_trip)
-            for sessions, context in loads
-            for round_trip in by_distance
-        )
+        return _neighbours(self)
+
+
+@lru_cache(maxsize=1024)  # they are asked for at every step
+def _neighbours(situation: Situation) -> tuple[Situation, ...]:
+    here = ROUND_TRIPS.names.index(situation.round_trip)
+    by_distance = sorted(ROUND_TRIPS.names, key=lambda name: abs(ROUND_TRIPS.names.index(name) - here))
+    loads = dict.fromkeys(
+        [
+            (situation.sessions, situation.context),
+            (situation.sessions, CONTEXTS.names[0]),
+            (SESSIONS.names[0], CONTEXTS.names[0]),
+        ]
+    )
+    return tuple(
+        replace(situation, sessions=sessions, context=context, round_trip=round_trip)
+        for sessions, context in loads
+        for round_trip in by_distance
+    )

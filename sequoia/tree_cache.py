@@ -42,6 +42,10 @@ class PlanKey:
         buckets = ":".join((at.rule, at.temperature, at.sessions, at.context, at.round_trip))
         return f"sequoia:plan:v2:{self._hashed}:{buckets}"
 
+    def at(self, situation: Situation) -> PlanKey:
+        """That of the same pair."""
+        return PlanKey(self.pair, self.draft_hardware, self.verify_hardware, situation)
+
     @property
     def lock(self) -> str:
         """The key of the lock that whoever plans for this pair on this hardware holds."""
@@ -166,5 +170,6 @@ def _read(document: bytes) -> StoredPlan:
     return StoredPlan(TreePlan.from_dict(plan), float(measured_at))
 
 
+@lru_cache(maxsize=64)
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """The governor in a simulated world: what steps take and bring is known, and what it makes of that is counted."""
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -212,7 +213,7 @@ def test_what_pays_to_all_together_goes_on(seed: int) -> None:
 
 def test_what_is_paid_before_a_first_step_waits_for_it() -> None:
     governor = Governor(gaits())
-    governor.charge(0.5)
+    governor.charge(0.5, 20)
     assert governor.paces == {}, "there is no pace without a step"
     governor.observe(TREE, 1.0, 2)
     assert governor.paces[TREE].seconds_per_token == 0.75
@@ -222,9 +223,50 @@ def test_what_is_paid_before_a_first_step_waits_for_it() -> None:
 def test_what_the_draft_takes_to_read_prompts_counts(seed: int) -> None:
     world, governor = World({TREE: 1.1, CHAIN: 1.05}, seed), Governor(gaits())
     for _ in range(60):
-        governor.charge(6 * PLAIN_SECONDS)
+        governor.charge(6 * PLAIN_SECONDS, 20)
         world.run(governor, 24)
     assert governor.gait is Gait.OFF
+
+
+def test_a_draft_that_would_read_longer_than_it_gains_is_not_begun() -> None:
+    governor = Governor(gaits(predicted_speedup=1.25))  # gains 0.02 s a token
+    assert governor.pays_to_begin(num_tokens=1_000, num_tokens_left=1), "a draft elsewhere takes nothing"
+    governor.charge(0.5, 100)
+    assert governor.pays_to_begin(num_tokens=100, num_tokens_left=50)
+    assert not governor.pays_to_begin(num_tokens=100, num_tokens_left=5)
+    assert not governor.pays_to_begin(num_tokens=1_000, num_tokens_left=50)
+
+
+def test_while_one_reads_all_sessions_wait() -> None:
+    alone, among_others = Governor(gaits(predicted_speedup=1.25)), Governor(gaits(predicted_speedup=1.25), 16)
+    for governor in (alone, among_others):
+        governor.charge(0.1, 100)
+    assert alone.pays_to_begin(num_tokens=100, num_tokens_left=50)
+    assert not among_others.pays_to_begin(num_tokens=100, num_tokens_left=50)
+
+
+def test_a_trial_is_paid_for_with_what_the_drafts_read() -> None:
+    plain_steps = []
+    for reading_seconds in (0.0, 0.01):
+        governor, steps = Governor(replace(gaits(Gait.OFF), reading_seconds=reading_seconds)), 0
+        while governor.tree() == PLAIN:
+            governor.observe(PLAIN, PLAIN_SECONDS, 1)
+            steps += 1
+        plain_steps.append(steps)
+    assert plain_steps[1] >= plain_steps[0] + 0.64 / (0.01 * PLAIN_SECONDS) - 24
+
+
+@pytest.mark.parametrize("num_sessions", [1, 16])
+def test_plain_sessions_run_on_by_themselves_until_a_trial_comes_near(num_sessions: int) -> None:
+    governor = Governor(replace(gaits(Gait.OFF), reading_seconds=0.01), num_sessions)
+    lengths = []
+    while governor.tree() == PLAIN:
+        governor.observe(PLAIN, PLAIN_SECONDS, 1)
+        lengths.append(governor.num_plain_steps)
+    settled = lengths[16 * num_sessions :]
+    assert settled[0] == 64
+    assert all(later <= sooner + 1 for sooner, later in pairwise(settled[:-1]))
+    assert settled[-2] <= 4
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -17,7 +17,7 @@ from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, TreePlan, choose, optimal_tree
 from sequoia.rules import COUPLED, GREEDY, SEQUOIA, Rule
 from sequoia.sampling import Decoding, Sampling
-from sequoia.situation import Situation
+from sequoia.situation import SESSIONS, Situation
 from sequoia.topology import Topology
 from sequoia.tree_cache import StoredPlan, TreeCache
 from sequoia.v1.coordinator_pb2 import (
@@ -61,7 +61,7 @@ def situation(temperature: float, rule: Rule = SEQUOIA) -> Situation:
 
 
 def chosen(plans: TreePlans, of: Pair, mode: SpeculationMode, **kind: object) -> Topology:
-    return RequestSpeculation(Speculator(plans, of), request(mode, **kind), has_draft=True).choose(1).shape  # type: ignore[arg-type]
+    return RequestSpeculation(Speculator(plans, of), request(mode, **kind), has_draft=True).choose(1, 100).shape  # type: ignore[arg-type]
 
 
 def put(url: str, of: Pair, at: Situation, document: TreePlan | str) -> None:
@@ -222,6 +222,29 @@ def new_plan(caplog: pytest.LogCaptureFixture) -> AsyncIterator[asyncio.Event]:
     logging.getLogger("coordinator.trees").removeHandler(handler)
 
 
+async def test_plans_of_every_load_are_there_before_it_is(idle: Idle) -> None:
+    of_load = {load: DO_NOT if load != "1" else SPECULATE for load in SESSIONS.names}
+    with EmbeddedRedis() as redis:
+        for load, plan in of_load.items():
+            put(redis.url, pair(), replace(situation(0.6), sessions=load), plan)
+        plans = idle.plans(redis.url, pair())
+        await plans.refresh()
+    for load, plan in of_load.items():
+        there = replace(situation(0.6), sessions=load)
+        assert plans.find(there) == FoundPlan(plan, there)
+
+
+async def test_what_no_plan_was_looked_for_yet_is_looked_for_at_once(new_plan: asyncio.Event) -> None:
+    long = replace(situation(1.0), context="(4096,inf)")
+    with EmbeddedRedis() as redis:
+        put(redis.url, pair(), long, SPECULATE)
+        async with TreePlans(redis.url, pair(), 3600.0, SEQUOIA) as plans, asyncio.timeout(10):
+            await asyncio.sleep(0.5)  # the first look is over
+            assert plans.find(long) is None
+            await new_plan.wait()
+            assert plans.find(long) == FoundPlan(SPECULATE, long)
+
+
 async def test_plans_are_looked_for_in_the_background(new_plan: asyncio.Event) -> None:
     with EmbeddedRedis() as redis:
         async with TreePlans(redis.url, pair(), 0.001, SEQUOIA) as plans, asyncio.timeout(10):
@@ -238,12 +261,12 @@ async def test_a_plan_that_is_stored_reaches_a_running_coordinator_at_once(new_p
             asyncio.timeout(10),
         ):
             governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-            assert governed.choose(1).shape == BUILT_IN_TREE
+            assert governed.choose(1, 100).shape == BUILT_IN_TREE
             while not new_plan.is_set():  # until it listens
                 key = plan_key(pair().verify_description, pair().draft_description, situation(0.0))
                 await cache.put_many({key: StoredPlan(SPECULATE, 0.0)}, ttl_seconds=60)
                 await asyncio.sleep(0.01)
-            assert governed.choose(2).shape == SPECULATE.chosen.shape
+            assert governed.choose(2, 100).shape == SPECULATE.chosen.shape
 
 
 async def test_what_is_wrong_is_logged_once_and_so_is_its_end(idle: Idle, caplog: pytest.LogCaptureFixture) -> None:
@@ -279,7 +302,7 @@ async def test_a_rule_without_a_plan_of_its_own_takes_the_default_rules() -> Non
 async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_not(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
     governed = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-    trees = [governed.choose(1).shape for _ in range(640)]
+    trees = [governed.choose(1, 100).shape for _ in range(640)]
     tree = SPECULATE.chosen.shape
     explored = [each for each in trees if each != tree]
     assert len(explored) == 10
@@ -290,19 +313,19 @@ async def test_one_drafted_step_in_many_offers_the_root_ranks_that_the_tree_has_
 async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
     plans = await idle.plans_with(pair(), SPECULATE)
     speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=True)
-    assert speculation.choose(1).shape == SPECULATE.chosen.shape
+    assert speculation.choose(1, 100).shape == SPECULATE.chosen.shape
     assert speculation.state == SPECULATION_STATE_ON
     for _ in range(200):
-        choice = speculation.choose(1)
+        choice = speculation.choose(1, 100)
         is_plain = choice.shape == PLAIN
         speculation.observe(choice, 0.1 if is_plain else 1.0, 1 if is_plain else 2, usual=True)
     assert speculation.state == SPECULATION_STATE_OFF
     assert speculation.reason.startswith("measured, in ms a token: on 500.0")
-    assert Choice(PLAIN, 64) in [speculation.choose(1) for _ in range(2)]
+    assert Choice(PLAIN, 64) in [speculation.choose(1, 100) for _ in range(2)]
 
 
 async def test_without_a_draft_speculation_is_off_and_says_why(idle: Idle) -> None:
     plans = idle.plans("", pair())
     speculation = RequestSpeculation(Speculator(plans, pair()), request(SPECULATION_MODE_AUTO), has_draft=False)
-    assert speculation.choose(1).shape == PLAIN
+    assert speculation.choose(1, 100).shape == PLAIN
     assert (speculation.state, speculation.reason) == (SPECULATION_STATE_OFF, "there is no draft worker")
