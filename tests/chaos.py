@@ -15,9 +15,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Empty, Queue
@@ -41,6 +41,7 @@ _HOW: list[dict[str, Any]] = [
 ]
 _NUM_TOKENS = 300
 _LONGEST_SECONDS = 60.0
+_THINKING_SECONDS = 2.0  # of a client between two requests, on average, in a soak
 
 
 @dataclass
@@ -50,6 +51,11 @@ class Outcome:
     survived: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     slowest_seconds: float = 0.0
+
+    @property
+    def num_requests(self) -> int:
+        """That have ended."""
+        return self.survived.total() + len(self.problems)
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -79,16 +85,38 @@ class Chaos:
             "pause": self._pause,
         }
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of the cluster."""
+        return self._cluster.process_ids
+
     def run(self, num_requests: int, num_clients: int, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
         """All requests, some at a time."""
+        seeds = [self._random.random() for _ in range(num_requests)]
+        return self._drive([lambda seed=seed: self._one(seed) for seed in seeds], num_clients, on_progress)  # type: ignore[misc]
+
+    def soak(self, seconds: float, num_clients: int, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
+        """Clients that ask, read and think, for so long."""
+        end = time.monotonic() + seconds
+
+        def client(seed: float) -> None:
+            choose = random.Random(seed)
+            while time.monotonic() < end:
+                self._one(choose.random())
+                time.sleep(choose.expovariate(1.0 / _THINKING_SECONDS))
+
+        seeds = [self._random.random() for _ in range(num_clients)]
+        return self._drive([lambda seed=seed: client(seed) for seed in seeds], num_clients, on_progress)  # type: ignore[misc]
+
+    def _drive(self, jobs: list[Callable[[], None]], at_once: int, on_progress: Callable[[int], None]) -> Outcome:
         for prompt in range(len(_PROMPTS)):
             for how in range(len(_HOW)):
                 self._expected[prompt, how] = self._undisturbed(prompt, how)
-        with ThreadPoolExecutor(num_clients) as pool:
-            running = [pool.submit(self._one, self._random.random()) for _ in range(num_requests)]
+        with ThreadPoolExecutor(at_once) as pool:
+            running = [pool.submit(job) for job in jobs]
             while not all(each.done() for each in running):
                 self._restart()
-                on_progress(sum(each.done() for each in running))
+                on_progress(self.outcome.num_requests)
             for each in running:
                 each.result()
         self._restart()
@@ -198,14 +226,21 @@ def _parting(found: tuple[int, ...], expected: tuple[int, ...]) -> int:
     return next((at for at, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(found), len(expected)))
 
 
-def run(num_requests: int, seed: int, folder: Path, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
-    """On a fresh cluster of tiny float32 models, three clients at a time."""
+@contextmanager
+def chaos(seed: int, folder: Path) -> Iterator[Chaos]:
+    """On a fresh cluster of tiny float32 models."""
     write_tiny_model(folder / "target", "llama")
     write_perturbed_model(folder / "target", folder / "draft")
     (folder / "logs").mkdir()
     models = {"verify": folder / "target", "draft": folder / "draft"}
     with Cluster(models, folder / "logs", num_coordinators=2) as cluster:
-        return Chaos(cluster, seed).run(num_requests, 3, on_progress)
+        yield Chaos(cluster, seed)
+
+
+def run(num_requests: int, seed: int, folder: Path, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:
+    """Three clients at a time."""
+    with chaos(seed, folder) as run:
+        return run.run(num_requests, 3, on_progress)
 
 
 def main() -> int:

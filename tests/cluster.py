@@ -106,6 +106,11 @@ class Cluster:
         """SIGSTOP and SIGCONT above all."""
         os.kill(self._processes[name].pid, number)
 
+    @property
+    def process_ids(self) -> list[int]:
+        """Of all, also of those that have ended and are not there again."""
+        return [each.pid for each in self._processes.values()]
+
     def is_serving(self, name: str) -> bool:
         """Whether it answers, and says so."""
         with open_sync_channel(self._addresses[name]) as channel:
