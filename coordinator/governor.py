@@ -85,8 +85,8 @@ class Governor:
 
     def pays_to_begin(self, num_tokens: int, num_tokens_left: int) -> bool:
         """Whether a session that has no draft yet should have one read its `num_tokens`, all others waiting."""
-        if self._trial:
-            return num_tokens_left >= _TRIAL_STEPS
+        if self._trial or self._is_open(Gait.OFF) or self._pace(self.gait) is None:
+            return num_tokens_left >= _TRIAL_STEPS  # to learn what it gains
         gain = self._expected(Gait.OFF) - self._expected(self.gait)
         return num_tokens_left * gain >= self._reading.seconds(num_tokens) * self._num_sessions
 

@@ -228,8 +228,16 @@ def test_what_the_draft_takes_to_read_prompts_counts(seed: int) -> None:
     assert governor.gait is Gait.OFF
 
 
+def gaining(num_sessions: int = 1) -> Governor:
+    """Knows that its tree gains 0.02 s a token."""
+    world, governor = World({TREE: 1.25, CHAIN: 1.1}), Governor(gaits(), num_sessions)
+    world.run(governor, 300 * num_sessions)
+    assert governor.gait is Gait.ON
+    return governor
+
+
 def test_a_draft_that_would_read_longer_than_it_gains_is_not_begun() -> None:
-    governor = Governor(gaits(predicted_speedup=1.25))  # gains 0.02 s a token
+    governor = gaining()
     assert governor.pays_to_begin(num_tokens=1_000, num_tokens_left=1), "a draft elsewhere takes nothing"
     governor.charge(0.5, 100)
     assert governor.pays_to_begin(num_tokens=100, num_tokens_left=50)
@@ -238,11 +246,18 @@ def test_a_draft_that_would_read_longer_than_it_gains_is_not_begun() -> None:
 
 
 def test_while_one_reads_all_sessions_wait() -> None:
-    alone, among_others = Governor(gaits(predicted_speedup=1.25)), Governor(gaits(predicted_speedup=1.25), 16)
+    alone, among_others = gaining(), gaining(4)
     for governor in (alone, among_others):
-        governor.charge(0.1, 100)
+        governor.charge(0.8, 100)
     assert alone.pays_to_begin(num_tokens=100, num_tokens_left=50)
     assert not among_others.pays_to_begin(num_tokens=100, num_tokens_left=50)
+
+
+def test_before_anything_is_known_drafts_are_begun() -> None:
+    governor = Governor(Gaits.unplanned(TREE, CHAIN))
+    governor.charge(0.5, 100)
+    assert governor.pays_to_begin(num_tokens=100, num_tokens_left=50)
+    assert not governor.pays_to_begin(num_tokens=100, num_tokens_left=2)
 
 
 def test_a_trial_is_paid_for_with_what_the_drafts_read() -> None:
