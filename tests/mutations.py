@@ -5,15 +5,17 @@ A fault that no test catches would be a hole in the proof. Each is one edit of t
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -34,13 +36,14 @@ NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.p
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One edit: `old`, which stands in `file` once, becomes `new`."""
+    """One edit: `old`, which stands in `file` once, becomes `new`. `test` is the one that catches it."""
 
     rule: str
     what: str
     file: str
     old: str
     new: str
+    test: str
 
 
 FAULTS = (
@@ -239,8 +242,10 @@ FAULTS = (
 )  # fmt: skip
 
 
-def catcher(fault: Fault) -> str | None:
-    """The first test that fails with the fault in place; None when all of them pass."""
+def catcher(fault: Fault, *, search: bool = False) -> str | None:
+    """The test that fails with the fault in place, its own or, in a `search`, the first one; None when all pass."""
+    first = FIRST.get(fault.rule, "test_parameters.py")
+    everything = sorted(PROOFS, key=lambda name: name != first)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in PACKAGES:
@@ -250,8 +255,7 @@ def catcher(fault: Fault) -> str | None:
             else:
                 shutil.copy(source, copy / name)
         _edit(copy / fault.file, fault)
-        first = FIRST.get(fault.rule, "test_parameters.py")
-        tests = [f"tests/{name}" for name in sorted(PROOFS, key=lambda name: name != first)]
+        tests = [f"tests/{name}" for name in (everything if search else [fault.test])]
         flags = ["-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--deselect", _DOCS_TEST]
         command = [sys.executable, "-m", "pytest", *flags, *tests]
         # Two run at a time, and their tensors are tiny.
@@ -273,16 +277,18 @@ def _edit(path: Path, fault: Fault) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
-def caught(faults: Sequence[Fault] = FAULTS) -> Iterator[tuple[Fault, str | None]]:
+def caught(*, search: bool = False) -> Iterator[tuple[Fault, str | None]]:
     """Every fault with the test that caught it."""
     with ThreadPoolExecutor(2) as pool:
-        yield from zip(faults, pool.map(catcher, faults), strict=True)
+        yield from zip(FAULTS, pool.map(partial(catcher, search=search), FAULTS), strict=True)
 
 
 def main() -> int:
     """Print every fault with the test that caught it; fail when one was not caught."""
+    parser = argparse.ArgumentParser(description="Deliberate faults, and the tests that catch them.")
+    parser.add_argument("--search", action="store_true", help="in all proofs, not only in the test that is known for it")
     num_missed = 0
-    for fault, test in caught():
+    for fault, test in caught(search=parser.parse_args().search):
         print(f"{fault.rule:16} {fault.what:68} {test or 'NOT CAUGHT'}", flush=True)
         num_missed += test is None
     return 1 if num_missed else 0
