@@ -19,7 +19,7 @@ from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
 from sequoia.pricing import best_within
-from sequoia.rpc import Context, Server
+from sequoia.rpc import Context
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
 from sequoia.topology import DynamicShape, Topology, TreeShape
@@ -125,14 +125,6 @@ def redis(server: EmbeddedRedis) -> EmbeddedRedis:
 @pytest.fixture
 def coordinator() -> KnownCoordinator:
     return KnownCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: KnownCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 def key(coordinator: KnownCoordinator, rule: Rule = GREEDY, temperature: float = 0.0, **at: float) -> PlanKey:
