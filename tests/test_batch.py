@@ -12,10 +12,10 @@ from typing import Any, TypeAlias
 import pytest
 
 from sequoia import AsyncClient, Client
+from sequoia.border import error_border
 from sequoia.client import Generation, Message
 from sequoia.errors import Cancelled, InvalidArgument, ResourceExhausted, SequoiaError
 from sequoia.request_scope import REQUEST_ID, request_scope
-from sequoia.rpc import error_border
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
 

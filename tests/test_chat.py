@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from test_origins import chunk
 
+from sequoia.border import Context, error_border
 from sequoia.cli import main
 from sequoia.cli.chat_view import AnswerView
 from sequoia.errors import ResourceExhausted
-from sequoia.rpc import Context, error_border
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, worker_pb2
 

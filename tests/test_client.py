@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sequoia import AsyncClient, Client
+from sequoia.border import Context, error_border
 from sequoia.client import Chunk, Message
 from sequoia.errors import Cancelled, DeadlineExceeded, Internal, InvalidArgument, SequoiaError, Unavailable
-from sequoia.rpc import Context, error_border
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2

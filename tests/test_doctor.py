@@ -11,10 +11,10 @@ from conftest import System
 from redis import Redis
 from tiny_models import write_tiny_model
 
+from sequoia.border import Context
 from sequoia.cli import main
 from sequoia.cli.checkup.finding import Finding
 from sequoia.cli.redis import EmbeddedRedis
-from sequoia.rpc import Context
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
 from sequoia.v1.worker_pb2 import LatencyCurve, WorkerDescription

@@ -11,11 +11,11 @@ import pytest
 
 from coordinator.speculation import BUILT_IN_TREE
 from sequoia.alternatives import alternatives, expansion
+from sequoia.border import Context
 from sequoia.cli import main
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, choose
 from sequoia.pricing import price
-from sequoia.rpc import Context
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2

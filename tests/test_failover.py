@@ -14,9 +14,10 @@ import pytest
 from cluster import Cluster
 from tiny_models import write_perturbed_model, write_tiny_model
 
+from sequoia.border import error_from
 from sequoia.errors import InvalidArgument, ResourceExhausted, Unavailable
 from sequoia.options import build_request
-from sequoia.rpc import error_from, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2_grpc
 

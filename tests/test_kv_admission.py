@@ -14,9 +14,10 @@ from cluster import Cluster
 from conftest import System
 from tiny_models import write_perturbed_model, write_tiny_model
 
+from sequoia.border import error_from
 from sequoia.cli.process import ServerProcess, wait_until_serving
 from sequoia.errors import InvalidArgument, Unavailable
-from sequoia.rpc import error_from, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.rules import GREEDY
 from sequoia.sampling import Sampling
 from sequoia.topology import Topology

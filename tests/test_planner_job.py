@@ -14,12 +14,12 @@ from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
 from sequoia.acceptance import AcceptanceCounts
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
+from sequoia.border import Context
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
 from sequoia.pricing import best_within
-from sequoia.rpc import Context
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
 from sequoia.topology import DynamicShape, Topology, TreeShape

@@ -12,11 +12,11 @@ import pytest
 from conftest import System, serving
 
 from sequoia.access import Access
+from sequoia.border import Context
 from sequoia.checks import Difference, Drafting, IdentityCheck, Law, LawCheck, SelfCheck, check_law, simulate
 from sequoia.cli import main
 from sequoia.cli.selfcheck import remarks, to_dict
 from sequoia.errors import Internal
-from sequoia.rpc import Context
 from sequoia.selfcheck import Step
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
