@@ -11,7 +11,7 @@ import grpc
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import ARCHITECTURES, write_perturbed_model, write_tiny_model
+from tiny_models import ARCHITECTURES, write_tiny_pair
 
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
@@ -77,12 +77,10 @@ def start_tiny_system(
     http_port: int | None = None,
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
-    target, draft = folder / "target", folder / "draft"
-    write_tiny_model(target, architecture)
-    write_perturbed_model(target, draft, noise=noise)
+    models = write_tiny_pair(folder, architecture, noise=noise)
     settings = DeploymentSettings(
-        target=str(target),
-        draft=str(draft),
+        target=str(models["verify"]),
+        draft=str(models["draft"]),
         dtype=dtype,
         engine=engine,
         listen="127.0.0.1:0",
@@ -94,7 +92,7 @@ def start_tiny_system(
         Deployment(settings, Steps(Console(quiet=True))) as deployment,
         Client(deployment.address, timeout_seconds=60) as client,
     ):
-        yield System(deployment, target, client)
+        yield System(deployment, models["verify"], client)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
