@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 import grpc
 
@@ -25,9 +26,9 @@ def build_requests(
         return [_build(prompt, options, {"prompt": f"prompts[{index}]"}) for index, prompt in enumerate(asked)]
     if options.get("seed") is not None:
         raise InvalidArgument("give one seed for all, or one for each, not both", "seeds")
-    drawn = _listed(seeds, "seeds")
+    drawn = _listed(seeds, "seeds", len(asked) + 1)
     if len(drawn) != len(asked):
-        raise InvalidArgument(f"{len(drawn)} were given for {len(asked)} prompts", "seeds")
+        raise InvalidArgument(f"give as many as prompts, which are {len(asked)}", "seeds")
     return [
         _build(prompt, {**options, "seed": seed}, {"prompt": f"prompts[{index}]", "seed": f"seeds[{index}]"})
         for index, (prompt, seed) in enumerate(zip(asked, drawn, strict=True))
@@ -75,8 +76,8 @@ def _build(prompt: Prompt, options: RequestOptions, names: dict[str, str]) -> pb
         raise InvalidArgument(error.message, names.get(error.field, error.field)) from error
 
 
-def _listed(values: Iterable, name: str) -> list:
+def _listed(values: Iterable, name: str, most: int | None = None) -> list:
     try:
-        return list(values)
+        return list(islice(values, most))
     except TypeError as error:
         raise InvalidArgument(f"{values!r} is not a list", name) from error

@@ -124,9 +124,9 @@ class Client:
                 return error
 
         with ThreadPoolExecutor(checked_concurrency(max_concurrency)) as threads:
-            # Each call is made for the request, and below the span, that this one is made for.
-            answers = [threads.submit(copy_context().run, outcome, request) for request in requests]
             try:
+                # Each call is made for the request, and below the span, that this one is made for.
+                answers = [threads.submit(copy_context().run, outcome, request) for request in requests]
                 return [answer.result() for answer in answers]
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)

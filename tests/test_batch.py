@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import count
 from typing import Any, TypeAlias
 
 import pytest
@@ -136,6 +137,7 @@ async def test_requests_belong_to_the_request_that_they_are_made_for(
         ({"prompts": [Message("user", "1")]}, "prompts[0]"),
         ({"prompts": [1, 2]}, "prompts[0]"),
         ({"seeds": [1]}, "seeds"),
+        ({"seeds": count()}, "seeds"),
         ({"seeds": 7}, "seeds"),
         ({"seeds": [1, -1]}, "seeds[1]"),
         ({"seeds": [1, 2], "seed": 3}, "seeds"),
