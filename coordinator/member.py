@@ -11,9 +11,10 @@ from statistics import median
 import grpc
 
 from coordinator.admission import Room
+from sequoia.border import error_from
 from sequoia.channels import Channels
 from sequoia.errors import Unavailable
-from sequoia.rpc import error_from, open_channel
+from sequoia.rpc import open_channel
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 

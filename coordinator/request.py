@@ -5,7 +5,8 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, replace
 
-from coordinator.text import TextCodec, parse_stops
+from coordinator.stops import parse_stops
+from coordinator.text import TextCodec
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, ParameterError, Rule, choose_rule
 from sequoia.sampling import MAX_STOP_TOKENS, Decoding, Sampling

@@ -25,8 +25,8 @@ from coordinator.transcript import Step, Transcript
 from coordinator.trees import max_tree_size
 from coordinator.verify_stream import VerifyStream
 from coordinator.workers import Workers
+from sequoia.border import error_border
 from sequoia.request_scope import request_scope
-from sequoia.rpc import error_border
 from sequoia.rules import Rule
 from sequoia.tracing import Tracing, traced
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc

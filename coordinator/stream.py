@@ -11,8 +11,8 @@ from typing import Any, TypeVar, cast
 import grpc
 from google.protobuf.message import Message
 
+from sequoia.border import error_from
 from sequoia.errors import SequoiaError, Unavailable
-from sequoia.rpc import error_from
 from sequoia.sampling import Decoding
 from sequoia.wire import rule_to_wire, sampling_to_wire
 

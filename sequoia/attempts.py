@@ -6,9 +6,9 @@ import time
 
 import grpc
 
+from sequoia.border import error_from, has_details
 from sequoia.errors import Cancelled, SequoiaError, Unavailable
 from sequoia.generation import Answer, OutOfStep
-from sequoia.rpc import error_from, has_details
 from sequoia.v1 import coordinator_pb2 as pb
 
 # An answer that has begun, or that several coordinators may give, is tried again for that long after its last piece.

@@ -15,23 +15,24 @@ tls_ca="ca.pem", token=...)`: see `Access`. Every failure is a class of `sequoia
 
 from __future__ import annotations
 
-import asyncio
-import copy
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from types import TracebackType
 from typing import TypeVar, Unpack
 
 import grpc
 
-from sequoia.access import Access, bearer, tls_of
+from sequoia.access import Access
+from sequoia.async_client import AsyncClient
 from sequoia.attempts import Attempts, ask_another
-from sequoia.channels import Channels
-from sequoia.errors import InvalidArgument
+from sequoia.batch import DEFAULT_CONCURRENCY, Calls, build_requests, checked_concurrency
+from sequoia.connection import DEFAULT_ADDRESS, Connection
+from sequoia.errors import SequoiaError
 from sequoia.generation import Answer, Chunk, Generation, OutOfStep, Usage
 from sequoia.options import Message, Prompt, RequestOptions, Speculation, Stop, build_explain, build_request
-from sequoia.request_scope import call_metadata
-from sequoia.rpc import open_channel, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.speculation_figures import SpeculationFigures, StageSeconds
 from sequoia.topology import TokenLogprobs
 from sequoia.v1 import coordinator_pb2 as pb
@@ -55,7 +56,6 @@ __all__ = [
     "Usage",
 ]
 
-DEFAULT_ADDRESS = "127.0.0.1:50600"
 Response = TypeVar("Response")
 
 
@@ -70,10 +70,7 @@ class Client:
     def __init__(
         self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0, **access: Unpack[Access]
     ) -> None:
-        self._addresses, self._is_closed = _split(address), False
-        self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._metadata, tls = bearer(access.get("token")), tls_of(access)
-        self._channels = [Channels(each, tls, open_sync_channel) for each in self._addresses]
+        self._connection = Connection(address, timeout_seconds, access, open_sync_channel)
 
     def __enter__(self) -> Client:
         return self
@@ -83,10 +80,8 @@ class Client:
 
     def close(self) -> None:
         """Close the connection; calls that still run are cancelled."""
-        self._is_closed = True
-        for channels in self._channels:
-            for channel in channels.all:
-                channel.close()
+        for channel in self._connection.close():
+            channel.close()
 
     def generate(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -96,11 +91,47 @@ class Client:
         >>> client.generate("1, 2, 3,", max_tokens=8, temperature=0, stop=["10"]).text
         ' 4, 5, 6'
         """
-        request = build_request(prompt, options)
-        answer = Answer()
-        for _ in self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), answer):
-            pass
-        return answer.finished()
+        return self._whole(build_request(prompt, options), self._connection.timeout(timeout_seconds), Calls())
+
+    def batch(
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        max_concurrency: int = DEFAULT_CONCURRENCY,
+        seeds: Iterable[int] | None = None,
+        timeout_seconds: float | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[Generation | SequoiaError]:
+        """An answer for each prompt, in their order, at most `max_concurrency` being asked for at a time.
+
+        Each is what `generate` returns for that prompt with these options, retries included, or the error that it would
+        raise: one that fails costs the others nothing. `seed` is every request's, so that the same prompt has the same
+        text twice; `seeds` gives each its own. `timeout_seconds` is each request's, from when it is sent. A wrong
+        argument is raised before anything is sent; Ctrl-C cancels what runs and leaves out the rest.
+
+        >>> for answer in client.batch(["1, 2, 3,", "10, 20, 30,"], max_tokens=8, temperature=0):
+        ...     print(answer if isinstance(answer, SequoiaError) else answer.text)
+         4, 5, 6
+         40, 50,
+        """
+        requests, timeout = build_requests(prompts, seeds, options), self._connection.timeout(timeout_seconds)
+        calls = Calls()
+
+        def outcome(request: pb.GenerateRequest) -> Generation | SequoiaError:
+            try:
+                return self._whole(request, timeout, calls)
+            except SequoiaError as error:
+                return error
+
+        with ThreadPoolExecutor(checked_concurrency(max_concurrency)) as threads:
+            try:
+                # Each call is made for the request, and below the span, that this one is made for.
+                answers = [threads.submit(copy_context().run, outcome, request) for request in requests]
+                return [answer.result() for answer in answers]
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                calls.cancel()
+                raise
 
     def stream(
         self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
@@ -110,155 +141,49 @@ class Client:
         >>> for chunk in client.stream([Message("user", "Hello!")]):
         ...     print(chunk.text, end="", flush=True)
         """
-        request = build_request(prompt, options)
-        return self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), Answer())
+        request, timeout = build_request(prompt, options), self._connection.timeout(timeout_seconds)
+        return self._chunks(request, timeout, Answer(), Calls())
 
     def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
         """The pair of models that serves, its measured speed, and the tree plans in force."""
-        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        return self._first(
-            lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout, metadata=self._metadata)
-        )
+        timeout, metadata = self._connection.timeout(timeout_seconds), self._connection.metadata
+        return self._first(lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout, metadata=metadata))
 
     def explain(
         self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
     ) -> pb.ExplainResponse:
         """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
-        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
+        timeout, metadata = self._connection.timeout(timeout_seconds), self._connection.metadata
         request = build_explain(temperature, rule)
-        return self._first(lambda stub: stub.Explain(request, timeout=timeout, metadata=self._metadata))
+        return self._first(lambda stub: stub.Explain(request, timeout=timeout, metadata=metadata))
 
     def _first(self, ask: Callable[[CoordinatorServiceStub], Response]) -> Response:
         """The answer of the first coordinator that is there."""
-        for place, channels in enumerate(self._channels):
+        for place in range(len(self._connection.addresses)):
             try:
-                return ask(CoordinatorServiceStub(channels.current))
+                return ask(self._connection.stub(place))
             except grpc.RpcError as error:
-                ask_another(error, self._addresses, place)
+                ask_another(error, self._connection.addresses, place)
         raise AssertionError("the last failure is raised")
 
-    def _chunks(self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer) -> Generator[Chunk]:
-        attempts = Attempts(self._addresses, request, timeout_seconds, answer)
-        while answer.generation is None:
-            stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
-            call = stub.Generate(attempts.request, timeout=seconds, metadata=(*self._metadata, *call_metadata()))
-            try:
-                for response in call:
-                    yield answer.add(response)
-                answer.finished()
-            except (grpc.RpcError, OutOfStep) as error:
-                time.sleep(attempts.failed(error, is_closed=self._is_closed))
-            finally:
-                call.cancel()
-
-
-class AsyncClient:
-    """`Client` for asyncio. Make it where the event loop runs."""
-
-    def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, timeout_seconds: float = 600.0, **access: Unpack[Access]
-    ) -> None:
-        self._addresses, self._is_closed = _split(address), False
-        self._timeout_seconds = _checked_timeout(timeout_seconds)
-        self._metadata, tls = bearer(access.get("token")), tls_of(access)
-        self._channels = [Channels(each, tls, open_channel) for each in self._addresses]
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """Close the connection; calls that still run are cancelled."""
-        self._is_closed = True
-        for channels in self._channels:
-            for channel in channels.all:
-                await channel.close()
-
-    def with_token(self, token: str) -> AsyncClient:
-        """The same connection for somebody with another token, "" for somebody without one. It is ours to close."""
-        other = copy.copy(self)
-        other._metadata = bearer(token)
-        return other
-
-    async def generate(
-        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
-    ) -> Generation:
-        """The whole answer; cancelling the task cancels the request.
-
-        >>> (await client.generate("1, 2, 3,", max_tokens=8, temperature=0)).text
-        ' 4, 5, 6'
-        """
-        request = build_request(prompt, options)
+    def _whole(self, request: pb.GenerateRequest, timeout_seconds: float, calls: Calls) -> Generation:
         answer = Answer()
-        async for _ in self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), answer):
+        for _ in self._chunks(request, timeout_seconds, answer, calls):
             pass
         return answer.finished()
 
-    def stream(
-        self, prompt: Prompt, *, timeout_seconds: float | None = None, **options: Unpack[RequestOptions]
-    ) -> AsyncGenerator[Chunk]:
-        """The answer in pieces, as they are committed. Leaving the loop early cancels the request.
-
-        >>> async for chunk in client.stream([Message("user", "Hello!")]):
-        ...     print(chunk.text, end="", flush=True)
-        """
-        request = build_request(prompt, options)
-        return self._chunks(request, _checked_timeout(timeout_seconds, self._timeout_seconds), Answer())
-
-    async def describe_pair(self, *, timeout_seconds: float | None = None) -> pb.DescribePairResponse:
-        """The pair of models that serves, its measured speed, and the tree plans in force."""
-        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        return await self._first(
-            lambda stub: stub.DescribePair(pb.DescribePairRequest(), timeout=timeout, metadata=self._metadata)
-        )
-
-    async def explain(
-        self, *, temperature: float = 0.0, rule: str | None = None, timeout_seconds: float | None = None
-    ) -> pb.ExplainResponse:
-        """Why requests of that temperature and rule are decoded the way they are, and what was realised lately."""
-        timeout = _checked_timeout(timeout_seconds, self._timeout_seconds)
-        request = build_explain(temperature, rule)
-        return await self._first(lambda stub: stub.Explain(request, timeout=timeout, metadata=self._metadata))
-
-    async def _first(self, ask: Callable[[CoordinatorServiceStub], Awaitable[Response]]) -> Response:
-        """As `Client` has it."""
-        for place, channels in enumerate(self._channels):
-            try:
-                return await ask(CoordinatorServiceStub(channels.current))
-            except grpc.RpcError as error:
-                ask_another(error, self._addresses, place)
-        raise AssertionError("the last failure is raised")
-
-    async def _chunks(
-        self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer
-    ) -> AsyncGenerator[Chunk]:
-        attempts = Attempts(self._addresses, request, timeout_seconds, answer)
+    def _chunks(
+        self, request: pb.GenerateRequest, timeout_seconds: float, answer: Answer, calls: Calls
+    ) -> Generator[Chunk]:
+        connection = self._connection
+        attempts = Attempts(connection.addresses, request, timeout_seconds, answer)
         while answer.generation is None:
-            stub, seconds = CoordinatorServiceStub(self._channels[attempts.place].current), attempts.seconds_left
-            call = stub.Generate(attempts.request, timeout=seconds, metadata=(*self._metadata, *call_metadata()))
+            stub, seconds = connection.stub(attempts.place), attempts.seconds_left
+            call = stub.Generate(attempts.request, timeout=seconds, metadata=connection.call_metadata)
             try:
-                async for response in call:
-                    yield answer.add(response)
+                with calls.running(call):
+                    for response in call:
+                        yield answer.add(response)
                 answer.finished()
             except (grpc.RpcError, OutOfStep) as error:
-                await asyncio.sleep(attempts.failed(error, is_closed=self._is_closed))
-            finally:
-                call.cancel()
-
-
-def _split(addresses: str) -> tuple[str, ...]:
-    found = tuple(dict.fromkeys(filter(None, (each.strip() for each in addresses.split(",")))))
-    if not found:
-        raise InvalidArgument("none is given", "address")
-    return found
-
-
-def _checked_timeout(timeout_seconds: float | None, default: float | None = None) -> float:
-    value = default if timeout_seconds is None else timeout_seconds
-    if not isinstance(value, int | float) or not value > 0:
-        raise InvalidArgument(f"{value!r} is not a positive number", "timeout_seconds")
-    return value
+                time.sleep(attempts.failed(error, is_closed=connection.is_closed or calls.is_cancelled))

@@ -1,29 +1,25 @@
-"""gRPC as this system uses it: channels, servers, health, and errors over the border with their field names."""
+"""gRPC as this system uses it: channels, servers, and health."""
 
 from __future__ import annotations
 
 import asyncio
 import inspect
 import json
-import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
 from google.protobuf.message import DecodeError
-from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from sequoia.addresses import is_local
+from sequoia.border import abort, unreadable
 from sequoia.credentials import channel_credentials, server_credentials
-from sequoia.errors import ERROR_BY_CODE, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
+from sequoia.errors import InvalidArgument
 from sequoia.tls import PLAIN, Tls
-
-_log = logging.getLogger(__name__)
 
 MAX_REQUEST_BYTES = 4 * 2**20
 # A description carries the tokenizer file: 33 MB for a vocabulary of 262144.
@@ -33,7 +29,6 @@ MAX_METADATA_BYTES = 16 * 2**10
 MAX_STREAMS = 1024
 _KEEPALIVE_MS = 20_000
 _GRACE_SECONDS = 5.0
-_STATUS_DETAILS = "grpc-status-details-bin"
 
 # Keepalive has to be set on both sides: a default server closes connections that ping this often.
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -125,7 +120,7 @@ class _ReadsRequests(grpc.aio.ServerInterceptor):
 
         async def checked(request: Any, context: Any) -> Any:
             if isinstance(request, DecodeError):
-                await _abort(context, _unreadable(request))
+                await abort(context, unreadable(request))
             if not inspect.isasyncgenfunction(behaviour):
                 return await behaviour(request, context)
             async for response in behaviour(request, context):
@@ -197,79 +192,3 @@ async def stop_signal() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     await stopped.wait()
-
-
-class Context(Protocol):
-    """The part of a servicer context that the error border needs."""
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing_metadata: tuple[tuple[str, bytes], ...] = ()
-    ) -> NoReturn: ...
-
-
-@asynccontextmanager
-async def error_border(context: Context) -> AsyncIterator[None]:
-    """Around a handler's body: a SequoiaError leaves as its status and field name, a fault of ours as INTERNAL."""
-    try:
-        yield
-    except SequoiaError as error:
-        await _abort(context, error)
-    except DecodeError as error:
-        await _abort(context, _unreadable(error))
-    except grpc.aio.AbortError:
-        raise
-    except Exception as error:  # noqa: BLE001
-        _log.exception("handler failed")
-        await _abort(context, Internal(f"{type(error).__name__}: {error}"))
-
-
-def _unreadable(error: DecodeError) -> InvalidArgument:
-    """Bytes that are not the message they should be."""
-    return InvalidArgument(f"it cannot be read: {error}", "message")
-
-
-async def _abort(context: Context, error: SequoiaError) -> NoReturn:
-    status = status_pb2.Status(code=error.code.value[0], message=str(error))
-    if error.field:
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.BadRequest(field_violations=[violation]))
-        status.details.append(detail)
-    if isinstance(error, ResourceExhausted) and error.retry_seconds is not None:
-        detail = any_pb2.Any()
-        retry = error_details_pb2.RetryInfo()
-        retry.retry_delay.FromNanoseconds(round(error.retry_seconds * 1e9))
-        detail.Pack(retry)
-        status.details.append(detail)
-    await context.abort(error.code, str(error), ((_STATUS_DETAILS, status.SerializeToString()),))
-
-
-def has_details(error: grpc.RpcError) -> bool:
-    """Whether a peer has said what failed; else the connection, or a deadline, has."""
-    return _details(error) is not None
-
-
-def error_from(error: grpc.RpcError) -> SequoiaError:
-    """The SequoiaError that a failed call stands for: the peer's own, or one for its status code.
-
-    INTERNAL and UNKNOWN without our details are gRPC's own, of connections that broke in the middle of a frame.
-    """
-    kind = ERROR_BY_CODE.get(error.code(), SequoiaError)
-    status = _details(error)
-    if status is None and error.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN):
-        kind = Unavailable
-    message, field, retry = error.details() or error.code().name, "", error_details_pb2.RetryInfo()
-    for detail in status_pb2.Status.FromString(status or b"").details:
-        request = error_details_pb2.BadRequest()
-        if detail.Unpack(request) and request.field_violations:
-            message, field = request.field_violations[0].description, request.field_violations[0].field
-        detail.Unpack(retry)
-    if kind is ResourceExhausted and retry.HasField("retry_delay"):
-        return ResourceExhausted(message, field, retry_seconds=retry.retry_delay.ToNanoseconds() / 1e9)
-    return kind(message, field)
-
-
-def _details(error: grpc.RpcError) -> bytes | None:
-    """The peer's own Status, serialised."""
-    metadata: Any = error.trailing_metadata() or ()
-    return next((value for key, value in metadata if key == _STATUS_DETAILS), None)

@@ -15,6 +15,7 @@ import uvloop
 from filelock import FileLock
 
 from sequoia.addresses import is_local
+from sequoia.border import error_border
 from sequoia.credentials import server_credentials
 from sequoia.engine.attention import chunk_segment
 from sequoia.engine.executor import EngineThread, Executor, Job
@@ -26,7 +27,7 @@ from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker, start_worker
 from sequoia.request_scope import request_scope
-from sequoia.rpc import Server, error_border, running, stop_signal
+from sequoia.rpc import Server, running, stop_signal
 from sequoia.tracing import OpenSpan, Tracing, traced, tracing_as_asked
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 from sequoia.wire import profile_to_wire

@@ -25,7 +25,7 @@ from typing import Any
 
 from cluster import Cluster
 from rich.console import Console
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from sequoia.cli.steps import Steps
 from sequoia.errors import SequoiaError
@@ -229,11 +229,8 @@ def _parting(found: tuple[int, ...], expected: tuple[int, ...]) -> int:
 @contextmanager
 def chaos(seed: int, folder: Path) -> Iterator[Chaos]:
     """On a fresh cluster of tiny float32 models."""
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
     (folder / "logs").mkdir()
-    models = {"verify": folder / "target", "draft": folder / "draft"}
-    with Cluster(models, folder / "logs", num_coordinators=2) as cluster:
+    with Cluster(write_tiny_pair(folder), folder / "logs", num_coordinators=2) as cluster:
         yield Chaos(cluster, seed)
 
 

@@ -22,7 +22,7 @@ from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "100"}
 _WORKERS = ("verify", "draft")
-_MODULES = {**{role: f"{role}_worker.server" for role in _WORKERS}, "coordinator": "coordinator.server"}
+MODULES = {**{role: f"{role}_worker.server" for role in _WORKERS}, "coordinator": "coordinator.server"}
 
 
 class Cluster:
@@ -88,7 +88,7 @@ class Cluster:
                 flags |= {"failover-seconds": 30, **pools, **self._flags}
             else:
                 flags |= {"model": self.models[role], "dtype": "float32", "num-threads": 1}
-            self._processes[name] = ServerProcess(name, _MODULES[role], flags, self._environment, self._log_dir)
+            self._processes[name] = ServerProcess(name, MODULES[role], flags, self._environment, self._log_dir)
 
     def kill(self, name: str) -> None:
         """As a crash does."""

@@ -1,8 +1,9 @@
-"""Fixtures that several test files share: running systems of real processes."""
+"""Fixtures that several test files share: running systems of real processes, and servers of scripted coordinators."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +11,36 @@ import grpc
 import pytest
 import torch
 from rich.console import Console
-from tiny_models import ARCHITECTURES, write_perturbed_model, write_tiny_model
+from tiny_models import ARCHITECTURES, write_tiny_pair
 
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Client
-from sequoia.rpc import open_sync_channel
+from sequoia.rpc import Server, open_sync_channel
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
+from sequoia.v1.coordinator_pb2_grpc import CoordinatorServiceServicer, add_CoordinatorServiceServicer_to_server
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Tiny models have nothing to divide: where others are at work a second thread makes them six times slower."""
     torch.set_num_threads(1)
+
+
+@asynccontextmanager
+async def serving(coordinator: CoordinatorServiceServicer) -> AsyncIterator[str]:
+    """The address where a scripted coordinator serves, in the test's own loop."""
+    server = Server("127.0.0.1:0")
+    add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
+    yield await server.start(["sequoia.v1.CoordinatorService"])
+    await server.stop(0)
+
+
+@pytest.fixture
+async def address(coordinator: CoordinatorServiceServicer) -> AsyncIterator[str]:
+    """Where the `coordinator` of the test's own module serves."""
+    async with serving(coordinator) as address:
+        yield address
 
 
 @dataclass(frozen=True)
@@ -59,12 +77,10 @@ def start_tiny_system(
     http_port: int | None = None,
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
-    target, draft = folder / "target", folder / "draft"
-    write_tiny_model(target, architecture)
-    write_perturbed_model(target, draft, noise=noise)
+    models = write_tiny_pair(folder, architecture, noise=noise)
     settings = DeploymentSettings(
-        target=str(target),
-        draft=str(draft),
+        target=str(models["verify"]),
+        draft=str(models["draft"]),
         dtype=dtype,
         engine=engine,
         listen="127.0.0.1:0",
@@ -76,7 +92,7 @@ def start_tiny_system(
         Deployment(settings, Steps(Console(quiet=True))) as deployment,
         Client(deployment.address, timeout_seconds=60) as client,
     ):
-        yield System(deployment, target, client)
+        yield System(deployment, models["verify"], client)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

@@ -10,7 +10,8 @@ from typing import Any
 
 from coordinator.clients import Clients
 from coordinator.clients_file import digest_of
-from sequoia.rpc import Server, error_border
+from sequoia.border import error_border
+from sequoia.rpc import Server
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, worker_pb2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import System
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_model, write_tiny_pair
 from torch import Tensor
 
 from sequoia.cli import bench, main
@@ -81,10 +81,8 @@ def test_near_temperature_0_the_rules_agree() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    folder = tmp_path_factory.mktemp("pair")
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
-    return str(folder / "target"), str(folder / "draft")
+    models = write_tiny_pair(tmp_path_factory.mktemp("pair"))
+    return str(models["verify"]), str(models["draft"])
 
 
 def test_logits_are_those_each_written_token_was_drawn_from(tiny_pair: tuple[str, str]) -> None:

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 from conftest import System
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from sequoia.acceptance import PRIOR
 from sequoia.cli import bench, main
@@ -142,8 +142,7 @@ def test_a_system_is_started_planned_for_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    write_tiny_model(tmp_path / "target", "llama")
-    write_perturbed_model(tmp_path / "target", tmp_path / "draft")
+    write_tiny_pair(tmp_path)
     models = ["--target", f"{tmp_path}/target", "--draft", f"{tmp_path}/draft", "--dtype", "float32"]
     assert main(["bench", "--quick", *models, "--num-threads", "1", "--plot", f"{tmp_path}/a.png"]) == 0
     out = capsys.readouterr().out

@@ -159,7 +159,7 @@ BOUNDED = {
     "DraftResponse.ngram_nodes": "DraftStream._is_tree",
     "DraftStep.token_ids": "DraftServicer._tokens",
     "GenerateRequest.generated_token_ids": "request._generated",
-    "GenerateRequest.stop": "text.parse_stops",
+    "GenerateRequest.stop": "stops.parse_stops",
     "GenerateRequest.text": "TextCodec.encode",
     "LatencyCurve.num_tokens": "check_description",
     "LatencyCurve.seconds": "check_description",

@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from test_origins import chunk
 
+from sequoia.border import Context, error_border
 from sequoia.cli import main
 from sequoia.cli.chat_view import AnswerView
 from sequoia.errors import ResourceExhausted
-from sequoia.rpc import Context, Server, error_border
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, worker_pb2
 
@@ -43,14 +43,6 @@ class TalkativeCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 @pytest.fixture
 def coordinator() -> TalkativeCoordinator:
     return TalkativeCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: TalkativeCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 async def talk(monkeypatch: pytest.MonkeyPatch, address: str, said: str, *flags: str) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sequoia.border import Context, error_border
 from sequoia.cli import main
 from sequoia.cli.deployment import DeploymentSettings
 from sequoia.cli.figures import shares, verdict
@@ -29,7 +30,6 @@ from sequoia.client import StageSeconds
 from sequoia.errors import InvalidArgument, Unavailable
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, choose
-from sequoia.rpc import Context, Server, error_border
 from sequoia.topology import DynamicShape
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
@@ -59,14 +59,6 @@ class EchoCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 @pytest.fixture
 def coordinator() -> EchoCoordinator:
     return EchoCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: EchoCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 async def run_generate(address: str, *arguments: str) -> int:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sequoia import AsyncClient, Client
+from sequoia.border import Context, error_border
 from sequoia.client import Chunk, Message
 from sequoia.errors import Cancelled, DeadlineExceeded, Internal, InvalidArgument, SequoiaError, Unavailable
-from sequoia.rpc import Context, Server, error_border
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
@@ -100,14 +100,6 @@ class ScriptedCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 @pytest.fixture
 async def coordinator() -> ScriptedCoordinator:
     return ScriptedCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: ScriptedCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ from coordinator.clients import Clients
 from coordinator.clients_file import Limits, digest_of, read_clients
 from coordinator.request_metrics import RequestMetrics
 from coordinator.servicer import CoordinatorServicer
+from sequoia.border import error_from
 from sequoia.client import AsyncClient
 from sequoia.errors import InvalidArgument, PermissionDenied, ResourceExhausted, SequoiaError, Unauthenticated
-from sequoia.rpc import Server, error_from, open_channel
+from sequoia.rpc import Server, open_channel
 from sequoia.tls import Tls
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc

@@ -16,7 +16,7 @@ import grpc
 import pytest
 from conftest import System, start_tiny_system
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from sequoia.cli import colocated
 from sequoia.errors import Unavailable
@@ -108,8 +108,7 @@ def test_a_crash_of_the_target_s_process_is_told_alike(
 @contextmanager
 def up(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
     """`sequoia up --json` on tiny models, and the object that it prints."""
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
+    write_tiny_pair(folder)
     models = ["--target", str(folder / "target"), "--draft", str(folder / "draft"), "--num-threads", "1"]
     run = "import sys; from sequoia.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", run, "up", "--json", "--listen", "127.0.0.1:0", *models, *flags]

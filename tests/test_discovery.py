@@ -25,8 +25,9 @@ from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Transcript
 from coordinator.verify_stream import VerifyStream
 from coordinator.workers import Workers
+from sequoia.border import Context
 from sequoia.errors import Unavailable
-from sequoia.rpc import Context, Server, channel_options, open_channel
+from sequoia.rpc import Server, channel_options, open_channel
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
 from sequoia.tls import PLAIN, Tls

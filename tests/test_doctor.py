@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +11,10 @@ from conftest import System
 from redis import Redis
 from tiny_models import write_tiny_model
 
+from sequoia.border import Context
 from sequoia.cli import main
 from sequoia.cli.checkup.finding import Finding
 from sequoia.cli.redis import EmbeddedRedis
-from sequoia.rpc import Context, Server
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
 from sequoia.v1.worker_pb2 import LatencyCurve, WorkerDescription
@@ -46,14 +45,6 @@ class ScriptedCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 @pytest.fixture
 def coordinator() -> ScriptedCoordinator:
     return ScriptedCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: ScriptedCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 async def told(capsys: pytest.CaptureFixture[str], *flags: str, status: int = 0) -> list[Finding]:

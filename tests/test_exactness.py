@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import doctest
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import pytest
@@ -18,7 +19,7 @@ from sequoia.cli.steps import Steps
 from sequoia.client import Client, Message
 from sequoia.engine.model import load_model
 from sequoia.engine.sources import resolve
-from sequoia.errors import InvalidArgument
+from sequoia.errors import InvalidArgument, SequoiaError
 from sequoia.rpc import open_channel
 from sequoia.rules import SAMPLED_RULES
 from sequoia.sampling import Sampling
@@ -197,6 +198,14 @@ def assert_equal_to_generate(client: Client, module: torch.nn.Module, prompts: S
 @pytest.mark.timeout(420)  # the first run fetches and unpacks the model
 def test_greedy_output_equals_generate_on_the_real_model(real_client: Client, real_module: torch.nn.Module) -> None:
     assert_equal_to_generate(real_client, real_module, PROMPTS[:2])
+
+
+@pytest.mark.parametrize("method", [Client.generate, Client.batch])
+def test_the_examples_of_the_client_say_what_it_answers(real_client: Client, method: Callable[..., object]) -> None:
+    names = {"client": real_client, "Message": Message, "SequoiaError": SequoiaError}
+    [example] = doctest.DocTestFinder().find(method, globs=names)
+    found = doctest.DocTestRunner().run(example)
+    assert (found.attempted, found.failed) == (1, 0)
 
 
 @pytest.mark.slow

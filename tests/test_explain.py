@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import pytest
 
 from coordinator.speculation import BUILT_IN_TREE
 from sequoia.alternatives import alternatives, expansion
+from sequoia.border import Context
 from sequoia.cli import main
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, choose
 from sequoia.pricing import price
-from sequoia.rpc import Context, Server
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
@@ -64,14 +63,6 @@ def pace(topology: Topology, *, num_steps: float, num_tokens: float, seconds: fl
 @pytest.fixture
 def coordinator() -> KnownCoordinator:
     return KnownCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: KnownCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 @pytest.fixture

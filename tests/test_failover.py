@@ -12,11 +12,12 @@ from typing import Any
 import grpc
 import pytest
 from cluster import Cluster
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_model, write_tiny_pair
 
+from sequoia.border import error_from
 from sequoia.errors import InvalidArgument, ResourceExhausted, Unavailable
 from sequoia.options import build_request
-from sequoia.rpc import error_from, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2_grpc
 
@@ -31,10 +32,7 @@ NUM_TOKENS = 400
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("llama")
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
-    return {"verify": folder / "target", "draft": folder / "draft"}
+    return write_tiny_pair(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")

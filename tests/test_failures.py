@@ -16,12 +16,13 @@ from rich.console import Console
 from tiny_models import write_tiny_model
 
 from coordinator.planner_job import plan_pair
+from sequoia.border import error_from
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
 from sequoia.client import Message
 from sequoia.errors import InvalidArgument, Unavailable
 from sequoia.planner import TreePlan
-from sequoia.rpc import error_from, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import coordinator_pb2, coordinator_pb2_grpc, sampling_pb2
 

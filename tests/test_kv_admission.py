@@ -12,11 +12,12 @@ import grpc
 import pytest
 from cluster import Cluster
 from conftest import System
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_model, write_tiny_pair
 
+from sequoia.border import error_from
 from sequoia.cli.process import ServerProcess, wait_until_serving
 from sequoia.errors import InvalidArgument, Unavailable
-from sequoia.rpc import error_from, open_sync_channel
+from sequoia.rpc import open_sync_channel
 from sequoia.rules import GREEDY
 from sequoia.sampling import Sampling
 from sequoia.topology import Topology
@@ -32,11 +33,8 @@ MEMORY = {"SEQUOIA_CONTEXT_LENGTH": "512", "SEQUOIA_MAX_TREE_SIZE": "16", "SEQUO
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("admission")
-    write_tiny_model(folder / "verify", "llama")
-    write_perturbed_model(folder / "verify", folder / "draft")
-    models = {"verify": folder / "verify", "draft": folder / "draft"}
     environment = {**MEMORY, "SEQUOIA_DRAFT_AHEAD": "off"}
-    with Cluster(models, folder, num_verify=1, num_draft=1, environment=environment) as running:
+    with Cluster(write_tiny_pair(folder), folder, num_verify=1, num_draft=1, environment=environment) as running:
         yield running
 
 

@@ -15,7 +15,7 @@ import pytest
 from certificates import Authority
 from cluster import Cluster
 from prometheus_client.parser import text_string_to_metric_families
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from coordinator.fallback import Fallback
 from coordinator.gaits import PLAIN, Gait, Gaits
@@ -273,9 +273,7 @@ def fetched(url: str, context: ssl.SSLContext) -> bytes:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[tuple[Cluster, int]]:
-    write_tiny_model(tmp_path / "target", "llama")
-    write_perturbed_model(tmp_path / "target", tmp_path / "draft")
-    models, port = {"verify": tmp_path / "target", "draft": tmp_path / "draft"}, free_port()
+    models, port = write_tiny_pair(tmp_path), free_port()
     with Cluster(models, tmp_path, num_verify=1, num_draft=1, **{"metrics-port": port}) as cluster:
         yield cluster, port
 

@@ -14,12 +14,12 @@ from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
 from sequoia.acceptance import AcceptanceCounts
 from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
+from sequoia.border import Context
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
 from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
 from sequoia.pricing import best_within
-from sequoia.rpc import Context, Server
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
 from sequoia.topology import DynamicShape, Topology, TreeShape
@@ -125,14 +125,6 @@ def redis(server: EmbeddedRedis) -> EmbeddedRedis:
 @pytest.fixture
 def coordinator() -> KnownCoordinator:
     return KnownCoordinator()
-
-
-@pytest.fixture
-async def address(coordinator: KnownCoordinator) -> AsyncIterator[str]:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(coordinator, server.grpc_server)
-    yield await server.start(["sequoia.v1.CoordinatorService"])
-    await server.stop(0)
 
 
 def key(coordinator: KnownCoordinator, rule: Rule = GREEDY, temperature: float = 0.0, **at: float) -> PlanKey:

@@ -8,9 +8,10 @@ from typing import Any
 import grpc
 import pytest
 
+from sequoia.border import error_border, error_from
 from sequoia.cli.delayed_link import DelayedLink
 from sequoia.errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SequoiaError, Unavailable
-from sequoia.rpc import Server, error_border, error_from, open_channel
+from sequoia.rpc import Server, open_channel
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from certificates import Authority
+from cluster import MODULES
 from guarded import entry
 from redis import Redis
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 from tls_proxy import TlsProxy
 
 from sequoia.cli.process import ServerProcess, stop, wait_until_serving
@@ -27,7 +28,6 @@ from sequoia.errors import PermissionDenied, Unauthenticated, Unavailable
 TOKEN, PLANNER, PASSWORD = "sq-secret-of-ann", "sq-secret-of-the-planner", "secret-of-redis"
 SECRETS = (TOKEN, PLANNER, PASSWORD)
 pytestmark = pytest.mark.slow
-MODULES = {"verify": "verify_worker.server", "draft": "draft_worker.server", "coordinator": "coordinator.server"}
 
 
 class Secured:
@@ -51,19 +51,17 @@ class Secured:
         self._stack.close()
 
     def _start(self) -> None:
-        target, draft = self._folder / "target", self._folder / "draft"
-        write_tiny_model(target, "llama")
-        write_perturbed_model(target, draft, noise=0.02)
+        models = write_tiny_pair(self._folder)
         self.redis_url = self._start_redis()
         self._stack.callback(lambda: stop(list(self.processes.values())))
         (self._folder / "clients.toml").write_text(
             entry("ann", TOKEN, max_tokens=20, requests_per_minute=1000) + entry("planner", PLANNER)
         )
         common = {"dtype": "float32", "num-threads": 1}
-        self.start("verify", {"model": target, **common})
-        self.start("draft", {"model": draft, **common})
-        self.serving("verify", "draft")
-        workers = {name: self.processes[name].address for name in ("verify", "draft")}
+        for name, model in models.items():
+            self.start(name, {"model": model, **common})
+        self.serving(*models)
+        workers = {name: self.processes[name].address for name in models}
         flags = {"clients": self._folder / "clients.toml", "client-certificates": "none", "log-level": "debug"}
         self.start("coordinator", {**workers, **flags}, {"SEQUOIA_REDIS": self.redis_url})
         self.serving("coordinator")

@@ -17,6 +17,7 @@ from tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 from sequoia.engine.sampling import RandomChoices
+from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import DynamicShape, TokenTree, Topology
@@ -52,6 +53,13 @@ def test_a_seed_gives_one_text_with_any_tree_any_draft_and_none(
         for system in (tiny_system, garbage_system):
             texts = {text(system, seed, speculation=way, **setting) for way in WAYS}
             assert texts == {text(tiny_system, seed, speculation="off", **setting)}
+
+
+def test_a_batch_has_the_texts_that_its_seeds_have_alone(tiny_system: System) -> None:
+    *answers, refused = tiny_system.client.batch([*[PROMPT] * 6, [40] * 9999], seeds=range(7), max_tokens=24)
+    alone = [tiny_system.client.generate(PROMPT, seed=seed, max_tokens=24) for seed in range(6)]
+    assert [each.token_ids for each in answers] == [each.token_ids for each in alone]
+    assert isinstance(refused, InvalidArgument)
 
 
 def test_the_two_drafts_propose_differently_or_the_test_above_proves_nothing(

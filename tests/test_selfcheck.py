@@ -9,14 +9,14 @@ from itertools import product
 
 import numpy as np
 import pytest
-from conftest import System
+from conftest import System, serving
 
 from sequoia.access import Access
+from sequoia.border import Context
 from sequoia.checks import Difference, Drafting, IdentityCheck, Law, LawCheck, SelfCheck, check_law, simulate
 from sequoia.cli import main
 from sequoia.cli.selfcheck import remarks, to_dict
 from sequoia.errors import Internal
-from sequoia.rpc import Context, Server
 from sequoia.selfcheck import Step
 from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc
@@ -157,11 +157,8 @@ class DraftlessCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
 
 async def test_a_system_without_a_draft_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    server = Server("127.0.0.1:0")
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(DraftlessCoordinator(), server.grpc_server)
-    address = await server.start(["sequoia.v1.CoordinatorService"])
-    assert await asyncio.to_thread(main, ["selfcheck", "--address", address]) == 1
-    await server.stop(0)
+    async with serving(DraftlessCoordinator()) as address:
+        assert await asyncio.to_thread(main, ["selfcheck", "--address", address]) == 1
     assert capsys.readouterr().err == "error: draft: there is no draft worker at present; start one and check again\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import System
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from sequoia.acceptance import AcceptanceCounts
 from sequoia.cli import main
@@ -140,8 +140,7 @@ def test_time_is_priced_and_the_planners_choice_is_among_the_shapes() -> None:
 def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Recorded by the command, from tiny models, with all that it can be asked to write."""
     folder = tmp_path_factory.mktemp("traces")
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
+    write_tiny_pair(folder)
     models = ["--target", f"{folder}/target", "--draft", f"{folder}/draft", "--draft-quantization", "int8"]
     files = ["--save", f"{folder}/traces.json", "--plot", f"{folder}/plot.svg"]
     sizes = ["--temperature", "0", "--temperature", "0.8", "--tokens", "96"]

@@ -20,8 +20,9 @@ from coordinator.stream import Opening
 from coordinator.text import TextCodec, TextStream
 from coordinator.transcript import Transcript
 from coordinator.verify_stream import VerifyStream
+from sequoia.border import Context, error_border
 from sequoia.errors import InvalidArgument
-from sequoia.rpc import Context, Server, error_border
+from sequoia.rpc import Server
 from sequoia.rules import GREEDY
 from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import Topology

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from coordinator.text import Detokenizer, StopMatcher, TextCodec, TextStream, parse_stops
+from coordinator.stops import StopMatcher, parse_stops
+from coordinator.text import Detokenizer, TextCodec, TextStream
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.v1 import worker_pb2
 

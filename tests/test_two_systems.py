@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny_models import write_perturbed_model, write_tiny_model
+from tiny_models import write_tiny_pair
 
 from sequoia.cli import main
 from sequoia.cli.benchmarks import two_systems
@@ -141,8 +141,7 @@ def test_where_the_machine_does_not_tell_both_are_started(monkeypatch: pytest.Mo
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags."""
     folder = tmp_path_factory.mktemp("pair")
-    write_tiny_model(folder / "target", "llama")
-    write_perturbed_model(folder / "target", folder / "draft")
+    write_tiny_pair(folder)
     return ["--target", f"{folder}/target", "--draft", f"{folder}/draft", "--dtype", "float32", "--num-threads", "1"]
 
 

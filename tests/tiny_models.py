@@ -71,6 +71,14 @@ def write_tiny_model(
     tokenizer.save_pretrained(folder)
 
 
+def write_tiny_pair(folder: Path, architecture: str = "llama", *, noise: float = 0.02) -> dict[str, Path]:
+    """Write a random target and a draft with noise on its matrices. Returns the folder of each by role."""
+    models = {"verify": folder / "target", "draft": folder / "draft"}
+    write_tiny_model(models["verify"], architecture)
+    write_perturbed_model(models["verify"], models["draft"], noise=noise)
+    return models
+
+
 def write_perturbed_model(source: Path, folder: Path, *, noise: float = 0.02, seed: int = 1) -> None:
     """Write the model in `source` with noise on its matrices: a draft that is often right and often wrong."""
     shutil.copytree(source, folder)
