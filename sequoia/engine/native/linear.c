@@ -12,7 +12,7 @@
 #ifdef __AVX512F__
 enum { PANEL = 32, TILE = 12, INTEGER_TILE = 12, WIDE_TILE = 6 };
 #else
-enum { PANEL = 32, TILE = 5 };
+enum { PANEL = 32, TILE = 5, INTEGER_TILE = 4, WIDE_TILE = 4 };
 #endif
 
 /* A function that does nothing but this looks to gcc like one without effect, whose calls it drops unless told so. */
@@ -72,12 +72,7 @@ static inline int uses_amx(const Linear *linear) {
  * AVX-512 allow. */
 static inline int most_rows(const Linear *linear) {
     if (uses_amx(linear)) return is_wide(linear) ? 16 : 32;
-    if (linear->kind == BFLOAT16) return TILE;
-#ifdef __AVX512F__
-    return is_wide(linear) ? WIDE_TILE : INTEGER_TILE;
-#else
-    return linear->kind == INT8 ? BYTES_TILE : is_wide(linear) ? WIDE_NIBBLES_TILE : NIBBLES_TILE;
-#endif
+    return is_wide(linear) ? WIDE_TILE : linear->kind == BFLOAT16 ? TILE : INTEGER_TILE;
 }
 
 static inline int num_tiles(const Linear *linear, int rows) {
@@ -137,8 +132,8 @@ static void quantize_group(const float *x, int group, int bits, float *scale, in
 }
 
 #ifndef __AVX512F__
-/* The same for INT8, one integer a value. */
-static void pack_bytes(const float *x, int group, int bits, float *scale, int32_t *sum, uint64_t *to, int height) {
+/* The same with one integer a value, put where the tile finds them. Returns their sum. */
+static int32_t pack_integers(const float *x, int group, int bits, float *scale, uint64_t *to, int height) {
     __m512 inverse = _mm512_set1_ps(integers_in_one(x, group, bits, scale));
     __m512i all = _mm512_setzero_si512();
     for (int i = 0; i < group; i += LANES, to += LANES / 4 * (int64_t)height) {
@@ -146,7 +141,7 @@ static void pack_bytes(const float *x, int group, int bits, float *scale, int32_
         all = _mm512_add_epi32(all, values);
         put_integers(to, height, values);
     }
-    *sum = _mm512_reduce_add_epi32(all);
+    return _mm512_reduce_add_epi32(all);
 }
 #endif
 
@@ -185,16 +180,21 @@ void pack_row(const Linear *linear, const Scratch *scratch, const float *x, int 
     for (int g = 0; g < num_groups; g++) {
         uint32_t high[256], low[256];
         int64_t at = (int64_t)row * num_groups + g;
+        float *scale = scratch->input_scales + at;
+        int32_t *sums = scratch->input_sums + at * 2;
 #ifndef __AVX512F__
-        if (linear->kind == INT8) {
+        if (takes_16_bits(linear)) {
             uint64_t *own = (uint64_t *)(scratch->packed + (int64_t)start * (inputs / 2)) + row - start;
-            pack_bytes(x + g * group, group, linear->activation_bits, scratch->input_scales + at,
-                       scratch->input_sums + at * 2, own + (int64_t)g * (group / 4) * height, height);
+            sums[0] = pack_integers(x + g * group, group, linear->activation_bits, scale,
+                                    own + (int64_t)g * (group / 4) * height, height);
+            sums[0] *= linear->kind == INT8 ? -128 : -8;
             continue;
         }
 #endif
-        quantize_group(x + g * group, group, linear->activation_bits, scratch->input_scales + at,
-                       scratch->input_sums + at * 2, (int8_t *)high, (int8_t *)low);
+        quantize_group(x + g * group, group, linear->activation_bits, scale, sums, (int8_t *)high, (int8_t *)low);
+#ifndef __AVX512F__
+        sums[0] *= -8; /* see `multiply_avx2` */
+#endif
         put_words(linear, to, height, g * (group / 4), high, group / 4);
         if (is_wide(linear)) put_words(linear, to_low, height, g * (group / 4), low, group / 4);
     }
@@ -354,9 +354,8 @@ static inline __attribute__((always_inline)) void multiply_integers(const int he
                                                                     const float *input_scales,
                                                                     const int32_t *input_sums, int panel, float *y,
                                                                     int add) {
-    __m512 totals[BYTES_TILE > NIBBLES_TILE ? BYTES_TILE : NIBBLES_TILE][2];
-    if (four) multiply_nibbles(height, height > 1 ? 1 : 2, wide, linear, x, input_scales, input_sums, panel, totals);
-    else multiply_bytes(height, height > 1 ? 1 : 2, linear, x, input_scales, input_sums, panel, totals);
+    __m512 totals[INTEGER_TILE][2];
+    multiply_avx2(height, height > 1 ? 1 : 2, four, wide, linear, x, input_scales, input_sums, panel, totals);
     finish(height, linear, totals, panel, y, add);
 }
 #endif
@@ -416,8 +415,8 @@ static void multiply_amx(const Linear *linear, const Scratch *scratch, int start
 #define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #define HEIGHTS INTEGER_HEIGHTS
 #else
-#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2)
-#define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(3) CASE(4)
+#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#define INTEGER_HEIGHTS WIDE_HEIGHTS
 #define HEIGHTS(CASE) INTEGER_HEIGHTS(CASE) CASE(5)
 #endif
 
