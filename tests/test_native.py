@@ -187,6 +187,21 @@ def test_quantised_rows_are_the_same_bits_with_and_without_amx(activation_bits: 
 
 
 @pytest.mark.usefixtures("products")
+@pytest.mark.parametrize(("bits", "activation_bits"), [(8, 16), (8, 8), (4, 16), (4, 8)])
+@pytest.mark.parametrize("weight", [1.0, -1.0])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_sums_of_the_largest_integers_do_not_overflow(
+    count: int, weight: float, bits: int, activation_bits: int
+) -> None:
+    """Every input is the largest of its bits, and every weight the largest in magnitude."""
+    weights = LinearWeights(torch.full((32, 256), weight, dtype=torch.bfloat16), None)
+    multiply = NativeLinear(library(CACHE_DIR), weights, bits, activation_bits, num_threads=1)
+    rows = torch.tensor([1.0, -1.0]).repeat(4)[:count, None].expand(count, 256)
+    exact = rows.double() @ rounded(weights.weight, bits).double().T
+    assert torch.allclose(multiply(rows).double(), exact, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("products")
 def test_rows_of_zeros_give_the_bias() -> None:
     weights = LinearWeights(torch.ones(32, 64, dtype=torch.bfloat16), torch.arange(32.0))
     for bits, activation_bits in ((16, 16), (8, 16), (8, 8), (4, 16), (4, 8)):

@@ -228,15 +228,6 @@ INLINE __m256 half_dpbf16(__m256 sum, __m256i a, __m256i b) {
 INLINE Floats pair_dpbf16_ps(Floats sum, Integers a, Integers b) {
     return (Floats){half_dpbf16(sum.low, a.low, b.low), half_dpbf16(sum.high, a.high, b.high)};
 }
-/* sum + a * b, of four bytes each, those of `a` without a sign; the even and the odd ones as integers of 16 bits. */
-INLINE __m256i half_dpbusd(__m256i sum, __m256i a, __m256i b) {
-    __m256i a_even = _mm256_and_si256(a, _mm256_set1_epi16(255)), a_odd = _mm256_srli_epi16(a, 8);
-    __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(a_even, b_even), _mm256_madd_epi16(a_odd, b_odd)));
-}
-INLINE Integers pair_dpbusd_epi32(Integers sum, Integers a, Integers b) {
-    return (Integers){half_dpbusd(sum.low, a.low, b.low), half_dpbusd(sum.high, a.high, b.high)};
-}
 
 /* ---- the names ---- */
 
@@ -260,7 +251,6 @@ INLINE Integers pair_dpbusd_epi32(Integers sum, Integers a, Integers b) {
 #define _mm512_cvtps_pd pair_cvtps_pd
 #define _mm512_div_ps pair_div_ps
 #define _mm512_dpbf16_ps pair_dpbf16_ps
-#define _mm512_dpbusd_epi32 pair_dpbusd_epi32
 #define _mm512_extractf32x8_ps(a, half) ((half) ? (a).high : (a).low)
 #define _mm512_extracti32x8_epi32(a, half) ((half) ? (a).high : (a).low)
 #define _mm512_fmadd_pd pair_fmadd_pd

@@ -17,7 +17,7 @@ from sequoia.errors import SequoiaError
 
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "dynamic", "growth", "linear", "ranking", "target"))
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "avx2", "decoder", "linear", "ranking"))
+_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "avx2", "avx2_integers", "decoder", "linear", "ranking"))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _AVX512_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
 # What it makes do with (avx2.h), on a CPU that lacks some of these.

@@ -12,13 +12,20 @@
 #ifdef __AVX512F__
 enum { PANEL = 32, TILE = 12, INTEGER_TILE = 12, WIDE_TILE = 6 };
 #else
-enum { PANEL = 32, TILE = 5, INTEGER_TILE = 3, WIDE_TILE = 2 };
+enum { PANEL = 32, TILE = 5, INTEGER_TILE = 4, WIDE_TILE = 4 };
+#endif
+
+/* A function that does nothing but this looks to gcc like one without effect, whose calls it drops unless told so. */
+#ifdef __AVX512F__
+#define FETCH static inline
+#else
+#define FETCH INLINE
 #endif
 
 /* The cache lines that a loop over `word`s of two lines comes to 24 words later, into the first cache, and those of 128
  * words later, into the second: one distance alone cannot cover the memory's latency with the few misses that a core may
  * have under way. */
-static inline void fetch_ahead(const void *w, size_t word) {
+FETCH void fetch_ahead(const void *w, size_t word) {
     const char *near = (const char *)w + 24 * word, *far = (const char *)w + 128 * word;
     _mm_prefetch(near, _MM_HINT_T0);
     _mm_prefetch(near + 64, _MM_HINT_T0);
@@ -27,6 +34,9 @@ static inline void fetch_ahead(const void *w, size_t word) {
 }
 
 #include "amx.h"
+#ifndef __AVX512F__
+#include "avx2_integers.h"
+#endif
 
 static int amx_is_on;
 
@@ -85,9 +95,8 @@ static inline int tile_of(const Linear *linear, int rows, int row) {
 
 /* ---- a linear layer's input ---- */
 
-/* Scale, sums and integers of one group of a row. Two integers a value for 16 bits: value = 256 * high + low. */
-static void quantize_group(const float *x, int group, int bits, float *scale, int32_t *sums, int8_t *high,
-                           int8_t *low) {
+/* What a group of a row is multiplied with to become integers; `scale` takes them back. */
+static inline float integers_in_one(const float *x, int group, int bits, float *scale) {
     __m512 most = _mm512_setzero_ps();
     __mmask16 broken = 0; /* an integer cannot say NaN, so the scale does */
     for (int i = 0; i < group; i += LANES) {
@@ -98,7 +107,13 @@ static void quantize_group(const float *x, int group, int bits, float *scale, in
     float largest = broken ? NAN : _mm512_reduce_max_ps(most);
     float range = bits == 8 ? 127.0f : 32512.0f;
     *scale = largest / range;
-    __m512 inverse = _mm512_set1_ps(largest > 0 ? range / largest : 0.0f);
+    return largest > 0 ? range / largest : 0.0f;
+}
+
+/* Scale, sums and integers of one group of a row. Two integers a value for 16 bits: value = 256 * high + low. */
+static void quantize_group(const float *x, int group, int bits, float *scale, int32_t *sums, int8_t *high,
+                           int8_t *low) {
+    __m512 inverse = _mm512_set1_ps(integers_in_one(x, group, bits, scale));
     __m512i high_sum = _mm512_setzero_si512(), low_sum = _mm512_setzero_si512();
     for (int i = 0; i < group; i += LANES) {
         __m512i value = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
@@ -115,6 +130,20 @@ static void quantize_group(const float *x, int group, int bits, float *scale, in
     sums[0] = _mm512_reduce_add_epi32(high_sum);
     sums[1] = _mm512_reduce_add_epi32(low_sum);
 }
+
+#ifndef __AVX512F__
+/* The same with one integer a value, put where the tile finds them. Returns their sum. */
+static int32_t pack_integers(const float *x, int group, int bits, float *scale, uint64_t *to, int height) {
+    __m512 inverse = _mm512_set1_ps(integers_in_one(x, group, bits, scale));
+    __m512i all = _mm512_setzero_si512();
+    for (int i = 0; i < group; i += LANES, to += LANES / 4 * (int64_t)height) {
+        __m512i values = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), inverse));
+        all = _mm512_add_epi32(all, values);
+        put_integers(to, height, values);
+    }
+    return _mm512_reduce_add_epi32(all);
+}
+#endif
 
 /* A row's words from `at` on, where the tile finds them; `to` is where its first one goes. AVX-512 takes the words of a
  * tile's rows in turn, AMX 16 of each row. */
@@ -151,8 +180,21 @@ void pack_row(const Linear *linear, const Scratch *scratch, const float *x, int 
     for (int g = 0; g < num_groups; g++) {
         uint32_t high[256], low[256];
         int64_t at = (int64_t)row * num_groups + g;
-        quantize_group(x + g * group, group, linear->activation_bits, scratch->input_scales + at,
-                       scratch->input_sums + at * 2, (int8_t *)high, (int8_t *)low);
+        float *scale = scratch->input_scales + at;
+        int32_t *sums = scratch->input_sums + at * 2;
+#ifndef __AVX512F__
+        if (takes_16_bits(linear)) {
+            uint64_t *own = (uint64_t *)(scratch->packed + (int64_t)start * (inputs / 2)) + row - start;
+            sums[0] = pack_integers(x + g * group, group, linear->activation_bits, scale,
+                                    own + (int64_t)g * (group / 4) * height, height);
+            sums[0] *= linear->kind == INT8 ? -128 : -8;
+            continue;
+        }
+#endif
+        quantize_group(x + g * group, group, linear->activation_bits, scale, sums, (int8_t *)high, (int8_t *)low);
+#ifndef __AVX512F__
+        sums[0] *= -8; /* see `multiply_avx2` */
+#endif
         put_words(linear, to, height, g * (group / 4), high, group / 4);
         if (is_wide(linear)) put_words(linear, to_low, height, g * (group / 4), low, group / 4);
     }
@@ -229,7 +271,9 @@ static inline __attribute__((always_inline)) void multiply_bfloat16(const int he
     for (int i = 0; i < height; i++) sums[i][0] = sums[i][1] = _mm512_setzero_ps();
     for (int word = 0; word < words; word++, w += 64, x += height) {
         __m512bh left = load_pairs(w), right = load_pairs(w + 32);
+#ifdef __AVX512F__ /* AVX2 comes here with one row or two, whose weights are fetched best by the CPU alone */
         fetch_ahead(w, 64 * sizeof *w);
+#endif
 #pragma GCC unroll 12
         for (int i = 0; i < height; i++) {
             __m512bh input = pair_everywhere(x[i]);
@@ -240,6 +284,7 @@ static inline __attribute__((always_inline)) void multiply_bfloat16(const int he
     finish(height, linear, sums, panel, y, add);
 }
 
+#ifdef __AVX512F__
 /* Integer weights are the unsigned side of the product; what their offset adds is taken off by the inputs' sums. */
 static inline __attribute__((always_inline)) void multiply_integers(const int height, const int four, const int wide,
                                                                     const Linear *linear, const uint32_t *x,
@@ -303,6 +348,17 @@ static inline __attribute__((always_inline)) void multiply_integers(const int he
     }
     finish(height, linear, totals, panel, y, add);
 }
+#else
+static inline __attribute__((always_inline)) void multiply_integers(const int height, const int four, const int wide,
+                                                                    const Linear *linear, const uint32_t *x,
+                                                                    const float *input_scales,
+                                                                    const int32_t *input_sums, int panel, float *y,
+                                                                    int add) {
+    __m512 totals[INTEGER_TILE][2];
+    multiply_avx2(height, height > 1 ? 1 : 2, four, wide, linear, x, input_scales, input_sums, panel, totals);
+    finish(height, linear, totals, panel, y, add);
+}
+#endif
 
 #if HAS_AMX
 static void multiply_amx(const Linear *linear, const Scratch *scratch, int start, int height, int panel, float *y,
@@ -359,9 +415,9 @@ static void multiply_amx(const Linear *linear, const Scratch *scratch, int start
 #define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #define HEIGHTS INTEGER_HEIGHTS
 #else
-#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2)
-#define INTEGER_HEIGHTS(CASE) WIDE_HEIGHTS(CASE) CASE(3)
-#define HEIGHTS(CASE) INTEGER_HEIGHTS(CASE) CASE(4) CASE(5)
+#define WIDE_HEIGHTS(CASE) CASE(1) CASE(2) CASE(3) CASE(4)
+#define INTEGER_HEIGHTS WIDE_HEIGHTS
+#define HEIGHTS(CASE) INTEGER_HEIGHTS(CASE) CASE(5)
 #endif
 
 static void multiply_tile(const Linear *linear, const Scratch *scratch, int start, int height, int panel, float *y,
@@ -388,7 +444,11 @@ static void multiply_tile(const Linear *linear, const Scratch *scratch, int star
 #define WITH(FOUR, WIDE, CASES) { enum { four = FOUR, wide = WIDE }; switch (height) { CASES(CASE) } }
     int wide_inputs = linear->activation_bits == 16;
     if (linear->kind == INT4) { if (wide_inputs) WITH(1, 1, WIDE_HEIGHTS) else WITH(1, 0, INTEGER_HEIGHTS) }
+#ifdef __AVX512F__
     else { if (wide_inputs) WITH(0, 1, WIDE_HEIGHTS) else WITH(0, 0, INTEGER_HEIGHTS) }
+#else
+    else WITH(0, 0, INTEGER_HEIGHTS)
+#endif
 #undef WITH
 #undef CASE
 }
