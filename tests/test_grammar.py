@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,14 +21,14 @@ from test_parameters import q as free_q
 from tiny_models import build_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from sequoia.engine.grammar import MAX_DEPTH, Grammars, JsonConstraint
+from sequoia.engine.grammar import Grammars, JsonConstraint
 from sequoia.engine.sampling import Path, RandomChoices, adjusted_logits
 from sequoia.engine.target_table import TargetTable
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.engine.verification import verify_tree
 from sequoia.errors import InvalidArgument
 from sequoia.rules import COUPLED, GREEDY, SAMPLE_AND_WALK, SEQUOIA, TRAVERSAL, Rule
-from sequoia.sampling import MAX_SCHEMA_BYTES, Decoding, ParameterError, Sampling
+from sequoia.sampling import Decoding, Sampling
 from sequoia.topology import TokenTree, Topology
 
 # A vocabulary as small as the laws', of which every text that a schema admits can be written down.
@@ -216,76 +214,3 @@ def test_a_session_that_is_rebuilt_goes_on_where_the_answer_was(small: Grammars)
     assert told(small.constraint(ENUM, (0, 1)), (0, 1)) == [True, False, False, True]
     with pytest.raises(InvalidArgument, match="the 2 tokens of the answer do not follow it"):
         small.constraint(ENUM, (1, 1))
-
-
-def test_schemas_are_read_once_and_the_oldest_is_forgotten(small: Grammars) -> None:
-    for number in range(20):
-        small.constraint(f'{{"enum": [{10 ** (number % 3)}, {10**number}]}}')
-    assert len(small._matchers) == 16
-    kept = dict(small._matchers)
-    small.constraint(next(iter(kept)))
-    assert dict(small._matchers) == kept
-
-
-def nested(depth: int) -> str:
-    return '{"items": ' * depth + "{}" + "}" * depth
-
-
-REFUSED: dict[str, tuple[Callable[[], str], str]] = {
-    "no JSON": (lambda: "{", "is no JSON"),
-    "no object": (lambda: "true", "is no JSON object"),
-    "no JSON but for Python": (lambda: '{"const": NaN}', "is no JSON schema"),
-    "no type": (lambda: '{"type": "text"}', "Invalid type"),
-    "not served": (lambda: '{"not": {"type": "string"}}', r'Unimplemented keys: \["not"\]'),
-    "lenient by itself": (lambda: '{"not": {}, "x-guidance": {"lenient": true}}', "Unimplemented keys"),
-    "either of two": (lambda: '{"oneOf": [{"type": "string"}, {"maxLength": 2}]}', "oneOf"),
-    "nothing at all": (lambda: '{"$ref": "#"}', "cannot be held to it"),
-    "a foreign reference": (lambda: '{"$ref": "http://127.0.0.1:9/schema"}', "does not fetch resources"),
-    "a file": (lambda: '{"$ref": "file:///etc/passwd"}', "does not fetch resources"),
-    "no expression": (lambda: '{"type": "string", "pattern": "("}', "unclosed group"),
-    "too deep": (lambda: nested(MAX_DEPTH), "nested deeper than 64 levels"),
-    "far too deep": (lambda: nested(6000), "nested deeper|recursion"),
-    "too much": (lambda: json.dumps({"allOf": [{"anyOf": [{"maxLength": n} for n in range(40)]}] * 40}), "too large"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", REFUSED)
-def test_a_schema_that_cannot_be_served_is_refused_with_the_reason(grammars: Grammars, kind: str) -> None:
-    make, reason = REFUSED[kind]
-    with pytest.raises(InvalidArgument, match=reason) as refused:
-        grammars.constraint(make())
-    assert refused.value.field == "sampling.json_schema"
-
-
-def test_a_schema_is_measured_before_it_is_read() -> None:
-    with pytest.raises(ParameterError, match="has 65538 bytes; at most 65536"):
-        Sampling(json_schema="é" * (MAX_SCHEMA_BYTES // 2 + 1))
-
-
-def test_states_without_end_are_an_error_and_never_an_answer(
-    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sequoia.engine.grammar._MAX_LEXER_STATES", 300)
-    constraint = grammars.constraint('{"type": "string", "pattern": "^(.*a.{200}|.*b.{150}c)$"}')
-    answers = [ids('"' + "ab" * length) for length in range(400)]
-    with pytest.raises(InvalidArgument, match="too many states"):
-        list(map(constraint.allowed, answers))
-
-
-def test_a_worker_without_the_library_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name == "llguidance":
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InvalidArgument, match=r"pip install sequoia-serving\[grammar\]") as refused:
-        Grammars(described(BACKEND, 400, 1)).constraint("{}")
-    assert refused.value.field == "sampling.json_schema"
-
-
-def test_a_model_that_never_ends_cannot_be_held_to_anything() -> None:
-    with pytest.raises(InvalidArgument, match="no token that ends an answer"):
-        Grammars(described(BACKEND, 400)).constraint("{}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from sequoia.engine.grammar import Grammars
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker
-from sequoia.sampling import Decoding
+from sequoia.sampling import Constraint, Decoding
 from sequoia.topology import TokenTree
 from sequoia.tracing import OpenSpan, Tracing
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
@@ -42,6 +43,7 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, later)
         self._verifier = Verifier(worker.executor, limits, worker.tree_rows)
         self._grammars = Grammars(worker.tokenizer) if worker.tokenizer else None
+        self._reading = asyncio.Lock()
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
         """Opens the session with the first message and a first verdict, then answers every step."""
@@ -63,10 +65,14 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         committed = tokens_from_wire(request.token_ids, self._limits.vocab_size, "token_ids")
         decoding = decoding_from_wire(request, self._limits.vocab_size)
         if (schema := decoding.sampling.json_schema) is not None and self._grammars is not None:
-            generated = committed[decoding.num_prompt_tokens :]
-            constraint = await asyncio.to_thread(self._grammars.constraint, schema, generated)
+            constraint = await self._constraint(self._grammars, schema, committed[decoding.num_prompt_tokens :])
             decoding = replace(decoding, constraint=constraint)
         return committed, decoding, limit
+
+    async def _constraint(self, grammars: Grammars, schema: str, generated: tuple[int, ...]) -> Constraint:
+        """New schemas are read one after another, and nobody else waits for them."""
+        async with nullcontext() if grammars.has_read(schema) else self._reading:
+            return await asyncio.to_thread(grammars.constraint, schema, generated)
 
     async def _step(
         self, session: VerifySession, context: Any, request: verify_pb2.VerifyStep, span: OpenSpan | None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from bisect import bisect_left
 from collections import OrderedDict
 from threading import Lock
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from sequoia.engine import schema_trial
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.errors import InvalidArgument
 
@@ -20,8 +23,9 @@ if TYPE_CHECKING:
 FIELD = "sampling.json_schema"
 MAX_DEPTH = 64  # of a schema; what reads it is recursive
 _NUM_KEPT = 16
-# A state takes 1 to 2 kB. What a mask may cost besides is bounded by the library: 15 ms by its own figures.
-_MAX_LEXER_STATES = 50_000
+_MAX_LEXER_STATES = 50_000  # of 1 to 2 kB; the library's own limits are on what a step of its parser may cost
+# Of a trial that gets little of a processor.
+_TRIAL_TIMEOUT_SECONDS = 60
 # JSON may have any number of blanks between two tokens, and a small model may never end writing them.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
 
@@ -60,7 +64,13 @@ class Grammars:
     def __init__(self, described: TokenizerDescription) -> None:
         self._described, self._lock = described, Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        # What is refused is kept as well: to find that out may have taken longest.
+        self._kept: OrderedDict[str, LLMatcher | InvalidArgument] = OrderedDict()
+
+    def has_read(self, schema: str) -> bool:
+        """Whether `constraint` is quick."""
+        with self._lock:
+            return schema in self._kept
 
     def constraint(self, schema: str, generated: tuple[int, ...] = ()) -> JsonConstraint:
         """For an answer that has these tokens already.
@@ -69,19 +79,26 @@ class Grammars:
         admits nothing, when the tokens are not its own, or when the library is missing.
         """
         with self._lock:
-            matcher = self._matcher(schema).deep_copy()
-        constraint = JsonConstraint(matcher, self._described.eos_token_ids)
+            found = self._kept.get(schema)
+        found = found or self._read(schema)
+        with self._lock:
+            self._kept[schema] = found
+            self._kept.move_to_end(schema)
+            if len(self._kept) > _NUM_KEPT:
+                self._kept.popitem(last=False)
+            if isinstance(found, InvalidArgument):
+                raise InvalidArgument(found.message, FIELD)
+            constraint = JsonConstraint(found.deep_copy(), self._described.eos_token_ids)
         if constraint.allowed(generated) is None:
             raise InvalidArgument(f"the {len(generated)} tokens of the answer do not follow it", FIELD)
         return constraint
 
-    def _matcher(self, schema: str) -> LLMatcher:
-        if (found := self._matchers.pop(schema, None)) is None:
-            found = _compiled(schema, self._llguidance_tokenizer())
-        self._matchers[schema] = found
-        if len(self._matchers) > _NUM_KEPT:
-            self._matchers.popitem(last=False)
-        return found
+    def _read(self, schema: str) -> LLMatcher | InvalidArgument:
+        tokenizer = self._llguidance_tokenizer()
+        try:
+            return _compiled(schema, tokenizer)
+        except InvalidArgument as error:
+            return error
 
     def _llguidance_tokenizer(self) -> LLTokenizer:
         if self._tokenizer is not None:
@@ -107,7 +124,6 @@ def _compiled(schema: str, tokenizer: LLTokenizer) -> LLMatcher:
     from llguidance import LLMatcher, LLParserLimits
 
     _check(schema)
-    limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
     try:
         # What is not served in full is refused, whatever the schema says of itself.
         grammar = LLMatcher.grammar_from_json_schema(
@@ -115,6 +131,8 @@ def _compiled(schema: str, tokenizer: LLTokenizer) -> LLMatcher:
         )
     except ValueError as error:
         raise InvalidArgument(f"is no JSON schema: {error}", FIELD) from error
+    _try(grammar)
+    limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, precompute_large_lexemes=False, verbose_errors=False)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
     # Whether it admits anything is known with the first mask.
     if not matcher.is_error():
@@ -136,6 +154,16 @@ def _check(schema: str) -> None:
         level = [each for group in groups for each in group]
     if level:
         raise InvalidArgument(f"is nested deeper than {MAX_DEPTH} levels", FIELD)
+
+
+def _try(grammar: str) -> None:
+    command = [sys.executable, "-P", schema_trial.__file__]
+    try:
+        subprocess.run(command, input=grammar.encode(), capture_output=True, check=True, timeout=_TRIAL_TIMEOUT_SECONDS)
+    except subprocess.SubprocessError as error:
+        raise InvalidArgument(
+            f"takes more than {schema_trial.SECONDS} s to read, or 2 GiB; make it simpler", FIELD
+        ) from error
 
 
 def _refused(matcher: LLMatcher) -> InvalidArgument:
