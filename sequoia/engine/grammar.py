@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from sequoia.engine import schema_trial
 from sequoia.engine.tokenizer import TokenizerDescription
-from sequoia.errors import InvalidArgument
+from sequoia.errors import InvalidArgument, ResourceExhausted
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -76,7 +76,8 @@ class Grammars:
         """For an answer that has these tokens already.
 
         Raises InvalidArgument naming the schema when it is none, when it is too large or not known in full, when it
-        admits nothing, when the tokens are not its own, or when the library is missing.
+        admits nothing, when the tokens are not its own, or when the library is missing; ResourceExhausted when the
+        processors are too busy to find out.
         """
         with self._lock:
             found = self._kept.get(schema)
@@ -160,7 +161,9 @@ def _try(grammar: str) -> None:
     command = [sys.executable, "-P", schema_trial.__file__]
     try:
         subprocess.run(command, input=grammar.encode(), capture_output=True, check=True, timeout=_TRIAL_TIMEOUT_SECONDS)
-    except subprocess.SubprocessError as error:
+    except subprocess.TimeoutExpired as error:
+        raise ResourceExhausted("the verify worker is too busy to read it; try again", FIELD) from error
+    except subprocess.CalledProcessError as error:
         raise InvalidArgument(
             f"takes more than {schema_trial.SECONDS} s to read, or 2 GiB; make it simpler", FIELD
         ) from error
