@@ -84,6 +84,8 @@ def _rule_and_sampling(
     except ParameterError as error:
         group = "speculation" if error.field == "rule" else "sampling"
         raise InvalidArgument(error.message, f"{group}.{error.field}") from error
+    if message.sampling.ignore_eos and sampling.json_schema is not None:
+        raise InvalidArgument("goes without json_schema, by which the answer may have to end", "sampling.ignore_eos")
     if refused := sorted(sampling.given & rule.refuses):
         raise InvalidArgument(f"the rule {rule.name} cannot honour it; leave it out", f"sampling.{refused[0]}")
     seed = secrets.randbits(_NUM_SEED_BITS) if rule is COUPLED and not seeded else sampling.seed

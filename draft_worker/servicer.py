@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from draft_worker.account import Account
@@ -53,7 +54,10 @@ class DraftServicer(draft_pb2_grpc.DraftServiceServicer):
 
     def _opening(self, request: draft_pb2.DraftOpen) -> tuple[Tokens, Decoding, int]:
         limit = session_limit(request.max_num_tokens, self._limits)
-        return self._tokens(request.token_ids), decoding_from_wire(request, self._limits.vocab_size), limit
+        decoding = decoding_from_wire(request, self._limits.vocab_size)
+        # The target's law is held to it, whatever is proposed.
+        free = replace(decoding, sampling=replace(decoding.sampling, json_schema=None))
+        return self._tokens(request.token_ids), free, limit
 
     async def _prefilled(self, session: AnySession, span: OpenSpan | None) -> draft_pb2.DraftResponse:
         started = time.monotonic()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypedDict
+from typing import Any, Literal, TypeAlias, TypedDict
 
 from google.protobuf.message import Message as ProtoMessage
 
@@ -50,6 +51,7 @@ class RequestOptions(TypedDict, total=False):
     ignore_eos: bool | None  # go on at the model's own end-of-sequence tokens
     min_tokens: int | None  # nothing ends the answer before it has so many
     logprobs: int | None  # logarithms of probabilities, with so many likeliest tokens beside each
+    json_schema: str | Mapping[str, Any] | None  # what the answer is held to: as JSON, or what makes that
     speculation: Speculation
     rule: str | None  # a name of sequoia.rules.RULES
 
@@ -81,6 +83,7 @@ def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest
     for name, (field_name, expected) in _SCALARS.items():
         _set(request.sampling, field_name, options.get(name), name, expected)
     _set_tokens(request.sampling, options)
+    _set(request.sampling, "json_schema", _schema(options.get("json_schema")), "json_schema", "a JSON schema")
     _set_stop(request, options.get("stop", ()))
     request.speculation.CopyFrom(_speculation(options.get("speculation", "auto"), options.get("rule")))
     return request
@@ -100,6 +103,15 @@ def _set(message: ProtoMessage, field_name: str, value: object, name: str, expec
         setattr(message, field_name, value)
     except (TypeError, ValueError) as error:
         raise InvalidArgument(f"{value!r} is not {expected}", name) from error
+
+
+def _schema(schema: object) -> object:
+    if schema is None or isinstance(schema, str):
+        return schema
+    try:
+        return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"JSON cannot write it: {error}", "json_schema") from error
 
 
 def _set_tokens(sampling: sampling_pb2.Sampling, options: RequestOptions) -> None:

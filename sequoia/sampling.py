@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from sequoia.rules import ParameterError, Rule
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKENS = 64
+MAX_SCHEMA_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +55,9 @@ class Sampling:
     """A request's sampling parameters. Raises ParameterError naming the first that is out of bounds.
 
     They act on a node's logits in this order: `logit_bias` is added; before the first `min_tokens` generated tokens,
-    `stop_token_ids` are impossible; penalties, over the tokens on the node's own path (`repetition_penalty` counts the
-    prompt, the others do not); `temperature`; `min_p`, `top_k`, `top_p`, each over what the cut before it left.
+    `stop_token_ids` are impossible; what `json_schema` does not admit after the node's own path is impossible;
+    penalties, over the tokens on that path (`repetition_penalty` counts the prompt, the others do not); `temperature`;
+    `min_p`, `top_k`, `top_p`, each over what the cut before it left.
     """
 
     temperature: float = 1.0
@@ -67,6 +72,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()  # the tokens that end the answer
     num_logprobs: int | None = None  # alternatives beside each token's own; None: no logprobs at all
     seed: int | None = None
+    json_schema: str | None = None  # what the answer is held to, as JSON
 
     def __post_init__(self) -> None:
         for name, bounds in BOUNDS.items():
@@ -80,6 +86,11 @@ class Sampling:
                 raise ParameterError(f"of token {token_id} is {bias:g}; it must be {_BIAS_BOUNDS}", "logit_bias")
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise ParameterError(f"has {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKENS}", "stop_token_ids")
+        if self.json_schema is not None:
+            if (size := len(self.json_schema.encode())) > MAX_SCHEMA_BYTES:
+                raise ParameterError(f"has {size} bytes; at most {MAX_SCHEMA_BYTES}", "json_schema")
+            if self.min_tokens:
+                raise ParameterError("goes without json_schema, by which the answer may have to end", "min_tokens")
 
     @property
     def greedy(self) -> bool:
@@ -93,7 +104,8 @@ class Sampling:
 
     def adjusts(self, num_generated: int) -> bool:
         """Whether the logits after `num_generated` generated tokens are changed before the temperature."""
-        return self.penalises or bool(self.logit_bias) or num_generated < self.min_tokens
+        is_held = self.json_schema is not None
+        return self.penalises or bool(self.logit_bias) or is_held or num_generated < self.min_tokens
 
     @property
     def given(self) -> frozenset[str]:
@@ -107,6 +119,16 @@ PARAMETERS = tuple(_DEFAULTS)
 REQUEST_PARAMETERS = (*PARAMETERS, "ignore_eos", "max_tokens", "stop")
 
 
+class Constraint(Protocol):
+    """What an answer is held to."""
+
+    def allowed(self, generated: tuple[int, ...]) -> NDArray[np.bool_] | None:
+        """Which tokens may follow these, (vocabulary,), at least one; None: all, behind the answer's end, and behind a
+        token that was not allowed, where no answer gets.
+        """
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Decoding:
     """How a session's tokens come about: by which rule, from which distribution, and where its prompt ends."""
@@ -114,3 +136,4 @@ class Decoding:
     rule: Rule
     sampling: Sampling
     num_prompt_tokens: int
+    constraint: Constraint | None = None  # of `json_schema`, where the target is

@@ -24,12 +24,14 @@ PACKAGES = ("sequoia", "coordinator", "draft_worker", "verify_worker", "tests", 
 PROOFS = (
     *("test_verification.py", "test_parameters.py", "test_sampling.py", "test_noise.py", "test_drafter.py"),
     *("test_target_table.py", "test_rankings.py", "test_unseen.py", "test_dynamic.py", "test_kv_memory.py"),
+    "test_grammar.py",
 )
 FIRST = {"sequoia": PROOFS[0], "traversal": PROOFS[0], "coupled": "test_noise.py"}
-FIRST |= {"dynamic": "test_dynamic.py", "reuse": "test_kv_memory.py"}
+FIRST |= {"dynamic": "test_dynamic.py", "reuse": "test_kv_memory.py", "schema": "test_grammar.py"}
 VERIFICATION, SAMPLING = "sequoia/engine/verification.py", "sequoia/engine/sampling.py"
 SIBLINGS, CHILDREN = "sequoia/engine/siblings.py", "sequoia/engine/children.py"
 RANKINGS, MEMORY = "sequoia/engine/rankings.py", "sequoia/engine/kv_memory.py"
+GRAMMAR = "sequoia/engine/grammar.py"
 DYNAMIC, WIRE = "draft_worker/dynamic.py", "sequoia/wire.py"
 NOISE, TABLE, UNSEEN = "sequoia/engine/noise.py", "sequoia/engine/target_table.py", "draft_worker/unseen.py"
 
@@ -238,6 +240,18 @@ FAULTS = (
     Fault(
         "reuse", "rows pass for made as soon as their tokens are known", MEMORY,
         "return min(self.length, len(self.tokens))", "return len(self.tokens)",
+    ),
+    Fault(
+        "schema", "what may follow is asked without the node's own path", SAMPLING,
+        "constraint.allowed(path.generated)", "constraint.allowed(path.committed[path.num_prompt_tokens :])",
+    ),
+    Fault(
+        "schema", "what may follow depends on what was asked before", GRAMMAR,
+        "self._matcher.rollback(len(self._read) - shared)", "self._matcher.rollback(0)",
+    ),
+    Fault(
+        "schema", "the end of an answer is one more token of it", GRAMMAR,
+        "if not self._eos_token_ids.isdisjoint(rest):", "if False:",
     ),
 )  # fmt: skip
 

@@ -163,6 +163,7 @@ BOUNDED = {
     "GenerateRequest.text": "TextCodec.encode",
     "LatencyCurve.num_tokens": "check_description",
     "LatencyCurve.seconds": "check_description",
+    "Sampling.json_schema": "sampling.Sampling; grammar.Grammars, where it is read",
     "Sampling.logit_bias": "wire.sampling_from_wire",
     "Sampling.stop_token_ids": "wire.sampling_from_wire",
     "TokenIds.ids": "request._prompt",

@@ -103,17 +103,19 @@ async def test_a_dash_reads_the_prompt_from_stdin(
     assert coordinator.request.text == "héllo"
 
 
-async def test_every_flag_reaches_the_request(address: str, coordinator: EchoCoordinator) -> None:
+async def test_every_flag_reaches_the_request(address: str, coordinator: EchoCoordinator, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"const": "é"}', "utf-8")
     flags = "--max-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 40 --seed 1 --stop a --stop b --tree -1,0,0,1"
     flags += " --min-p 0.1 --repetition-penalty 1.2 --presence-penalty 0.3 --frequency-penalty -0.4 --logit-bias 7=-2.5"
     flags += " --logit-bias 8=1 --min-tokens 2 --ignore-eos --stop-token-id 3 --logprobs 4 --rule coupled"
+    flags += f" --json-schema {tmp_path / 'schema.json'}"
     assert await run_generate(address, "hello", *flags.split()) == 0
     request = coordinator.request
     sampling = request.sampling
     assert (sampling.min_p, sampling.repetition_penalty, sampling.ignore_eos) == (0.1, 1.2, True)
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.3, -0.4)
     assert (dict(sampling.logit_bias), list(sampling.stop_token_ids)) == ({7: -2.5, 8: 1.0}, [3])
-    assert (sampling.min_tokens, sampling.num_logprobs) == (2, 4)
+    assert (sampling.min_tokens, sampling.num_logprobs, sampling.json_schema) == (2, 4, '{"const": "é"}')
     assert request.speculation.rule == RULE_COUPLED
     assert (request.max_tokens, request.sampling.temperature, request.sampling.top_p) == (7, 0.5, 0.9)
     assert (request.sampling.top_k, request.sampling.seed, list(request.stop)) == (40, 1, [b"a", b"b"])

@@ -241,6 +241,7 @@ async def test_every_argument_reaches_the_server(client: AsyncClient, coordinato
         ignore_eos=True,
         min_tokens=2,
         logprobs=5,
+        json_schema={"const": "é"},
         rule="coupled",
         speculation=Topology((-1, 0, 0)),
     )
@@ -253,6 +254,7 @@ async def test_every_argument_reaches_the_server(client: AsyncClient, coordinato
     assert (request.sampling.presence_penalty, request.sampling.frequency_penalty) == (0.3, 0.4)
     assert (dict(request.sampling.logit_bias), list(request.sampling.stop_token_ids)) == ({7: -2.5}, [3])
     assert (request.sampling.ignore_eos, request.sampling.min_tokens, request.sampling.num_logprobs) == (True, 2, 5)
+    assert request.sampling.json_schema == '{"const": "é"}'
     assert request.speculation.rule == RULE_COUPLED
     assert list(request.stop) == ["é".encode(), b"\xff"]
     assert request.speculation.mode == pb.SPECULATION_MODE_TREE
@@ -289,6 +291,8 @@ async def test_token_ids_are_sent_as_they_are(client: AsyncClient, coordinator: 
         ({"logit_bias": 5}, "logit_bias"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"ignore_eos": "yes"}, "ignore_eos"),
+        ({"json_schema": {"const": b"bytes"}}, "json_schema"),
+        ({"json_schema": "\ud800"}, "json_schema"),
         ({"logprobs": -1}, "logprobs"),
         ({"rule": "specinfer"}, "rule"),
         ({"temprature": 1}, "temprature"),

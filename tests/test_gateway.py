@@ -280,8 +280,7 @@ def test_a_message_may_be_in_parts_and_may_be_one_that_was_received(served: Serv
 
 
 REFUSALS: list[tuple[dict[str, Any], str]] = [
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format.json_schema.schema"),
     ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
     ({"tool_choice": "auto"}, "tool_choice"),
     ({"reasoning_effort": "high"}, "reasoning_effort"),

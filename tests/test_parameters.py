@@ -231,6 +231,7 @@ GIVEN: dict[str, object] = {
     "stop_token_ids": [3],
     "num_logprobs": 3,
     "seed": 4,
+    "json_schema": "{}",
 }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+from sequoia.engine.grammar import Grammars
 from sequoia.engine.spent import Spent, timed
 from sequoia.errors import InvalidArgument
 from sequoia.loaded_worker import Worker
-from sequoia.sampling import Decoding
+from sequoia.sampling import Constraint, Decoding
 from sequoia.topology import TokenTree
 from sequoia.tracing import OpenSpan, Tracing
 from sequoia.v1 import tree_pb2, verify_pb2, verify_pb2_grpc
@@ -39,6 +42,8 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
         later = engine.make_target_later if engine.can_wait else None
         limits = VerifyLimits(worker.prefill_chunk, self._limits.vocab_size, engine.make_target, later)
         self._verifier = Verifier(worker.executor, limits, worker.tree_rows)
+        self._grammars = Grammars(worker.tokenizer) if worker.tokenizer else None
+        self._reading = asyncio.Lock()
 
     async def Verify(self, request_iterator: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
         """Opens the session with the first message and a first verdict, then answers every step."""
@@ -46,19 +51,28 @@ class VerifyServicer(verify_pb2_grpc.VerifyServiceServicer):
             opening = await anext(request_iterator, None)
             if opening is None or opening.WhichOneof("kind") != "open":
                 raise InvalidArgument("the first message of a stream must be `open`", "kind")
-            with self._verifier.session(*self._opening(opening.open)) as session:
+            with self._verifier.session(*await self._opening(opening.open)) as session:
                 await self._run_on(session, context, _Wanted(0, session.root_only, 0), span)
                 async for request in request_iterator:
                     if request.WhichOneof("kind") != "step":
                         raise InvalidArgument("every message after the first must be `step`", "kind")
                     await self._step(session, context, request.step, span)
 
-    def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Decoding, int]:
+    async def _opening(self, request: verify_pb2.VerifyOpen) -> tuple[tuple[int, ...], Decoding, int]:
         limit = session_limit(request.max_num_tokens, self._limits)
         if len(request.token_ids) >= limit:
             raise InvalidArgument(f"{len(request.token_ids)} tokens leave no room in a session of {limit}", "token_ids")
         committed = tokens_from_wire(request.token_ids, self._limits.vocab_size, "token_ids")
-        return committed, decoding_from_wire(request, self._limits.vocab_size), limit
+        decoding = decoding_from_wire(request, self._limits.vocab_size)
+        if (schema := decoding.sampling.json_schema) is not None and self._grammars is not None:
+            constraint = await self._constraint(self._grammars, schema, committed[decoding.num_prompt_tokens :])
+            decoding = replace(decoding, constraint=constraint)
+        return committed, decoding, limit
+
+    async def _constraint(self, grammars: Grammars, schema: str, generated: tuple[int, ...]) -> Constraint:
+        """New schemas are read one after another, and nobody else waits for them."""
+        async with nullcontext() if grammars.has_read(schema) else self._reading:
+            return await asyncio.to_thread(grammars.constraint, schema, generated)
 
     async def _step(
         self, session: VerifySession, context: Any, request: verify_pb2.VerifyStep, span: OpenSpan | None

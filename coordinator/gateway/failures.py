@@ -37,6 +37,7 @@ _PARAMS = {
     "speculation.topology": "speculation",
     "speculation.dynamic": "speculation",
     "num_logprobs": "logprobs",
+    "json_schema": "response_format",
 }
 
 

@@ -21,6 +21,7 @@ _SHARED = {
     "logit_bias": "exact; token ids to -100..100",
     "seed": "one seed, one text, whatever the draft and the tree; choice i has seed + i",
     "stop": "a string or up to 16; the answer ends before the first",
+    "response_format": "exact, at every node of a tree; `text`, `json_object`, `json_schema`; the model is not told",
     "n": "as many requests at a time; prompts times n is at most 32",
     "stream": "server-sent events",
     "stream_options": "`include_usage`",
@@ -56,12 +57,10 @@ HONOURED: Mapping[Endpoint, Mapping[str, str]] = {
 }
 # Labels: nothing in an answer could depend on them.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_CONSTRAINTS = "answers cannot be held to a form"
 _TOOLS = "the model is not told of tools"
 # Fields that are refused unless they ask for what happens anyway (or are null): those values, and the reason.
 REFUSED: Mapping[Endpoint, Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "chat": {
-        "response_format": (({"type": "text"},), _CONSTRAINTS),
         "tools": (([],), _TOOLS),
         "tool_choice": (("none",), _TOOLS),
         "parallel_tool_calls": ((), _TOOLS),

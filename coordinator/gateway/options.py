@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from coordinator.gateway.body import Body
@@ -30,6 +31,7 @@ def read_options(body: Body) -> RequestOptions:
         stop_token_ids=body.items("stop_token_ids") or (),
         ignore_eos=body.flag("ignore_eos"),
         min_tokens=body.whole("min_tokens"),
+        json_schema=_json_schema(body.group("response_format")),
         speculation=_speculation(body),
         rule=body.text("rule"),
     )
@@ -59,6 +61,32 @@ def _biases(biases: Body | None) -> dict[int, float]:
         return {int(name): biases.number(name) or 0.0 for name in biases.fields}
     except ValueError as error:
         raise InvalidArgument(f"keys are token ids: {error}", "logit_bias") from error
+
+
+def _json_schema(form: Body | None) -> Mapping[str, Any] | None:
+    if form is None:
+        return None
+    kind = form.text("type")
+    if kind == "json_schema":
+        _check_names(form, "type", "json_schema")
+        named = form.group("json_schema") or Body({}, form.name_of("json_schema"))
+        # It is held to whether `strict` or not; its name changes nothing.
+        _check_names(named, "name", "schema", "strict")
+        named.text("name")
+        named.flag("strict")
+        if (schema := named.group("schema")) is None:
+            raise InvalidArgument("is missing; give the JSON schema of the answer", named.name_of("schema"))
+        return schema.fields
+    _check_names(form, "type")
+    if kind not in ("text", "json_object"):
+        raise InvalidArgument("is none of text, json_object and json_schema", form.name_of("type"))
+    return {"type": "object"} if kind == "json_object" else None
+
+
+def _check_names(group: Body, *known: str) -> None:
+    for name, value in group.fields.items():
+        if name not in known and value is not None:
+            raise InvalidArgument("is not served; leave it out", group.name_of(name))
 
 
 def _speculation(body: Body) -> Speculation:

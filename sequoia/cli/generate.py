@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from sequoia.cli.access_flags import access_of, add_access
 from sequoia.cli.shape_names import read_shape
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-token-id", action="append", default=[], type=int, metavar="ID", help="a token that ends it; repeatable"
     )
+    parser.add_argument("--json-schema", type=Path, metavar="FILE", help="the JSON schema that the answer is held to")
     parser.add_argument("--logprobs", type=int, metavar="N", help="with --json: logprobs, and the N likeliest tokens")
     parser.add_argument("--rule", choices=tuple(RULES), help="how trees are grown and verified (default: the server's)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before TEXT; repeatable")
@@ -78,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             stop=arguments.stop,
             stop_token_ids=arguments.stop_token_id,
             logprobs=arguments.logprobs,
+            json_schema=_schema(arguments.json_schema),
             rule=arguments.rule,
             speculation=_speculation(arguments),
         )
@@ -110,6 +113,13 @@ def print_as_it_comes(chunks: Iterable[Chunk]) -> Generation:
 def _bias(text: str) -> tuple[int, float]:
     token_id, _, bias = text.partition("=")
     return int(token_id), float(bias)
+
+
+def _schema(file: Path | None) -> str | None:
+    try:
+        return file.read_text("utf-8") if file else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgument(f"{file} cannot be read: {error}", "json-schema") from error
 
 
 def _prompt(arguments: argparse.Namespace) -> Prompt:

@@ -16,7 +16,7 @@ from sequoia.engine.largest import largest, on_host
 from sequoia.engine.noise import DRAW_FROM_OTHERS, OTHERS, gumbel_noise, gumbel_rows, streams, uniform_noise
 from sequoia.engine.transfer import upload
 from sequoia.errors import Internal
-from sequoia.sampling import Sampling
+from sequoia.sampling import Constraint, Sampling
 from sequoia.topology import Int
 
 # Tokens with noise of their own, of p and of q. In q those further down seldom win the race.
@@ -92,8 +92,9 @@ class RandomChoices:
         return float(self._generator.random())
 
 
-def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path) -> Tensor:
-    """One row of logits (vocabulary,) as float64 with what acts before the temperature: bias, min_tokens, penalties.
+def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path, constraint: Constraint | None = None) -> Tensor:
+    """One row of logits (vocabulary,) as float64 with what acts before the temperature: bias, min_tokens,
+    `json_schema` by its constraint, penalties.
 
     Repetition: positive logits of tokens in prompt or answer are divided by the penalty, negative ones multiplied.
     Presence and frequency: subtracted once, and once per occurrence, for tokens of the answer.
@@ -107,6 +108,11 @@ def adjusted_logits(logits: Tensor, sampling: Sampling, path: Path) -> Tensor:
         adjusted[ids] += biases
     if path.num_generated < sampling.min_tokens:
         adjusted[_known(dict.fromkeys(sampling.stop_token_ids, 0.0), adjusted)[0]] = -math.inf
+    if sampling.json_schema is not None:
+        assert constraint is not None, "a schema that nobody has read"
+        if (allowed := constraint.allowed(path.generated)) is not None:
+            [forbidden] = upload((~allowed[: len(adjusted)],), adjusted.device)
+            adjusted.masked_fill_(forbidden, -math.inf)
     if sampling.repetition_penalty != 1.0:
         ids, _ = _known(dict.fromkeys((*path.committed, *path.drafted), 0.0), adjusted)
         seen, penalty = adjusted[ids], sampling.repetition_penalty

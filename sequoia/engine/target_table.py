@@ -126,11 +126,11 @@ def _largest(values: Tensor, threshold: Tensor, count: Tensor | int) -> Tensor:
 
 def _adjusted(tree: TokenTree, logits: Tensor, decoding: Decoding, committed: tuple[int, ...]) -> Tensor:
     """(size, vocabulary); float64, or as they are where the argmax of what the model says is all that is asked."""
-    sampling, num_prompt_tokens = decoding.sampling, decoding.num_prompt_tokens
+    sampling, held, num_prompt_tokens = decoding.sampling, decoding.constraint, decoding.num_prompt_tokens
     if not sampling.adjusts(len(committed) - num_prompt_tokens):
         return logits if sampling.greedy else logits.double()
     paths = (Path(committed, num_prompt_tokens, tree.path_tokens(node)) for node in range(tree.topology.size))
-    return torch.stack([adjusted_logits(row, sampling, path) for row, path in zip(logits, paths, strict=True)])
+    return torch.stack([adjusted_logits(row, sampling, path, held) for row, path in zip(logits, paths, strict=True)])
 
 
 def _candidate_columns(tree: TokenTree, q: DraftDistributions) -> tuple[Ids, Ids]:

@@ -91,7 +91,8 @@ class TargetRows:
         return Path(self._committed, self._decoding.num_prompt_tokens, self._tree.path_tokens(node))
 
     def _adjusted(self, node: int) -> Tensor:
-        return adjusted_logits(self._logits[node], self._decoding.sampling, self._path(node))
+        decoding = self._decoding
+        return adjusted_logits(self._logits[node], decoding.sampling, self._path(node), decoding.constraint)
 
 
 def verify_tree(
