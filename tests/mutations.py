@@ -300,7 +300,7 @@ def caught(*, search: bool = False) -> Iterator[tuple[Fault, str | None]]:
 def main() -> int:
     """Print every fault with the test that caught it; fail when one was not caught."""
     parser = argparse.ArgumentParser(description="Deliberate faults, and the tests that catch them.")
-    parser.add_argument("--search", action="store_true", help="in all proofs, not only in the test that is known for it")
+    parser.add_argument("--search", action="store_true", help="in all proofs, not only in its own test")
     num_missed = 0
     for fault, test in caught(search=parser.parse_args().search):
         print(f"{fault.rule:16} {fault.what:68} {test or 'NOT CAUGHT'}", flush=True)
