@@ -25,7 +25,7 @@ MAX_DEPTH = 64  # of a schema; what reads it is recursive
 _NUM_KEPT = 16
 _MAX_LEXER_STATES = 50_000  # of 1 to 2 kB; the library's own limits are on what a step of its parser may cost
 # Of a trial that gets little of a processor.
-_TRIAL_TIMEOUT_SECONDS = 60
+_TRIAL_TIMEOUT_SECONDS = 20
 # JSON may have any number of blanks between two tokens, and a small model may never end writing them.
 _BLANKS = r"[\x20\x0A\x0D\x09]{1,32}"
 
