@@ -45,7 +45,7 @@ class Fault:
     file: str
     old: str
     new: str
-    test: str
+    test: str = ""
 
 
 FAULTS = (

@@ -1,18 +1,27 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import load_engine, needs_native
 from tiny_models import write_tiny_model
 
 from sequoia.engine.attention import chunk_segment
+from sequoia.engine.executor import Job
 from sequoia.engine.forwards import Engine
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.kv_memory import KVMemory, Run, Tokens
+from sequoia.engine.sampling import RandomChoices
 from sequoia.errors import ResourceExhausted
+from sequoia.rules import GREEDY
+from sequoia.sampling import Decoding, Sampling
+from verify_worker.verifier import VerifyLimits, VerifySession
 
 NUM_ROWS = 400
 PROMPT = tuple(range(3, 43))
@@ -179,6 +188,33 @@ def test_logits_behind_reused_rows_are_those_behind_own_ones(engine: Engine, is_
             found = logits(engine, second, longer)
     assert engine.cache.memory.num_reused == 40
     torch.testing.assert_close(found, expected, atol=0.0 if engine.can_grow else 1e-4, rtol=0)
+
+
+def test_a_job_that_ends_after_its_session_changes_nothing_for_the_next_one(engine: Engine) -> None:
+    """A client that is gone in the middle of a forward, and asks the same again before that forward has ended."""
+    engine.cache.memory = KVMemory(engine.cache.num_session_rows)
+    longer, decoding = (*PROMPT, 7, 8, 9), Decoding(GREEDY, Sampling(temperature=0.0), len(PROMPT))
+    limits = VerifyLimits(prefill_chunk=64, vocab_size=400)
+    with engine.cache.slot() as slot:
+        expected = logits(engine, slot, longer)
+    engine.cache.memory = KVMemory(engine.cache.num_session_rows)
+    with engine.cache.slot(PROMPT) as left:
+        session = VerifySession(left, PROMPT, decoding, RandomChoices(np.random.default_rng(0)), limits, 100)
+        logits(engine, left, PROMPT[:-1])
+        job = session.verify(session.root_only)
+        [answer] = engine.forward([next(job)])  # type: ignore[list-item]
+    with engine.cache.slot(longer) as slot:
+        assert slot.first_row == left.first_row
+        for _ in job_to_its_end(job, answer):
+            pytest.fail("it wants another forward")
+        assert slot.adopt() == slot.length == len(PROMPT) - 1
+        found = logits(engine, slot, longer)
+    torch.testing.assert_close(found, expected, atol=1e-4 if not engine.can_grow else 0.0, rtol=0)
+
+
+def job_to_its_end(job: Job[Any], answer: torch.Tensor) -> Iterator[object]:
+    with torch.inference_mode(), suppress(StopIteration):
+        yield job.send(answer)
 
 
 def test_a_segment_cannot_reach_into_another_session_s_rows(engine: Engine) -> None:

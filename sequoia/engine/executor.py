@@ -41,8 +41,9 @@ class _Task(Generic[Result]):
 
     @property
     def abandoned(self) -> bool:
-        """Whether nobody waits any more."""
-        return self.future.cancelled()
+        """Whether nobody waits any more, or its session's rows are others' by now."""
+        wanted = getattr(self, "wanted", None)
+        return self.future.cancelled() or (wanted is not None and wanted.slot.is_left)
 
     @property
     def wants_answer(self) -> bool:
@@ -138,6 +139,7 @@ class EngineThread:
         for task in waiting:
             if task.abandoned:
                 task.job.close()
+                task.future.cancel()
             else:
                 self._tasks.append(task)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,11 +65,16 @@ class KVLayer(CacheLayerMixin):
 
 
 class KVSlot:
-    """One session's rows. `length` of them are valid; row r of a committed sequence is at position r."""
+    """One session's rows. `length` of them are valid; row r of a committed sequence is at position r.
+
+    Once it has been left, the rows are others': a forward that was under way then still ends, and what its job makes of
+    it changes nothing any more.
+    """
 
     def __init__(self, cache: KVCache, run: Run) -> None:
         self._cache, self._run = cache, run
         self.first_row = run.start
+        self.is_left = False
 
     @property
     def length(self) -> int:
@@ -92,34 +98,46 @@ class KVSlot:
         rows did not have to be made.
         """
         run = self._run
-        if (source := run.source) is not None:
+        if (source := run.source) is not None and not self.is_left:
             self._cache.copy(source.start, run.start, run.num_shared)
-            run.length = run.num_shared
+            self._lengthen(run.num_shared)
             self._cache.memory.copied(run)
         return run.num_shared
 
     def made_from(self, token_ids: tuple[int, ...]) -> None:
         """Tell what the valid rows were made from: other sessions that begin like this one may have them."""
-        self._run.tokens = token_ids
+        with self._cache.memory.changing:
+            self._run.tokens = token_ids
 
     def keep(self, rows: Sequence[int]) -> None:
         """Make `rows` (ascending, counted from `length`) the next valid ones; all others behind are dropped."""
         source = [self.length + row for row in rows]
         moved = [(s, self.length + i) for i, s in enumerate(source) if s != self.length + i]
-        if moved:
+        if moved and not self.is_left:
             self._cache.move([self.first_row + s for s, _ in moved], [self.first_row + t for _, t in moved])
-        self._run.length += len(rows)
+        self._lengthen(len(rows))
 
     def pretend(self, num_rows: int) -> None:
         """Make rows of zeros the next valid ones: a context to measure behind. After the first forward only."""
         start = self.first_row + self.length
         self._cache.clear(start, start + num_rows)
-        self._run.length += num_rows
+        self._lengthen(num_rows)
 
     def truncate(self, length: int) -> None:
         """Drop all rows from `length` on."""
-        assert 0 <= length <= self.length
-        self._run.length = length
+        with self._cache.memory.changing:
+            assert 0 <= length <= self.length
+            self._run.length = length
+
+    def leave(self) -> None:
+        """Its session has ended."""
+        with self._cache.memory.changing:
+            run, self._run, self.is_left = self._run, replace(self._run), True
+        self._cache.memory.leave(run)
+
+    def _lengthen(self, num_rows: int) -> None:
+        with self._cache.memory.changing:
+            self._run.length += num_rows
 
 
 class KVCache(Cache):
@@ -188,11 +206,11 @@ class KVCache(Cache):
         """
         if self.num_slots_used >= self.num_slots:
             raise ResourceExhausted(f"all {self.num_slots} KV slots are in use; try again, or raise --num-slots")
-        run = self.memory.take(self.slot_rows if num_rows is None else num_rows, token_ids)
+        slot = KVSlot(self, self.memory.take(self.slot_rows if num_rows is None else num_rows, token_ids))
         try:
-            yield KVSlot(self, run)
+            yield slot
         finally:
-            self.memory.leave(run)
+            slot.leave()
 
     @torch.inference_mode()
     def clear(self, start: int, end: int) -> None:

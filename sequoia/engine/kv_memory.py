@@ -66,7 +66,7 @@ class KVMemory:
         self._num_rows, self._reuses = num_rows, reuses
         self._runs: list[Run] = []  # by start
         self._left: dict[Run, None] = {}  # the longest unused first
-        self._lock = Lock()
+        self.changing = Lock()  # held while a run, or which of them there are, is changed
         self.num_reused = 0  # rows that did not have to be made, since the start
 
     @property
@@ -77,7 +77,7 @@ class KVMemory:
     @property
     def num_rows_used(self) -> int:
         """Of all sessions."""
-        with self._lock:
+        with self.changing:
             return sum(run.num_rows for run in self._runs if not run.is_left)
 
     def take(self, num_rows: int, tokens: Tokens = ()) -> Run:
@@ -85,7 +85,7 @@ class KVMemory:
 
         Raises ResourceExhausted naming `kv-tokens` while there is no room.
         """
-        with self._lock:
+        with self.changing:
             source, num_shared = self._likest(tokens[:-1])
             if source is not None and 2 * num_shared > source.length and self._can_extend(source, num_rows):
                 return self._extended(source, num_rows, num_shared)
@@ -107,7 +107,7 @@ class KVMemory:
 
     def copied(self, run: Run) -> None:
         """Its source is needed no more."""
-        with self._lock:
+        with self.changing:
             if run.source is not None:
                 run.source.num_readers -= 1
                 run.source = None
@@ -115,7 +115,7 @@ class KVMemory:
     def leave(self, run: Run) -> None:
         """Its session has ended."""
         self.copied(run)
-        with self._lock:
+        with self.changing:
             known = run.num_known
             run.tokens, run.length, run.num_rows, run.is_left = run.tokens[:known], known, known, True
             self._left[run] = None
