@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from tiny_models import write_tiny_model
 
 from coordinator.planner_job import plan_pair
+from sequoia import AsyncClient
 from sequoia.border import error_from
 from sequoia.cli.deployment import Deployment, DeploymentSettings
 from sequoia.cli.steps import Steps
@@ -48,6 +50,31 @@ def test_draft_killed_in_mid_request_costs_no_text(own_tiny_system: System) -> N
     assert last.generation.speculation.fallback_reason.startswith("draft: lost (UNAVAILABLE")
     assert own_tiny_system.status("draft") == grpc.StatusCode.UNAVAILABLE
     assert own_tiny_system.num_slots_used("verify") == 0
+
+
+@pytest.mark.slow
+async def test_who_asks_as_others_did_that_have_just_gone_gets_the_same_text(own_tiny_system: System) -> None:
+    """The rows of those who are gone are taken over, whatever their last forward was doing then."""
+    prompts, asked = (PROMPT, list(range(90, 210))), {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    client = own_tiny_system.client
+    undisturbed = [client.generate(prompt, speculation="off", **asked).token_ids for prompt in prompts]  # type: ignore[arg-type]
+
+    async def leave_and_ask(client: AsyncClient, seed: int) -> None:
+        choose = random.Random(seed)
+        for _ in range(50):
+            at, left_after = choose.randrange(len(prompts)), choose.randrange(40)
+            speculation = choose.choice(("off", TREE))
+            stream = client.stream(prompts[at], speculation=speculation, **asked)  # type: ignore[arg-type]
+            received = 0
+            async for chunk in stream:
+                if (received := received + len(chunk.token_ids)) > left_after:
+                    break
+            await stream.aclose()
+            found = await client.generate(prompts[at], speculation=speculation, **asked)  # type: ignore[arg-type]
+            assert found.token_ids == undisturbed[at]
+
+    async with AsyncClient(own_tiny_system.deployment.address) as many:
+        await asyncio.gather(*(leave_and_ask(many, seed) for seed in range(6)))
 
 
 def test_wedged_draft_is_never_awaited_before_the_first_token(own_tiny_system: System) -> None:
