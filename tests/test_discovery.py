@@ -89,7 +89,7 @@ class VerifyWorker(worker_pb2_grpc.WorkerServiceServicer, verify_pb2_grpc.Verify
 class Plain:
     """A request that is decoded plainly."""
 
-    def choose(self, num_tokens: int) -> Choice:
+    def choose(self, num_tokens: int, num_tokens_left: int) -> Choice:
         return Choice(Topology.root_only(), 0)
 
     def observe(self, *observed: object, **how: object) -> None:

@@ -58,13 +58,13 @@ class Workers(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyService
 class AlwaysTree:
     """A request that always wants a tree."""
 
-    def choose(self, num_tokens: int) -> Choice:
+    def choose(self, num_tokens: int, num_tokens_left: int) -> Choice:
         return Choice(Topology.chain(3))
 
     def drafted(self, ahead: int) -> None:
         """Nobody counts."""
 
-    def opened(self, seconds: float) -> None:
+    def opened(self, seconds: float, num_tokens: int) -> None:
         """Nobody counts that either."""
 
     def observe(self, *observed: object, **how: object) -> None:
