@@ -88,7 +88,8 @@ class Governor:
         if self._trial or self._is_open(Gait.OFF) or self._pace(self.gait) is None:
             return num_tokens_left >= _TRIAL_STEPS  # to learn what it gains
         gain = self._expected(Gait.OFF) - self._expected(self.gait)
-        return num_tokens_left * gain >= self._reading.seconds(num_tokens) * self._num_sessions
+        # Without any the gait is about to change, or the steps that there were had bad luck: more of them will tell.
+        return gain <= 0.0 or num_tokens_left * gain >= self._reading.seconds(num_tokens) * self._num_sessions
 
     @property
     def num_plain_steps(self) -> int:

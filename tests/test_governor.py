@@ -245,6 +245,15 @@ def test_a_draft_that_would_read_longer_than_it_gains_is_not_begun() -> None:
     assert not governor.pays_to_begin(num_tokens=1_000, num_tokens_left=50)
 
 
+def test_a_gait_that_seems_to_gain_nothing_goes_on_until_it_is_left() -> None:
+    governor = gaining()
+    governor.charge(0.5, 100)
+    while governor.gait is Gait.ON and governor.paces[TREE].seconds_per_token < governor.paces[PLAIN].seconds_per_token:
+        governor.observe(TREE, 0.26, 2)
+    assert governor.gait is Gait.ON
+    assert governor.pays_to_begin(num_tokens=100, num_tokens_left=50)
+
+
 def test_while_one_reads_all_sessions_wait() -> None:
     alone, among_others = gaining(), gaining(4)
     for governor in (alone, among_others):
