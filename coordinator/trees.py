@@ -97,12 +97,12 @@ class TreePlans:
         return None
 
     def in_force(self) -> list[FoundPlan]:
-        """The present pair's plans, coolest first."""
+        """The present pair's plans, coolest first, and of those the ones for the fewest sessions."""
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return []
         of_pair = [key for key in self._plans if plan_key(verify, draft, key.situation) == key]
-        of_pair.sort(key=lambda key: (TEMPERATURES.names.index(key.situation.temperature), str(key.situation)))
+        of_pair.sort(key=lambda key: _rank(key.situation))
         return [FoundPlan(self._plans[key], key.situation) for key in of_pair]
 
     async def refresh(self) -> None:
@@ -175,3 +175,8 @@ def max_tree_size(verify: WorkerDescription, draft: WorkerDescription | None) ->
 
 def _model(worker: WorkerDescription) -> str:
     return f"{worker.model}@{worker.model_revision} {worker.dtype} {worker.quantization}"
+
+
+def _rank(situation: Situation) -> tuple[int, int, str]:
+    temperature, sessions = situation.temperature, situation.sessions
+    return TEMPERATURES.names.index(temperature), SESSIONS.names.index(sessions), str(situation)
