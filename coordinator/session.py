@@ -117,9 +117,9 @@ class Session:
             self.report.fell_back(self._draft.reason, self._draft.cause)
         return None, await self._verify.open(token_ids)
 
-    def _choose(self, max_levels: int) -> None:
-        choice = self._speculation.choose(len(self._transcript.token_ids), max_levels)
-        self._choice = replace(choice, shape=choice.shape.truncated(max_levels))
+    def _choose(self, num_tokens_left: int) -> None:
+        choice = self._speculation.choose(len(self._transcript.token_ids), num_tokens_left)
+        self._choice = replace(choice, shape=choice.shape.truncated(num_tokens_left))
 
     def _observe(self, draft: draft_pb2.DraftResponse | None, verdict: verify_pb2.VerifyResponse) -> None:
         """A drafted step after a plain one catches up, and a plain one after a drafted one finds the draft's threads

@@ -141,10 +141,8 @@ class TreePlans:
         verify, draft = self._pair.verify_description, self._pair.draft_description
         if draft is None:
             return []
-        wanted = {each: None for situation in self._wanted for each in situation.neighbours}
-        [first, *others] = wanted
-        here = plan_key(verify, draft, first)
-        return [here, *map(here.at, others)]
+        here = plan_key(verify, draft, next(iter(self._wanted)))
+        return [here.at(each) for each in {each for situation in self._wanted for each in situation.neighbours}]
 
     def _serving(self, situation: Situation) -> list[Situation]:
         rules = dict.fromkeys((situation.rule, self._default_rule.name))

@@ -288,6 +288,11 @@ FAULTS = (
         "test_kv_memory.py::test_every_session_has_the_rows_of_its_own_tokens_whatever_comes_and_goes[0]",
     ),
     Fault(
+        "reuse", "a job that ends after its session goes on in the next one's rows", "sequoia/engine/kv_cache.py",
+        "run, self._run, self.is_left = self._run, replace(self._run), True", "run = self._run",
+        "test_kv_memory.py::test_a_job_that_ends_after_its_session_changes_nothing_for_the_next_one",
+    ),
+    Fault(
         "reuse", "the last token of a prompt is not read again", MEMORY,
         "self._likest(tokens[:-1])", "self._likest(tokens)",
         "test_kv_memory.py::test_the_last_token_is_always_made_anew",

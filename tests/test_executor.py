@@ -130,6 +130,18 @@ async def test_a_cancelled_job_of_one_engine_does_not_disturb_the_other(model: L
         assert torch.equal(await alone.b.run(prefill(b)), logits)
 
 
+async def test_a_job_whose_session_has_ended_writes_no_rows_though_nobody_has_cancelled_it_yet(
+    model: LoadedModel,
+) -> None:
+    with pair_of(model) as pair, slots(pair.a) as [kept]:
+        with slots(pair.a) as [left]:
+            late, job = await pair.arrive((pair.a, prefill(left)), (pair.a, prefill(kept)))
+        pair.release.set()
+        await job
+        assert (await asyncio.gather(late, return_exceptions=True))[0].__class__ is asyncio.CancelledError
+    assert pair.diary.forwards == [("a", 1)] * 3
+
+
 async def test_an_engine_that_fails_leaves_the_other_running(model: LoadedModel) -> None:
     def unknown_token(slot: KVSlot) -> Job[Tensor]:
         yield chunk_segment(slot, [10**6], logits=True)

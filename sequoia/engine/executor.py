@@ -42,8 +42,7 @@ class _Task(Generic[Result]):
     @property
     def abandoned(self) -> bool:
         """Whether nobody waits any more, or its session's rows are others' by now."""
-        wanted = getattr(self, "wanted", None)
-        return self.future.cancelled() or (wanted is not None and wanted.slot.is_left)
+        return self.future.cancelled() or self.wanted.slot.is_left
 
     @property
     def wants_answer(self) -> bool:
@@ -131,7 +130,7 @@ class EngineThread:
             if self._stopping:
                 return False
             arrived, self._new = self._new, []
-        self._tasks.extend(task for task in arrived if not task.abandoned and task.advance(None))
+        self._tasks.extend(task for task in arrived if not task.future.cancelled() and task.advance(None))
         return True
 
     def _drop_abandoned(self) -> None:
