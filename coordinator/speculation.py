@@ -8,6 +8,7 @@ from typing import Protocol
 
 from coordinator.gaits import PLAIN, Gait, Gaits
 from coordinator.governor import Governor
+from coordinator.load import Load
 from coordinator.request import Request
 from coordinator.trees import FoundPlan, Pair, TreePlans, max_tree_size
 from sequoia.acceptance import PRIOR
@@ -56,17 +57,17 @@ class Speculator:
         self.plans = plans
         self._workers = workers
         self._governors: dict[Situation, Governor] = {}
-        self._num_sessions = 0
+        self._load = Load()
         self._num_drafted = 0
         self.num_ahead_hits = self.num_ahead_misses = 0
 
     def __enter__(self) -> Speculator:
         """Around each request, so that they are counted."""
-        self._num_sessions += 1
+        self._load.begin()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._num_sessions -= 1
+        self._load.end()
 
     @property
     def governors(self) -> dict[Situation, Governor]:
@@ -81,7 +82,7 @@ class Speculator:
     def situation(self, request: Request, num_tokens: int) -> Situation:
         """Where a request stands with so many committed tokens."""
         rule, temperature = request.decoding.rule, request.decoding.sampling.temperature
-        return Situation.of(rule, temperature, self._num_sessions, num_tokens, self.round_trip_seconds)
+        return Situation.of(rule, temperature, self._load.count, num_tokens, self.round_trip_seconds)
 
     def governor(self, situation: Situation) -> Governor:
         """That of all requests in a situation, at whatever distance, following the plan in force."""

@@ -1,7 +1,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, replace
 
 import pytest
@@ -322,6 +322,21 @@ async def test_a_losing_tree_is_left_and_the_result_says_so(idle: Idle) -> None:
     assert speculation.state == SPECULATION_STATE_OFF
     assert speculation.reason.startswith("measured, in ms a token: on 500.0")
     assert Choice(PLAIN, 64) in [speculation.choose(1, 100) for _ in range(2)]
+
+
+async def test_one_that_comes_as_four_have_left_is_planned_for_as_one_of_four(
+    idle: Idle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.load._LOOK_BACK_SECONDS", 60.0)
+    speculator = Speculator(idle.plans("", pair()), pair())
+    asked = request(SPECULATION_MODE_AUTO)
+    found = []
+    for count in (1, 4, 1):
+        with ExitStack() as running:
+            for _ in range(count):
+                running.enter_context(speculator)
+            found.append(speculator.situation(asked, 1).sessions)
+    assert found == [Situation.of(GREEDY, 0.0, count, 1).sessions for count in (1, 4, 4)]
 
 
 async def test_without_a_draft_speculation_is_off_and_says_why(idle: Idle) -> None:
