@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import signal
 import sys
 import tempfile
 import threading
@@ -17,13 +16,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any
 
+from clocks import Clocks
 from cluster import Cluster
+from faults import Faults
 from rich.console import Console
 from tiny_models import write_tiny_pair
 
@@ -72,18 +72,11 @@ class Outcome:
 class Chaos:
     """Faults on a cluster whose dead workers are started again at once, as an orchestrator does."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
-        self._cluster, self._random, self._lock = cluster, random.Random(seed), threading.Lock()
+    def __init__(self, cluster: Cluster, faults: Faults, seed: int) -> None:
+        self._cluster, self._faults = cluster, faults
+        self._random, self._lock = random.Random(seed), threading.Lock()
         self._expected: dict[tuple[int, int], tuple[int, ...]] = {}
-        self._ended: Queue[str] = Queue()
         self.outcome = Outcome()
-        links = ("cut", "reset", "halve", "repeat", "stall")
-        self._faults: dict[str, Callable[[str], None]] = {
-            **{name: lambda worker, name=name: self._break_link(worker, name) for name in links},  # type: ignore[misc]
-            "kill": self._kill,
-            "terminate": self._terminate,
-            "pause": self._pause,
-        }
 
     @property
     def process_ids(self) -> list[int]:
@@ -115,11 +108,11 @@ class Chaos:
         with ThreadPoolExecutor(at_once) as pool:
             running = [pool.submit(job) for job in jobs]
             while not all(each.done() for each in running):
-                self._restart()
+                self._faults.restart_ended()
                 on_progress(self.outcome.num_requests)
             for each in running:
                 each.result()
-        self._restart()
+        self._faults.restart_ended()
         try:
             for name in self._cluster.all_names:
                 self._wait_until_serving(name)
@@ -127,12 +120,6 @@ class Chaos:
         except AssertionError as error:
             self.outcome.problems.append(f"in the end: {error}")
         return self.outcome
-
-    def _restart(self) -> None:
-        """Those that have ended. On the main thread: a process dies with the thread that started it."""
-        with suppress(Empty):
-            while True:
-                self._cluster.begin(self._ended.get(timeout=0.05))
 
     def _undisturbed(self, prompt: int, how: int) -> tuple[int, ...]:
         asked = {"max_tokens": _NUM_TOKENS, "ignore_eos": True, "speculation": "off", **_HOW[how]}
@@ -142,7 +129,7 @@ class Chaos:
         """A request, and a fault at some place of its answer."""
         choose = random.Random(seed)
         prompt, how = choose.randrange(len(_PROMPTS)), choose.randrange(len(_HOW))
-        fault, role = choose.choice([*self._faults, "cancel"]), choose.choice(("verify", "draft", "coordinator"))
+        fault, role = choose.choice([*self._faults.names, "cancel"]), choose.choice(("verify", "draft", "coordinator"))
         name = fault if fault == "cancel" else f"{fault} {role}"
         speculation: Any = choose.choice((_TREE, _TREE, "auto", "off"))
         started = time.monotonic()
@@ -170,7 +157,7 @@ class Chaos:
                 if fault == "cancel":
                     stream.close()
                     break
-                self._faults[fault](choose.choice(self._cluster.names(role)))
+                self._faults.happen(fault, choose.choice(self._cluster.names(role)), choose)
         return tuple(token_ids)
 
     def _note(self, name: str, problem: str, started: float) -> None:
@@ -183,36 +170,6 @@ class Chaos:
                 self.outcome.problems.append(f"{name}: {problem}")
             else:
                 self.outcome.survived[name] += 1
-
-    def _break_link(self, worker: str, how: str) -> None:
-        link = self._cluster.links[worker]
-        link.stall(0.7) if how == "stall" else getattr(link, how)()
-
-    def _kill(self, worker: str) -> None:
-        self._end(worker, self._cluster.kill)
-
-    def _terminate(self, worker: str) -> None:
-        def end(name: str) -> None:
-            self._cluster.terminate(name)
-            self._cluster.wait(name)
-
-        self._end(worker, end)
-
-    def _end(self, worker: str, end: Callable[[str], None]) -> None:
-        with self._lock:
-            needed = self._cluster.names("coordinator") if worker.startswith("coordinator") else [worker]
-            if not all(map(self._cluster.is_serving, needed)):
-                return  # it has not come back from the last time; and without a coordinator nobody is there to ask
-            end(worker)
-            self._ended.put(worker)
-
-    def _pause(self, worker: str) -> None:
-        with self._lock:
-            if not self._cluster.is_serving(worker):
-                return
-            self._cluster.signal(worker, signal.SIGSTOP)
-            time.sleep(0.5)
-            self._cluster.signal(worker, signal.SIGCONT)
 
     def _wait_until_serving(self, worker: str) -> None:
         deadline = time.monotonic() + 60
@@ -230,8 +187,9 @@ def _parting(found: tuple[int, ...], expected: tuple[int, ...]) -> int:
 def chaos(seed: int, folder: Path) -> Iterator[Chaos]:
     """On a fresh cluster of tiny float32 models."""
     (folder / "logs").mkdir()
-    with Cluster(write_tiny_pair(folder), folder / "logs", num_coordinators=2) as cluster:
-        yield Chaos(cluster, seed)
+    clocks = Clocks(folder)
+    with Cluster(write_tiny_pair(folder), folder / "logs", num_coordinators=2, clocks=clocks) as cluster:
+        yield Chaos(cluster, Faults(cluster, clocks), seed)
 
 
 def run(num_requests: int, seed: int, folder: Path, on_progress: Callable[[int], None] = lambda _: None) -> Outcome:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import grpc
+from clocks import Clocks
 from faulty_link import FaultyLink
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -37,10 +38,11 @@ class Cluster:
         num_draft: int = 2,
         num_coordinators: int = 1,
         environment: Mapping[str, str] | None = None,
+        clocks: Clocks | None = None,
         **flags: object,
     ) -> None:
         self.models = dict(models)  # by role: what is started from now on serves that
-        self._log_dir, self._flags = log_dir, flags
+        self._log_dir, self._flags, self._clocks = log_dir, flags, clocks
         self._environment = {**_ENVIRONMENT, **(environment or {})}
         counts = {"verify": num_verify, "draft": num_draft, "coordinator": num_coordinators}
         self._roles = {f"{role}{index}": role for role, count in counts.items() for index in range(count)}
@@ -88,7 +90,8 @@ class Cluster:
                 flags |= {"failover-seconds": 30, **pools, **self._flags}
             else:
                 flags |= {"model": self.models[role], "dtype": "float32", "num-threads": 1}
-            self._processes[name] = ServerProcess(name, MODULES[role], flags, self._environment, self._log_dir)
+            environment = self._environment | (self._clocks.environment(name) if self._clocks else {})
+            self._processes[name] = ServerProcess(name, MODULES[role], flags, environment, self._log_dir)
 
     def kill(self, name: str) -> None:
         """As a crash does."""
