@@ -12,6 +12,7 @@
 #include <math.h>
 #include <omp.h>
 
+#include "attention.h"
 #include "linear.h"
 
 /* ---- element by element ---- */
@@ -51,8 +52,6 @@ static void rotate(float *head, const float *rotation, int size) {
     }
 }
 
-/* ---- attention ---- */
-
 /* Normalise and rotate a token's queries and keys in place, and write its row of the KV cache. */
 static void place_token(const Model *model, const Layer *layer, const Batch *batch, float *qkv, int token) {
     int size = model->head_size, heads = model->heads, kv_heads = model->kv_heads;
@@ -69,136 +68,6 @@ static void place_token(const Model *model, const Layer *layer, const Batch *bat
         for (int i = 0; i < size; i += LANES) {
             store_bfloat16(layer->keys + at + i, _mm512_loadu_ps(key + i));
             store_bfloat16(layer->values + at + i, _mm512_loadu_ps(value + i));
-        }
-    }
-}
-
-static inline int64_t seen_row(const Batch *batch, int token, int64_t index) {
-    int64_t prefix = batch->prefix_lens[token];
-    return index < prefix ? batch->first_rows[token] + index
-                          : batch->own_rows[batch->own_starts[token] + index - prefix];
-}
-
-/* The sums of 16 vectors, in order; each is summed in the same order as all others. */
-static inline __m512 sums_of(const __m512 *v) {
-    __m512 pairs[8], fours[4];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i++)
-        pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        __m512d left = _mm512_castps_pd(pairs[2 * i]), right = _mm512_castps_pd(pairs[2 * i + 1]);
-        fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(left, right)),
-                                 _mm512_castpd_ps(_mm512_unpackhi_pd(left, right)));
-    }
-    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(fours[0], fours[1], 0x88), _mm512_shuffle_f32x4(fours[0], fours[1], 0xdd));
-    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(fours[2], fours[3], 0x88), _mm512_shuffle_f32x4(fours[2], fours[3], 0xdd));
-    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-}
-
-/* What one token sees of a KV head: rows `first` to `seen` in the order of their positions. */
-typedef struct {
-    const Batch *batch;
-    const uint16_t *keys, *values; /* of the head */
-    int token, size;
-    int64_t first, seen;
-} View;
-
-/* Scores of `count` queries, each (size,), against every row: (count, stride), the same bits however many there are. */
-static inline __attribute__((always_inline)) void score(const int count, const View *view, const float *queries,
-                                                        float scale, float *scores, int64_t stride) {
-    int parts = view->size / LANES;
-    for (int64_t block = view->first; block < view->seen; block += LANES) {
-        int rows = view->seen - block < LANES ? (int)(view->seen - block) : LANES;
-        __m512 products[4][LANES];
-        for (int j = 0; j < LANES; j++) {
-            __m512 sums[4];
-            for (int g = 0; g < count; g++) sums[g] = _mm512_setzero_ps();
-            if (j < rows) {
-                const uint16_t *key = view->keys + seen_row(view->batch, view->token, block + j) * view->size;
-                for (int i = 0; i < parts; i++) {
-                    __m512 part = load_bfloat16(key + i * LANES);
-#pragma GCC unroll 4
-                    for (int g = 0; g < count; g++)
-                        sums[g] = _mm512_fmadd_ps(part, _mm512_loadu_ps(queries + g * view->size + i * LANES), sums[g]);
-                }
-            }
-            for (int g = 0; g < count; g++) products[g][j] = sums[g];
-        }
-        for (int g = 0; g < count; g++)
-            _mm512_storeu_ps(scores + g * stride + block - view->first,
-                             _mm512_mul_ps(sums_of(products[g]), _mm512_set1_ps(scale)));
-    }
-}
-
-/* Scores become weights before they are divided by their sum, which is returned. */
-static float weigh(float *scores, int64_t count) {
-    __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-    for (int64_t i = 0; i < count; i += LANES)
-        most = _mm512_mask_max_ps(most, first_lanes(count - i), most, _mm512_loadu_ps(scores + i));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (int64_t i = 0; i < count; i += LANES) {
-        __m512 weights = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), most));
-        weights = _mm512_maskz_mov_ps(first_lanes(count - i), weights);
-        total = _mm512_add_ps(total, weights);
-        _mm512_storeu_ps(scores + i, weights);
-    }
-    return _mm512_reduce_add_ps(total);
-}
-
-/* The rows' values, weighted: `count` outputs, each (size,); `parts` vectors of them at a time. */
-static inline __attribute__((always_inline)) void mix(const int count, const int parts, const View *view,
-                                                      const float *weights, int64_t stride, const float *totals, int at,
-                                                      float *output) {
-    __m512 sums[4][4];
-    for (int g = 0; g < count; g++)
-        for (int i = 0; i < parts; i++) sums[g][i] = _mm512_setzero_ps();
-    for (int64_t index = view->first; index < view->seen; index++) {
-        const uint16_t *value = view->values + seen_row(view->batch, view->token, index) * view->size + at;
-        __m512 part[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < parts; i++) part[i] = load_bfloat16(value + i * LANES);
-#pragma GCC unroll 4
-        for (int g = 0; g < count; g++) {
-            __m512 weight = _mm512_set1_ps(weights[g * stride + index - view->first]);
-#pragma GCC unroll 4
-            for (int i = 0; i < parts; i++) sums[g][i] = _mm512_fmadd_ps(weight, part[i], sums[g][i]);
-        }
-    }
-    for (int g = 0; g < count; g++)
-        for (int i = 0; i < parts; i++)
-            _mm512_storeu_ps(output + g * view->size + at + i * LANES,
-                             _mm512_mul_ps(sums[g][i], _mm512_set1_ps(1.0f / totals[g])));
-}
-
-/* Up to four query heads together, so that a key or value is read and widened once for all of them. */
-static inline __attribute__((always_inline)) void attend_heads(const int count, const View *view, const float *queries,
-                                                               float scale, float *scores, int64_t stride,
-                                                               float *output) {
-    float totals[4];
-    score(count, view, queries, scale, scores, stride);
-    for (int g = 0; g < count; g++) totals[g] = weigh(scores + g * stride, view->seen - view->first);
-    int at = 0;
-    for (; at + 4 * LANES <= view->size; at += 4 * LANES) mix(count, 4, view, scores, stride, totals, at, output);
-    for (; at < view->size; at += LANES) mix(count, 1, view, scores, stride, totals, at, output);
-}
-
-/* The queries of one KV head of one token. `scores` is (4, most_rows + 16). */
-static void attend(const Model *model, const Layer *layer, const Batch *batch, const float *qkv, int token, int kv_head,
-                   float *scores, float *output) {
-    int groups = model->heads / model->kv_heads;
-    int64_t size = model->head_size, stride = batch->most_rows + LANES, head = kv_head * model->pool_rows * size;
-    int64_t seen = batch->prefix_lens[token] + batch->own_starts[token + 1] - batch->own_starts[token];
-    int64_t first = layer->window && seen > layer->window ? seen - layer->window : 0;
-    View view = {batch, layer->keys + head, layer->values + head, token, (int)size, first, seen};
-    for (int g = 0; g < groups; g += 4) {
-        const float *queries = qkv + (int64_t)(kv_head * groups + g) * size;
-        float *to = output + (int64_t)(kv_head * groups + g) * size, scale = model->attention_scale;
-        switch (groups - g) {
-            case 1: attend_heads(1, &view, queries, scale, scores, stride, to); break;
-            case 2: attend_heads(2, &view, queries, scale, scores, stride, to); break;
-            case 3: attend_heads(3, &view, queries, scale, scores, stride, to); break;
-            default: attend_heads(4, &view, queries, scale, scores, stride, to);
         }
     }
 }
@@ -244,8 +113,8 @@ static void run_layer(const Model *model, const Layer *layer, const Batch *batch
     for (int row = 0; row < rows; row++) place_token(model, layer, batch, scratch->wide + row * qkv_width, row);
 #pragma omp for schedule(dynamic)
     for (int item = 0; item < rows * model->kv_heads; item++) {
-        int row = item / model->kv_heads;
-        attend(model, layer, batch, scratch->wide + row * qkv_width, row, item % model->kv_heads, own_scores,
+        int row = item % rows; /* one head after the other: its keys and values are then in the cache for all tokens */
+        attend(model, layer, batch, scratch->wide + row * qkv_width, row, item / rows, own_scores,
                scratch->narrow + row * attended_width);
     }
 #pragma omp for

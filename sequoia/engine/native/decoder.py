@@ -24,7 +24,7 @@ from sequoia.engine.weights import DecoderShape, DecoderWeights, LayerWeights, L
 from sequoia.engine.whole_tree import AnyGrownTree, AnyWholeTree, WholeTree
 
 _LANES = 16
-_HEADS_AT_ONCE = 4  # of the attention, as in decoder.c
+_HEADS_AT_ONCE = 4  # of the attention, at most
 _ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # as in decoder.c
 
 

@@ -16,8 +16,7 @@ from sequoia.config import cpu_flags
 from sequoia.errors import SequoiaError
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / f"{name}.c" for name in ("decoder", "dynamic", "growth", "linear", "ranking", "target"))
-_HEADERS = tuple(_FOLDER / f"{name}.h" for name in ("amx", "avx2", "avx2_integers", "decoder", "linear", "ranking"))
+_FILES = tuple(sorted((*_FOLDER.glob("*.c"), *_FOLDER.glob("*.h"))))
 # What the code is written for: products of bfloat16 and of int8, and the conversions around them.
 _AVX512_FLAGS = frozenset(("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "avx512_vnni"))
 # What it makes do with (avx2.h), on a CPU that lacks some of these.
@@ -75,7 +74,7 @@ def _compiler() -> str:
 def _built(folder: Path) -> Path:
     compiler = _compiler()
     recipe = f"{_version(compiler)} {_options()} {sorted(cpu_flags())}".encode()
-    recipe += b"".join(path.read_bytes() for path in (*_SOURCES, *_HEADERS))
+    recipe += b"".join(path.read_bytes() for path in _FILES)
     target = folder / f"decoder-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "build.lock"):
@@ -87,7 +86,7 @@ def _built(folder: Path) -> Path:
 def _compile(compiler: str, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         output = Path(folder) / target.name
-        _run([compiler, *_options(), *map(str, _SOURCES), "-o", str(output), "-lm"])
+        _run([compiler, *_options(), *(str(path) for path in _FILES if path.suffix == ".c"), "-o", str(output), "-lm"])
         output.replace(target)
 
 
