@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -86,6 +87,29 @@ def test_a_verify_worker_that_ends_costs_no_text(cluster: Cluster, how: dict[str
         assert "is lost" in last.generation.speculation.fallback_reason
     cluster.wait_until_free()
     cluster.start(*gone)
+
+
+@HOW
+@pytest.mark.parametrize("speculation", ["off", TREE], ids=["off", "tree"])
+def test_an_answer_held_to_a_schema_survives_its_verify_worker(
+    cluster: Cluster, how: dict[str, Any], speculation: Any
+) -> None:
+    number = {"type": "integer", "minimum": 100, "maximum": 999}
+    schema = {"type": "array", "items": number, "minItems": 40, "maxItems": 40}
+    asked = {"max_tokens": 1000, "json_schema": schema, **how}
+    expected = cluster.client.generate(PROMPT, speculation="off", **asked).text
+    stream, text, gone = cluster.client.stream(PROMPT, speculation=speculation, **asked), "", ""
+    for chunk in stream:
+        text += chunk.text
+        if not gone and len(text) > 60:
+            gone = cluster.busy("verify")
+            cluster.kill(gone)
+    cluster.wait(gone)
+    cluster.start(gone)
+    assert text == expected
+    assert len(json.loads(text)) == 40
+    if speculation == "off":  # else the last reason may be the draft's
+        assert "is lost" in chunk.generation.speculation.fallback_reason
 
 
 @HOW

@@ -19,7 +19,7 @@ from jsonschema import validate
 from test_parameters import logits as free_logits
 from test_parameters import q as free_q
 from tiny_models import build_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from sequoia.engine.grammar import Grammars, JsonConstraint
 from sequoia.engine.sampling import Path, RandomChoices, adjusted_logits
@@ -109,6 +109,41 @@ def test_what_may_follow_depends_on_the_path_alone_whatever_was_asked_before(gra
             np.testing.assert_array_equal(found, expected)
             token = int(generator.choice(400 if generator.random() < 0.05 else np.flatnonzero(found)))
             walk = (*walk, token)
+
+
+def falling_back() -> Tokenizer:
+    """As SentencePiece's: blanks are U+2581, and what has no token of its own is written in bytes."""
+    words = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *'{}[]":,0123456789trueflasn\u2581']
+    tokenizer = Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(words[:2])
+    return tokenizer
+
+
+def test_characters_that_are_written_in_bytes_are_whole_in_what_is_allowed() -> None:
+    tokenizer, generator = falling_back(), np.random.default_rng(3)
+    size, schema = tokenizer.get_vocab_size(), {"type": "array", "items": {"type": "string", "maxLength": 3}}
+    grammars = Grammars(described(tokenizer, size, 1))
+    written = json.dumps(["\u00e9 \u2581", "\U0001f333"], ensure_ascii=False, separators=(",", ":"))
+    known = tuple(tokenizer.encode(written, add_special_tokens=False).ids)
+    assert any(2 <= token < 258 for token in known)
+    for length in range(len(known)):
+        allowed = grammars.constraint(json.dumps(schema)).allowed(known[:length])
+        assert allowed is not None
+        assert allowed[known[length]], f"{written!r} behind {length} tokens"
+    for _ in range(20):
+        constraint, answer = grammars.constraint(json.dumps({**schema, "minItems": 2, "maxItems": 4})), ()
+        while 1 not in answer:
+            allowed = constraint.allowed(answer)
+            assert allowed is not None
+            choices = np.flatnonzero(allowed[:size])
+            in_bytes = choices[(choices >= 130) & (choices < 258)]
+            answer = (
+                *answer,
+                int(generator.choice(in_bytes if len(in_bytes) and generator.random() < 0.5 else choices)),
+            )
+        validate(json.loads(tokenizer.decode(answer)), schema)
 
 
 def test_what_is_written_from_allowed_tokens_is_what_the_schema_admits(grammars: Grammars) -> None:
