@@ -11,7 +11,7 @@ from time import thread_time
 from types import FrameType
 from typing import Any, NoReturn
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -56,17 +56,25 @@ class ChatTemplate:
         self._max_seconds = max_seconds
         self._now = now
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The text of a conversation of (role, content) pairs, ready for the assistant's answer.
+    @cached_property
+    def reads_tools(self) -> bool:
+        """Whether the template asks for the tools that there are. A broken one may: rendering tells what is wrong."""
+        try:
+            return "tools" in meta.find_undeclared_variables(self._environment.parse(self._source))
+        except TemplateError:
+            return True
+
+    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """The text of a conversation, ready for the assistant's answer. Messages and tools are transformers' shapes.
 
         Raises InvalidArgument naming `chat` when the template is broken, refuses the messages or exceeds its bounds.
         """
         variables = {
             **self._special_tokens,
-            "messages": [{"role": role, "content": content} for role, content in messages],
+            "messages": [dict(each) for each in messages],
             "add_generation_prompt": True,
             # Templates ask whether these are none, which an undefined variable is not.
-            "tools": None,
+            "tools": tools and [dict(each) for each in tools],
             "documents": None,
         }
         try:
@@ -93,13 +101,17 @@ class ChatTemplate:
 
     @cached_property
     def _template(self) -> Template:
+        return self._environment.from_string(self._source)
+
+    @cached_property
+    def _environment(self) -> ImmutableSandboxedEnvironment:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda format: self._now().strftime(format)
-        return environment.from_string(self._source)
+        return environment
 
 
 class _GenerationTag(Extension):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, replace
 
+from coordinator.conversation import conversation_from_wire
 from coordinator.stops import parse_stops
 from coordinator.text import TextCodec
 from sequoia.errors import InvalidArgument
@@ -125,7 +126,7 @@ def _prompt(
         prompt = codec.encode(message.text, limit)
     elif kind == "chat":
         _check_count(len(message.chat.messages), limit, "chat", "messages")
-        prompt = codec.encode_chat([(each.role, each.content) for each in message.chat.messages], limit)
+        prompt = codec.encode_chat(conversation_from_wire(message.chat), limit)
     elif kind == "token_ids":
         _check_count(len(message.token_ids.ids), limit, "token_ids", "tokens")
         prompt = tuple(message.token_ids.ids)

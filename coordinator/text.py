@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
 from coordinator.chat_template import ChatTemplate
+from coordinator.conversation import Conversation
 from coordinator.stops import StopMatcher
 from coordinator.token_bytes import TokenBytes
+from coordinator.tool_support import CLOSING, OPENING, ToolSupport, probe
 from sequoia.errors import FailedPrecondition, InvalidArgument
 from sequoia.v1 import worker_pb2
 
@@ -66,19 +70,29 @@ class TextCodec:
         self._check_length(text, most_tokens, "text")
         return tuple(self._tokenizer.encode(text).ids)
 
-    def encode_chat(self, messages: Sequence[tuple[str, str]], most_tokens: int = _NO_LIMIT) -> tuple[int, ...]:
-        """Token ids of a conversation of (role, content) pairs, ready for the assistant's answer.
+    def encode_chat(self, conversation: Conversation, most_tokens: int = _NO_LIMIT) -> tuple[int, ...]:
+        """Token ids of a conversation, ready for the assistant's answer.
 
         Special tokens are the template's business: none is added. Raises InvalidArgument naming `chat`, as `encode`
-        does.
+        does, or the part of it that the template would leave out.
         """
-        if not messages:
+        if not conversation.messages:
             raise InvalidArgument("a conversation needs at least one message", "chat")
         if self._template is None:
             raise InvalidArgument("the model has no chat template; send text or token_ids", "chat")
-        text = self._template.render(messages)
+        if conversation.concerns_tools:
+            conversation = self._tool_support.told(conversation)
+        text = self._template.render(conversation.messages, conversation.tools)
         self._check_length(text, most_tokens, "chat")
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        assert self._template is not None, "there is nothing else that could tell"
+        found = probe(self._template)
+        # What is special is not decoded, so that calls would be seen by nobody.
+        is_seen = self._special_tokens.isdisjoint((OPENING, CLOSING))
+        return replace(found, teaches_hermes_calls=found.teaches_hermes_calls and is_seen)
 
     def _check_length(self, text: str, most_tokens: int, field: str) -> None:
         most_bytes = most_tokens * self._longest_token

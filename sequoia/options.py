@@ -19,10 +19,18 @@ from sequoia.wire import rule_to_wire, shape_to_wire
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One message of a conversation; `role` is "system", "user" or "assistant"."""
+    """One message of a conversation; `role` is "system", "user", "assistant" or "tool".
+
+    The calls that an assistant made are OpenAI's objects, {"id", "type": "function", "function": {"name",
+    "arguments"}}, with arguments as an object or as its JSON text; only beside them `content` may be None. A result has
+    the call's id and the tool's name, as far as the model's chat template tells them.
+    """
 
     role: str
-    content: str
+    content: str | None
+    tool_calls: Sequence[Mapping[str, Any]] = ()
+    tool_call_id: str = ""
+    name: str = ""
 
 
 Prompt: TypeAlias = str | Sequence[Message] | Sequence[int]
@@ -52,6 +60,8 @@ class RequestOptions(TypedDict, total=False):
     min_tokens: int | None  # nothing ends the answer before it has so many
     logprobs: int | None  # logarithms of probabilities, with so many likeliest tokens beside each
     json_schema: str | Mapping[str, Any] | None  # what the answer is held to: as JSON, or what makes that
+    tools: str | Sequence[Mapping[str, Any]] | None  # that a conversation's model is told of, OpenAI's objects
+    tool_call_form: str | None  # "hermes": refuse a model whose chat template does not teach it
     speculation: Speculation
     rule: str | None  # a name of sequoia.rules.RULES
 
@@ -83,7 +93,8 @@ def build_request(prompt: Prompt, options: RequestOptions) -> pb.GenerateRequest
     for name, (field_name, expected) in _SCALARS.items():
         _set(request.sampling, field_name, options.get(name), name, expected)
     _set_tokens(request.sampling, options)
-    _set(request.sampling, "json_schema", _schema(options.get("json_schema")), "json_schema", "a JSON schema")
+    _set(request.sampling, "json_schema", _json(options, "json_schema"), "json_schema", "a JSON schema")
+    _set_tools(request, options)
     _set_stop(request, options.get("stop", ()))
     request.speculation.CopyFrom(_speculation(options.get("speculation", "auto"), options.get("rule")))
     return request
@@ -105,13 +116,27 @@ def _set(message: ProtoMessage, field_name: str, value: object, name: str, expec
         raise InvalidArgument(f"{value!r} is not {expected}", name) from error
 
 
-def _schema(schema: object) -> object:
-    if schema is None or isinstance(schema, str):
-        return schema
+def _json(values: Mapping[str, Any], name: str) -> object:
+    value = values.get(name)
+    if value is None or isinstance(value, str):
+        return value
     try:
-        return json.dumps(schema, ensure_ascii=False)
+        return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgument(f"JSON cannot write it: {error}", "json_schema") from error
+        raise InvalidArgument(f"JSON cannot write it: {error}", name) from error
+
+
+def _set_tools(request: pb.GenerateRequest, options: RequestOptions) -> None:
+    tools, form = _json(options, "tools"), options.get("tool_call_form")
+    if form is not None and form not in _FORMS:
+        raise InvalidArgument(f"{form!r} is none of {', '.join(_FORMS)}", "tool_call_form")
+    for name, value in (("tools", tools), ("tool_call_form", form)):
+        if value is not None and not request.HasField("chat"):
+            raise InvalidArgument("goes with a conversation: only chat templates tell of tools", name)
+    if tools is not None:
+        _set(request.chat, "tools_json", tools, "tools", "a list of tools")
+    if form is not None:
+        request.chat.tool_call_form = _FORMS[form]
 
 
 def _set_tokens(sampling: sampling_pb2.Sampling, options: RequestOptions) -> None:
@@ -138,11 +163,22 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
                 "give text, a list of Message or a list of token ids, not empty and not mixed", "prompt"
             )
         if messages:
-            request.chat.messages.extend(pb.ChatMessage(role=each.role, content=each.content) for each in messages)
+            request.chat.messages.extend(map(_message, messages))
         else:
             request.token_ids.ids.extend(token_ids)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidArgument(f"neither text nor a list of Message or token ids: {error}", "prompt") from error
+
+
+def _message(message: Message) -> pb.ChatMessage:
+    if message.content is None and not message.tool_calls:
+        raise InvalidArgument("a message without tool_calls needs a text", "prompt")
+    told = pb.ChatMessage(role=message.role, tool_call_id=message.tool_call_id, name=message.name)
+    if message.content is not None:
+        told.content = message.content
+    if message.tool_calls:
+        told.tool_calls_json = json.dumps(list(message.tool_calls), ensure_ascii=False)
+    return told
 
 
 def _set_stop(request: pb.GenerateRequest, stop: Stop) -> None:
@@ -154,6 +190,7 @@ def _set_stop(request: pb.GenerateRequest, stop: Stop) -> None:
         raise InvalidArgument(f"{stop!r} is not a list of strings in UTF-8: {error}", "stop") from error
 
 
+_FORMS = {"hermes": pb.TOOL_CALL_FORM_HERMES}
 _MODES = {"auto": pb.SPECULATION_MODE_AUTO, "off": pb.SPECULATION_MODE_OFF, "tree": pb.SPECULATION_MODE_TREE}
 
 

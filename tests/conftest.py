@@ -75,9 +75,10 @@ def start_tiny_system(
     engine: str = "auto",
     placement: str = "split",
     http_port: int | None = None,
+    chat_template: str | None = None,
 ) -> Iterator[System]:
     """A tiny random target, and a draft that is the same model with some noise on its weights."""
-    models = write_tiny_pair(folder, architecture, noise=noise)
+    models = write_tiny_pair(folder, architecture, noise=noise, chat_template=chat_template)
     settings = DeploymentSettings(
         target=str(models["verify"]),
         draft=str(models["draft"]),

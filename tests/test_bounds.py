@@ -151,8 +151,12 @@ def test_a_curve_that_none_measured_is_not_believed(curve: worker_pb2.LatencyCur
 # Every field that has no bound by its type, and where it is bounded. A new one has to be thought of.
 BOUNDED = {
     "Chat.messages": "request._prompt, by the context",
+    "Chat.tools_json": "tools.read_json, tools.check_tools",
     "ChatMessage.role": "the message",
     "ChatMessage.content": "TextCodec, as it was rendered",
+    "ChatMessage.tool_calls_json": "tools.read_json, tools.check_calls",
+    "ChatMessage.tool_call_id": "TextCodec, as it was rendered",
+    "ChatMessage.name": "TextCodec, as it was rendered",
     "DraftDistributions.token_ids": "wire._q_from_wire; replies.is_tree",
     "DraftDistributions.weights": "wire._q_from_wire; replies.is_tree",
     "DraftOpen.token_ids": "DraftServicer._tokens",

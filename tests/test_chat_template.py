@@ -9,8 +9,10 @@ from datetime import datetime
 import pytest
 
 from coordinator.chat_template import ChatTemplate
+from coordinator.conversation import question
 from sequoia.errors import InvalidArgument
 
+HI = question("hi").messages
 CHATML = (
     "{{ bos_token }}{% for message in messages %}\n"
     "    {% if message['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\n"
@@ -31,10 +33,11 @@ RENDERED_ALIKE = (
 @pytest.mark.parametrize("source", RENDERED_ALIKE)
 def test_rendering_equals_that_of_transformers(source: str) -> None:
     render = pytest.importorskip("transformers.utils.chat_template_utils").render_jinja_template
-    messages = [("system", "be <b>kind</b> & 'brief'"), ("user", "  hi 世\n"), ("assistant", "a<b"), ("user", "c")]
+    said = [("system", "be <b>kind</b> & 'brief'"), ("user", "  hi 世\n"), ("assistant", "a<b"), ("user", "c")]
+    messages = [{"role": role, "content": content} for role, content in said]
     tokens = {"bos_token": "<s>", "eos_token": "</s>"}
     (expected,), _ = render(
-        conversations=[[{"role": role, "content": content} for role, content in messages]],
+        conversations=[messages],
         chat_template=source,
         add_generation_prompt=True,
         **tokens,
@@ -44,7 +47,7 @@ def test_rendering_equals_that_of_transformers(source: str) -> None:
 
 def test_template_is_told_the_time() -> None:
     template = ChatTemplate("{{ strftime_now('%d %b %Y') }}", {}, now=lambda: datetime(2024, 7, 26))
-    assert template.render([("user", "hi")]) == "26 Jul 2024"
+    assert template.render(HI) == "26 Jul 2024"
 
 
 BROKEN_TEMPLATES = {
@@ -72,12 +75,12 @@ BROKEN_TEMPLATES = {
 def test_template_is_refused_when_it(source: str, reason: str) -> None:
     started = time.perf_counter()
     with pytest.raises(InvalidArgument, match=reason) as error:
-        ChatTemplate(source, {}, max_seconds=0.1).render([("user", "hi")])
+        ChatTemplate(source, {}, max_seconds=0.1).render(HI)
     assert error.value.field == "chat"
     assert time.perf_counter() - started < 5
 
 
 def test_tojson_writes_what_json_reads() -> None:
-    rendered = ChatTemplate("{{ messages | tojson }}", {}).render([("user", "<世> \"quoted\" 'single'")])
+    rendered = ChatTemplate("{{ messages | tojson }}", {}).render(question("<世> \"quoted\" 'single'").messages)
     assert json.loads(rendered) == [{"role": "user", "content": "<世> \"quoted\" 'single'"}]
     assert "<世>" in rendered

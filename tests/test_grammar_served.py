@@ -186,7 +186,7 @@ REFUSALS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"extra_body": {"min_tokens": 2}}, "min_tokens"),
     ({"extra_body": {"ignore_eos": True}}, "ignore_eos"),
-    ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "response_format"),
 ]
 
 

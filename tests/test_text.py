@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from coordinator.conversation import Conversation, question
 from coordinator.stops import StopMatcher, parse_stops
 from coordinator.text import Detokenizer, TextCodec, TextStream
 from sequoia.errors import FailedPrecondition, InvalidArgument
@@ -278,7 +279,7 @@ def test_malformed_tokenizer_is_refused(content: bytes) -> None:
 def test_conversation_is_encoded_from_the_rendered_template() -> None:
     tokenizer = TOKENIZERS["byte_level"]
     codec = codec_of(tokenizer, chat_template=CHAT_TEMPLATE, special_tokens={"bos_token": "<s>"})
-    ids = codec.encode_chat([("user", "hi 世")])
+    ids = codec.encode_chat(question("hi 世"))
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s><user>hi 世<answer>"
     assert ids[0] == tokenizer.token_to_id("<s>")
 
@@ -286,11 +287,11 @@ def test_conversation_is_encoded_from_the_rendered_template() -> None:
 def test_chat_without_a_template_is_refused_and_text_is_not() -> None:
     codec = codec_of(TOKENIZERS["byte_level"])
     with pytest.raises(InvalidArgument, match="no chat template"):
-        codec.encode_chat([("user", "hi")])
+        codec.encode_chat(question("hi"))
     assert codec.encode("hi")
 
 
 def test_conversation_without_messages_is_refused() -> None:
     codec = codec_of(TOKENIZERS["byte_level"], chat_template=CHAT_TEMPLATE)
     with pytest.raises(InvalidArgument, match="at least one message"):
-        codec.encode_chat([])
+        codec.encode_chat(Conversation([]))

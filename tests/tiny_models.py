@@ -57,12 +57,14 @@ def write_tiny_model(
     vocab_size: int | None = None,
     num_layers: int = 4,
     tie_word_embeddings: bool = False,
+    chat_template: str | None = None,
 ) -> None:
     """Write a model with hidden size 64, 4 heads and 2 KV heads. The same arguments give the same files.
 
     `vocab_size` (259 to 400, default 400) is the tokenizer's as well as the model's.
     """
     tokenizer = build_tokenizer(vocab_size or _VOCAB_SIZE)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
     size = len(tokenizer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -71,10 +73,12 @@ def write_tiny_model(
     tokenizer.save_pretrained(folder)
 
 
-def write_tiny_pair(folder: Path, architecture: str = "llama", *, noise: float = 0.02) -> dict[str, Path]:
+def write_tiny_pair(
+    folder: Path, architecture: str = "llama", *, noise: float = 0.02, chat_template: str | None = None
+) -> dict[str, Path]:
     """Write a random target and a draft with noise on its matrices. Returns the folder of each by role."""
     models = {"verify": folder / "target", "draft": folder / "draft"}
-    write_tiny_model(models["verify"], architecture)
+    write_tiny_model(models["verify"], architecture, chat_template=chat_template)
     write_perturbed_model(models["verify"], models["draft"], noise=noise)
     return models
 

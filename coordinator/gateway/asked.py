@@ -10,6 +10,7 @@ from coordinator.gateway.body import Body
 from coordinator.gateway.conversation import read_messages
 from coordinator.gateway.fields import Endpoint, check_names
 from coordinator.gateway.options import read_options
+from coordinator.gateway.tool_use import ToolUse, read_tool_use
 from sequoia.errors import InvalidArgument
 from sequoia.options import Prompt, RequestOptions
 
@@ -37,6 +38,7 @@ class Asked:
     shows_speculation: bool = False
     echoes: bool = False
     names: Mapping[str, str] = field(default_factory=dict)
+    tool_use: ToolUse | None = None
 
     @property
     def requests(self) -> Iterator[tuple[Prompt, RequestOptions]]:
@@ -59,13 +61,13 @@ def read_chat(body: Body) -> Asked:
         raise InvalidArgument("goes with logprobs: true", "top_logprobs")
     options = read_options(body)
     options["max_tokens"] = limits[given[0]] if given else _ALL_THERE_IS_ROOM_FOR
+    names = {"logprobs": "top_logprobs", **({"max_tokens": given[0]} if given else {})}
+    if (tool_use := read_tool_use(body)) is not None:
+        options |= tool_use.options
+        names["response_format"] = "tools"
+    num_logprobs = num_top or 0 if is_told else None
     return _asked(
-        body,
-        "chat",
-        (read_messages(body),),
-        options,
-        num_logprobs=num_top or 0 if is_told else None,
-        names={"logprobs": "top_logprobs", **({"max_tokens": given[0]} if given else {})},
+        body, "chat", (read_messages(body),), options, num_logprobs=num_logprobs, names=names, tool_use=tool_use
     )
 
 
@@ -96,6 +98,7 @@ def _asked(
     num_logprobs: int | None,
     echoes: bool = False,
     names: Mapping[str, str] | None = None,
+    tool_use: ToolUse | None = None,
 ) -> Asked:
     streams, shows = body.flag("stream") or False, body.flag("show_speculation") or False
     # Who wrote which piece of text is told by the bytes of tokens, which come with logprobs.
@@ -115,6 +118,7 @@ def _asked(
         shows,
         echoes,
         names or {},
+        tool_use,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from coordinator.gateway.answering import finished
 from coordinator.gateway.asked import Asked
+from coordinator.gateway.calls import Arguments, Begun, Part, reader_of
 from coordinator.gateway.figures import Extras, figures
 from coordinator.gateway.logprobs import CompletionLogprobs, chat_logprobs
 from sequoia.client import Chunk
@@ -32,32 +33,66 @@ class ChatChoice:
 
     def __init__(self, asked: Asked, index: int) -> None:
         self._asked, self._index, self._extras = asked, index, Extras(asked)
+        self._reader = reader_of(asked.tool_use)
 
     def opening(self) -> Iterator[Json]:
         """The assistant takes the floor."""
-        yield self._choice(delta={"role": "assistant", "content": ""})
+        use = self._asked.tool_use
+        yield self._choice(delta={"role": "assistant", "content": None if use is not None and use.is_forced else ""})
 
     def pieces(self, chunk: Chunk) -> Iterator[Json]:
-        """Its text, and in the end why it ends."""
+        """Its text and its calls, and in the end why it ends."""
         logprobs = chat_logprobs(chunk.logprobs) if self._asked.tells_logprobs else None
-        if chunk.text or logprobs or self._extras.tell_every_chunk:
-            delta = {"content": chunk.text} if chunk.text else {}
-            yield self._choice(delta=delta, logprobs=logprobs, **self._extras.piece(chunk))
+        deltas = [_delta(each) for each in self._parts(chunk.text, is_last=chunk.generation is not None)]
+        if deltas or logprobs or self._extras.tell_every_chunk:
+            # What is told of the chunk's tokens comes with the first of what they make.
+            first, *others = deltas or [{}]
+            yield self._choice(delta=first, logprobs=logprobs, **self._extras.piece(chunk))
+            yield from (self._choice(delta=each) for each in others)
         if (generation := chunk.generation) is not None:
-            yield self._choice(delta={}, finish_reason=generation.finish_reason, sequoia=figures(generation))
+            reason = self._reader.finish_reason(generation.finish_reason)
+            yield self._choice(delta={}, finish_reason=reason, sequoia=figures(generation))
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
         """With its message."""
         generation = finished(chunks)
+        message = _message(self._parts(generation.text, is_last=True))
         return self._choice(
-            message={"role": "assistant", "content": generation.text, "refusal": None},
-            finish_reason=generation.finish_reason,
+            message=message,
+            finish_reason=self._reader.finish_reason(generation.finish_reason),
             logprobs=chat_logprobs(generation.logprobs) if self._asked.tells_logprobs else None,
             **self._extras.whole(chunks, generation),
         )
 
+    def _parts(self, text: str, *, is_last: bool) -> list[Part]:
+        return [*self._reader.push(text), *(self._reader.finish() if is_last else ())]
+
     def _choice(self, **parts: Any) -> Json:
         return {"index": self._index, "logprobs": None, "finish_reason": None, **parts}
+
+
+def _delta(part: Part) -> Json:
+    """As a stream tells it."""
+    if isinstance(part, str):
+        return {"content": part}
+    if isinstance(part, Begun):
+        return {"tool_calls": [{"index": part.index, **_call(part)}]}
+    return {"tool_calls": [{"index": part.index, "function": {"arguments": part.text}}]}
+
+
+def _message(parts: Sequence[Part]) -> Json:
+    """All of them. Calls may be all that there is."""
+    calls = [_call(part) for part in parts if isinstance(part, Begun)]
+    for part in parts:
+        if isinstance(part, Arguments):
+            calls[part.index]["function"]["arguments"] += part.text
+    text = "".join(part for part in parts if isinstance(part, str))
+    message: Json = {"role": "assistant", "content": text, "refusal": None}
+    return message | ({"content": text or None, "tool_calls": calls} if calls else {})
+
+
+def _call(begun: Begun) -> Json:
+    return {"id": begun.call_id, "type": "function", "function": {"name": begun.name, "arguments": ""}}
 
 
 class CompletionChoice:

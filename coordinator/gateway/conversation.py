@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from coordinator.gateway.body import Body
+from coordinator.tools import check_calls
 from sequoia.errors import InvalidArgument
 from sequoia.options import Message
 
 # OpenAI's "developer" is what "system" was called before, and chat templates know that name.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-_KNOWN = ("role", "content")
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_KNOWN = {"assistant": ("role", "content", "tool_calls"), "tool": ("role", "content", "tool_call_id", "name")}
 
 
 def read_messages(body: Body) -> list[Message]:
@@ -18,7 +20,8 @@ def read_messages(body: Body) -> list[Message]:
     messages = body.items("messages")
     if not messages:
         raise InvalidArgument("give at least one message", "messages")
-    return [_message(each, f"messages[{index}]") for index, each in enumerate(messages)]
+    read = [_message(each, f"messages[{index}]") for index, each in enumerate(messages)]
+    return list(_with_results(read))
 
 
 def _message(raw: Any, name: str) -> Message:
@@ -27,13 +30,15 @@ def _message(raw: Any, name: str) -> Message:
     message = Body(raw, name)
     role = message.text("role")
     if role not in _ROLES:
-        reason = f"{role!r:.40} is none of {', '.join(_ROLES)}; results of tools are not served"
-        raise InvalidArgument(reason, message.name_of("role"))
+        raise InvalidArgument(f"{role!r:.40} is none of {', '.join(_ROLES)}", message.name_of("role"))
     # What a client sends back as it got it has many fields, all of them empty.
     for field, value in raw.items():
-        if field not in _KNOWN and value not in (None, [], ""):
+        if field not in _KNOWN.get(role, ("role", "content")) and value not in (None, [], ""):
             raise InvalidArgument("is not served: the chat template is not told of it", message.name_of(field))
-    return Message(_ROLES[role], _content(message))
+    calls = check_calls(message.items("tool_calls") or [], message.name_of("tool_calls"))
+    content = None if calls and raw.get("content") is None else _content(message)
+    call_id, tool = message.text("tool_call_id") or "", message.text("name") or ""
+    return Message(_ROLES[role], content, calls, call_id, tool)
 
 
 def _content(message: Body) -> str:
@@ -52,3 +57,33 @@ def _part(raw: Any, name: str) -> str:
     if text is None:
         raise InvalidArgument(f"{kind!r:.40} is not served; parts are {{'type': 'text', 'text': ...}}", name)
     return text
+
+
+def _with_results(messages: Sequence[Message]) -> Iterator[Message]:
+    """All of them, the results of calls in the order of those, whose ids most templates do not tell."""
+    called_at, called, results = 0, dict[str, str](), dict[str, Message]()
+    for index, message in enumerate((*messages, None)):
+        if message is not None and message.role == "tool":
+            result = _result(message, called, f"messages[{index}]")
+            if result.tool_call_id in results:
+                raise InvalidArgument("has been answered before", f"messages[{index}].tool_call_id")
+            results[result.tool_call_id] = result
+            continue
+        if missing := [each for each in called if each not in results]:
+            reason = f"{missing[0]!r:.80} has no result in the messages behind it"
+            raise InvalidArgument(reason, f"messages[{called_at}].tool_calls")
+        yield from (results[each] for each in called)
+        if message is not None:
+            called_at, results = index, {}
+            called = {each["id"]: each["function"]["name"] for each in message.tool_calls}
+            yield message
+
+
+def _result(message: Message, called: Mapping[str, str], name: str) -> Message:
+    """With the name of the tool, which some templates tell."""
+    call_id = message.tool_call_id
+    if call_id not in called:
+        raise InvalidArgument(f"{call_id!r:.80} is no call of the assistant just before", f"{name}.tool_call_id")
+    if message.name not in ("", called[call_id]):
+        raise InvalidArgument(f"{message.name!r:.80} is not what {call_id!r:.80} calls", f"{name}.name")
+    return Message("tool", message.content, (), call_id, called[call_id])

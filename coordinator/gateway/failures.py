@@ -32,6 +32,7 @@ _PARAMS = {
     "token_ids": "prompt",
     "input": "prompt",
     "chat": "messages",
+    "tool_call_form": "tool_choice",
     "speculation.rule": "rule",
     "speculation.mode": "speculation",
     "speculation.topology": "speculation",
@@ -90,7 +91,7 @@ def wrong_key(*, is_given: bool) -> ApiError:
 
 
 def _param(field_name: str, names: Mapping[str, str]) -> str:
-    name = field_name.removeprefix("sampling.")
+    name = field_name.removeprefix("sampling.").removeprefix("chat.")
     # A part of a field of the wire is no field of a body.
     name = _PARAMS.get(".".join(name.split(".")[:2]), name)
     return names.get(name, name)

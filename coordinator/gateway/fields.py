@@ -40,11 +40,14 @@ _OURS = {
 # Fields that are honoured exactly, and how.
 HONOURED: Mapping[Endpoint, Mapping[str, str]] = {
     "chat": {
-        "messages": "roles system, developer (as system), user and assistant; text, whole or in parts",
+        "messages": "roles system, developer (as system), user, assistant and tool; text, whole or in parts",
         **_SHARED,
         "max_completion_tokens": "as `max_tokens`",
         "logprobs": "logarithms of the model's own probabilities, before temperature and cuts",
         "top_logprobs": "0 to 20",
+        "tools": "functions, told by the model's chat template; it is refused where that has no place for them",
+        "tool_choice": "`none`, `auto`, `required` or a function; the last two exact, at every node of a tree",
+        "parallel_tool_calls": "a call that is required is one, whatever it says",
         **_OURS,
     },
     "completions": {
@@ -57,15 +60,12 @@ HONOURED: Mapping[Endpoint, Mapping[str, str]] = {
 }
 # Labels: nothing in an answer could depend on them.
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_TOOLS = "the model is not told of tools"
+_FUNCTIONS = "the old name of tools"
 # Fields that are refused unless they ask for what happens anyway (or are null): those values, and the reason.
 REFUSED: Mapping[Endpoint, Mapping[str, tuple[tuple[Any, ...], str]]] = {
     "chat": {
-        "tools": (([],), _TOOLS),
-        "tool_choice": (("none",), _TOOLS),
-        "parallel_tool_calls": ((), _TOOLS),
-        "functions": (([],), _TOOLS),
-        "function_call": (("none",), _TOOLS),
+        "functions": (([],), _FUNCTIONS),
+        "function_call": (("none",), _FUNCTIONS),
         "modalities": ((["text"],), "answers are text"),
         "audio": ((), "answers are text"),
         "prediction": ((), "what the draft guesses is its own business"),

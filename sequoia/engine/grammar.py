@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from sequoia.engine import schema_trial
 from sequoia.engine.tokenizer import TokenizerDescription
 from sequoia.errors import InvalidArgument, ResourceExhausted
+from sequoia.nesting import is_deeper
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -145,15 +146,12 @@ def _compiled(schema: str, tokenizer: LLTokenizer) -> LLMatcher:
 
 def _check(schema: str) -> None:
     try:
-        level = [json.loads(schema)]
+        read = json.loads(schema)
     except (ValueError, RecursionError) as error:
         raise InvalidArgument(f"is no JSON: {error}", FIELD) from error
-    if not isinstance(level[0], dict):
+    if not isinstance(read, dict):
         raise InvalidArgument("is no JSON object", FIELD)
-    for _ in range(MAX_DEPTH):
-        groups = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
-        level = [each for group in groups for each in group]
-    if level:
+    if is_deeper(read, MAX_DEPTH):
         raise InvalidArgument(f"is nested deeper than {MAX_DEPTH} levels", FIELD)
 
 

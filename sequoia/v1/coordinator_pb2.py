@@ -27,51 +27,53 @@ from sequoia.v1 import tree_pb2 as sequoia_dot_v1_dot_tree__pb2
 from sequoia.v1 import worker_pb2 as sequoia_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csequoia/v1/coordinator.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\x1a\x17sequoia/v1/worker.proto\"\xa0\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.sequoia.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\x0c\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.sequoia.v1.Speculation\x12\x1b\n\x13generated_token_ids\x18\x08 \x03(\rB\x07\n\x05inputB\r\n\x0b_max_tokens\"1\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.sequoia.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x01\n\x0bSpeculation\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.sequoia.v1.SpeculationMode\x12(\n\x08topology\x18\x02 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x04 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x1e\n\x04rule\x18\x03 \x01(\x0e\x32\x10.sequoia.v1.RuleB\x07\n\x05shape\"\xb5\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.sequoia.v1.FinishH\x00\x88\x01\x01\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.sequoia.v1.TokenLogprobs\x12\x1e\n\x04rule\x18\x07 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\x1e\n\x11num_tokens_before\x18\t \x01(\rH\x02\x88\x01\x01\x42\t\n\x07_finishB\x07\n\x05_seedB\x14\n\x12_num_tokens_before\"\xe3\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.sequoia.v1.FinishReason\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x32\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1d.sequoia.v1.SpeculationReport\x12#\n\x1btime_to_first_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\"\xf5\x03\n\x11SpeculationReport\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x19\n\x11num_drafted_steps\x18\x02 \x01(\r\x12\x1a\n\x12num_drafted_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12(\n\x06stages\x18\x06 \x01(\x0b\x32\x18.sequoia.v1.StageSeconds\x12\x1a\n\x12num_fallback_steps\x18\t \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\n \x01(\t\x12/\n\x0f\x63ounts_by_depth\x18\x0b \x03(\x0b\x32\x16.sequoia.v1.RankCounts\x12\x17\n\x0fnum_draft_bytes\x18\x0c \x01(\x04\x12\x18\n\x10num_verify_bytes\x18\r \x01(\x04\x12+\n\x05state\x18\x0e \x01(\x0e\x32\x1c.sequoia.v1.SpeculationState\x12\x14\n\x0cstate_reason\x18\x0f \x01(\t\x12$\n\x05trees\x18\x10 \x03(\x0b\x32\x15.sequoia.v1.TreeUsage\x12\x18\n\x10num_ngram_tokens\x18\x15 \x01(\r\x12!\n\x19num_accepted_ngram_tokens\x18\x16 \x01(\rJ\x04\x08\x05\x10\x06J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"\x89\x02\n\tTreeUsage\x12(\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x08 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x11\n\tnum_steps\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12(\n\x06stages\x18\x04 \x01(\x0b\x32\x18.sequoia.v1.StageSeconds\x12\x16\n\x0enum_ahead_hits\x18\x05 \x01(\r\x12\x18\n\x10num_ahead_misses\x18\x06 \x01(\r\x12\x19\n\x11hit_draft_seconds\x18\x07 \x01(\x01\x42\x07\n\x05shape\"7\n\nRankCounts\x12\x13\n\x0bnum_offered\x18\x01 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x02 \x03(\r\"\xa9\x01\n\x0cStageSeconds\x12\r\n\x05\x64raft\x18\x01 \x01(\x01\x12\x0e\n\x06verify\x18\x02 \x01(\x01\x12\x0f\n\x07network\x18\x03 \x01(\x01\x12\x0c\n\x04host\x18\x04 \x01(\x01\x12\x0f\n\x07prefill\x18\x05 \x01(\x01\x12\x10\n\x08\x66orwards\x18\x06 \x01(\x01\x12\x0c\n\x04work\x18\x07 \x01(\x01\x12\x16\n\x0e\x64raft_forwards\x18\x08 \x01(\x01\x12\x12\n\ndraft_work\x18\t \x01(\x01\"\x15\n\x13\x44\x65scribePairRequest\"\x90\x02\n\x14\x44\x65scribePairResponse\x12-\n\x06verify\x18\x01 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescription\x12\x31\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescriptionH\x00\x88\x01\x01\x12\x1a\n\x12verify_rtt_seconds\x18\x03 \x01(\x01\x12\x19\n\x11\x64raft_rtt_seconds\x18\x04 \x01(\x01\x12\x12\n\nplans_json\x18\x05 \x03(\t\x12&\n\x0c\x64\x65\x66\x61ult_rule\x18\x06 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x42\x08\n\x06_draft\"\xbe\x01\n\x0e\x45xplainRequest\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x04rule\x18\x02 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x19\n\x0cnum_sessions\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1f\n\x12num_context_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x0f\n\r_num_sessionsB\x15\n\x13_num_context_tokens\"\xf3\x01\n\x0f\x45xplainResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x11\n\tsituation\x18\x02 \x01(\t\x12\x19\n\x11planned_situation\x18\x03 \x01(\t\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.sequoia.v1.SpeculationState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12*\n\x08realised\x18\x06 \x03(\x0b\x32\x18.sequoia.v1.RealisedPace\x12\x16\n\x0enum_ahead_hits\x18\x07 \x01(\x04\x12\x18\n\x10num_ahead_misses\x18\x08 \x01(\x04\"\xa6\x01\n\x0cRealisedPace\x12(\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x05 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x11\n\tnum_steps\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x42\x07\n\x05shape*\x83\x01\n\x0fSpeculationMode\x12 \n\x1cSPECULATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15SPECULATION_MODE_AUTO\x10\x01\x12\x18\n\x14SPECULATION_MODE_OFF\x10\x02\x12\x19\n\x15SPECULATION_MODE_TREE\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x89\x01\n\x10SpeculationState\x12!\n\x1dSPECULATION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SPECULATION_STATE_ON\x10\x01\x12\x1d\n\x19SPECULATION_STATE_REDUCED\x10\x02\x12\x19\n\x15SPECULATION_STATE_OFF\x10\x03\x32\xf4\x01\n\x12\x43oordinatorService\x12G\n\x08Generate\x12\x1b.sequoia.v1.GenerateRequest\x1a\x1c.sequoia.v1.GenerateResponse0\x01\x12Q\n\x0c\x44\x65scribePair\x12\x1f.sequoia.v1.DescribePairRequest\x1a .sequoia.v1.DescribePairResponse\x12\x42\n\x07\x45xplain\x12\x1a.sequoia.v1.ExplainRequest\x1a\x1b.sequoia.v1.ExplainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1csequoia/v1/coordinator.proto\x12\nsequoia.v1\x1a\x19sequoia/v1/sampling.proto\x1a\x15sequoia/v1/tree.proto\x1a\x17sequoia/v1/worker.proto\"\xa0\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12 \n\x04\x63hat\x18\x02 \x01(\x0b\x32\x10.sequoia.v1.ChatH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.sequoia.v1.TokenIdsH\x00\x12&\n\x08sampling\x18\x04 \x01(\x0b\x32\x14.sequoia.v1.Sampling\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\x0c\x12,\n\x0bspeculation\x18\x07 \x01(\x0b\x32\x17.sequoia.v1.Speculation\x12\x1b\n\x13generated_token_ids\x18\x08 \x03(\rB\x07\n\x05inputB\r\n\x0b_max_tokens\"w\n\x04\x43hat\x12)\n\x08messages\x18\x01 \x03(\x0b\x32\x17.sequoia.v1.ChatMessage\x12\x12\n\ntools_json\x18\x02 \x01(\t\x12\x30\n\x0etool_call_form\x18\x03 \x01(\x0e\x32\x18.sequoia.v1.ToolCallForm\"z\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x14\n\x07\x63ontent\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x17\n\x0ftool_calls_json\x18\x03 \x01(\t\x12\x14\n\x0ctool_call_id\x18\x04 \x01(\t\x12\x0c\n\x04name\x18\x05 \x01(\tB\n\n\x08_content\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xb8\x01\n\x0bSpeculation\x12)\n\x04mode\x18\x01 \x01(\x0e\x32\x1b.sequoia.v1.SpeculationMode\x12(\n\x08topology\x18\x02 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x04 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x1e\n\x04rule\x18\x03 \x01(\x0e\x32\x10.sequoia.v1.RuleB\x07\n\x05shape\"\xb5\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x19\n\x11num_prompt_tokens\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.sequoia.v1.FinishH\x00\x88\x01\x01\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.sequoia.v1.TokenLogprobs\x12\x1e\n\x04rule\x18\x07 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x01\x88\x01\x01\x12\x1e\n\x11num_tokens_before\x18\t \x01(\rH\x02\x88\x01\x01\x42\t\n\x07_finishB\x07\n\x05_seedB\x14\n\x12_num_tokens_before\"\xe3\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.sequoia.v1.FinishReason\x12\x1d\n\x15num_completion_tokens\x18\x02 \x01(\r\x12\x32\n\x0bspeculation\x18\x03 \x01(\x0b\x32\x1d.sequoia.v1.SpeculationReport\x12#\n\x1btime_to_first_token_seconds\x18\x04 \x01(\x01\x12\x15\n\rtotal_seconds\x18\x05 \x01(\x01\x12 \n\x18num_cached_prompt_tokens\x18\x06 \x01(\r\"\xf5\x03\n\x11SpeculationReport\x12\x11\n\tnum_steps\x18\x01 \x01(\r\x12\x19\n\x11num_drafted_steps\x18\x02 \x01(\r\x12\x1a\n\x12num_drafted_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_accepted_tokens\x18\x04 \x01(\r\x12(\n\x06stages\x18\x06 \x01(\x0b\x32\x18.sequoia.v1.StageSeconds\x12\x1a\n\x12num_fallback_steps\x18\t \x01(\r\x12\x17\n\x0f\x66\x61llback_reason\x18\n \x01(\t\x12/\n\x0f\x63ounts_by_depth\x18\x0b \x03(\x0b\x32\x16.sequoia.v1.RankCounts\x12\x17\n\x0fnum_draft_bytes\x18\x0c \x01(\x04\x12\x18\n\x10num_verify_bytes\x18\r \x01(\x04\x12+\n\x05state\x18\x0e \x01(\x0e\x32\x1c.sequoia.v1.SpeculationState\x12\x14\n\x0cstate_reason\x18\x0f \x01(\t\x12$\n\x05trees\x18\x10 \x03(\x0b\x32\x15.sequoia.v1.TreeUsage\x12\x18\n\x10num_ngram_tokens\x18\x15 \x01(\r\x12!\n\x19num_accepted_ngram_tokens\x18\x16 \x01(\rJ\x04\x08\x05\x10\x06J\x04\x08\x07\x10\x08J\x04\x08\x08\x10\t\"\x89\x02\n\tTreeUsage\x12(\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x08 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x11\n\tnum_steps\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\r\x12(\n\x06stages\x18\x04 \x01(\x0b\x32\x18.sequoia.v1.StageSeconds\x12\x16\n\x0enum_ahead_hits\x18\x05 \x01(\r\x12\x18\n\x10num_ahead_misses\x18\x06 \x01(\r\x12\x19\n\x11hit_draft_seconds\x18\x07 \x01(\x01\x42\x07\n\x05shape\"7\n\nRankCounts\x12\x13\n\x0bnum_offered\x18\x01 \x03(\r\x12\x14\n\x0cnum_accepted\x18\x02 \x03(\r\"\xa9\x01\n\x0cStageSeconds\x12\r\n\x05\x64raft\x18\x01 \x01(\x01\x12\x0e\n\x06verify\x18\x02 \x01(\x01\x12\x0f\n\x07network\x18\x03 \x01(\x01\x12\x0c\n\x04host\x18\x04 \x01(\x01\x12\x0f\n\x07prefill\x18\x05 \x01(\x01\x12\x10\n\x08\x66orwards\x18\x06 \x01(\x01\x12\x0c\n\x04work\x18\x07 \x01(\x01\x12\x16\n\x0e\x64raft_forwards\x18\x08 \x01(\x01\x12\x12\n\ndraft_work\x18\t \x01(\x01\"\x15\n\x13\x44\x65scribePairRequest\"\x90\x02\n\x14\x44\x65scribePairResponse\x12-\n\x06verify\x18\x01 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescription\x12\x31\n\x05\x64raft\x18\x02 \x01(\x0b\x32\x1d.sequoia.v1.WorkerDescriptionH\x00\x88\x01\x01\x12\x1a\n\x12verify_rtt_seconds\x18\x03 \x01(\x01\x12\x19\n\x11\x64raft_rtt_seconds\x18\x04 \x01(\x01\x12\x12\n\nplans_json\x18\x05 \x03(\t\x12&\n\x0c\x64\x65\x66\x61ult_rule\x18\x06 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x19\n\x11has_chat_template\x18\x07 \x01(\x08\x42\x08\n\x06_draft\"\xbe\x01\n\x0e\x45xplainRequest\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x1e\n\x04rule\x18\x02 \x01(\x0e\x32\x10.sequoia.v1.Rule\x12\x19\n\x0cnum_sessions\x18\x03 \x01(\rH\x01\x88\x01\x01\x12\x1f\n\x12num_context_tokens\x18\x04 \x01(\rH\x02\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x0f\n\r_num_sessionsB\x15\n\x13_num_context_tokens\"\xf3\x01\n\x0f\x45xplainResponse\x12\x11\n\tplan_json\x18\x01 \x01(\t\x12\x11\n\tsituation\x18\x02 \x01(\t\x12\x19\n\x11planned_situation\x18\x03 \x01(\t\x12+\n\x05state\x18\x04 \x01(\x0e\x32\x1c.sequoia.v1.SpeculationState\x12\x14\n\x0cstate_reason\x18\x05 \x01(\t\x12*\n\x08realised\x18\x06 \x03(\x0b\x32\x18.sequoia.v1.RealisedPace\x12\x16\n\x0enum_ahead_hits\x18\x07 \x01(\x04\x12\x18\n\x10num_ahead_misses\x18\x08 \x01(\x04\"\xa6\x01\n\x0cRealisedPace\x12(\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.TopologyH\x00\x12+\n\x07\x64ynamic\x18\x05 \x01(\x0b\x32\x18.sequoia.v1.DynamicShapeH\x00\x12\x11\n\tnum_steps\x18\x02 \x01(\x01\x12\x12\n\nnum_tokens\x18\x03 \x01(\x01\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x42\x07\n\x05shape*I\n\x0cToolCallForm\x12\x1e\n\x1aTOOL_CALL_FORM_UNSPECIFIED\x10\x00\x12\x19\n\x15TOOL_CALL_FORM_HERMES\x10\x01*\x83\x01\n\x0fSpeculationMode\x12 \n\x1cSPECULATION_MODE_UNSPECIFIED\x10\x00\x12\x19\n\x15SPECULATION_MODE_AUTO\x10\x01\x12\x18\n\x14SPECULATION_MODE_OFF\x10\x02\x12\x19\n\x15SPECULATION_MODE_TREE\x10\x03*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02*\x89\x01\n\x10SpeculationState\x12!\n\x1dSPECULATION_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14SPECULATION_STATE_ON\x10\x01\x12\x1d\n\x19SPECULATION_STATE_REDUCED\x10\x02\x12\x19\n\x15SPECULATION_STATE_OFF\x10\x03\x32\xf4\x01\n\x12\x43oordinatorService\x12G\n\x08Generate\x12\x1b.sequoia.v1.GenerateRequest\x1a\x1c.sequoia.v1.GenerateResponse0\x01\x12Q\n\x0c\x44\x65scribePair\x12\x1f.sequoia.v1.DescribePairRequest\x1a .sequoia.v1.DescribePairResponse\x12\x42\n\x07\x45xplain\x12\x1a.sequoia.v1.ExplainRequest\x1a\x1b.sequoia.v1.ExplainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sequoia.v1.coordinator_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SPECULATIONMODE']._serialized_start=3169
-  _globals['_SPECULATIONMODE']._serialized_end=3300
-  _globals['_FINISHREASON']._serialized_start=3302
-  _globals['_FINISHREASON']._serialized_end=3397
-  _globals['_SPECULATIONSTATE']._serialized_start=3400
-  _globals['_SPECULATIONSTATE']._serialized_end=3537
+  _globals['_TOOLCALLFORM']._serialized_start=3316
+  _globals['_TOOLCALLFORM']._serialized_end=3389
+  _globals['_SPECULATIONMODE']._serialized_start=3392
+  _globals['_SPECULATIONMODE']._serialized_end=3523
+  _globals['_FINISHREASON']._serialized_start=3525
+  _globals['_FINISHREASON']._serialized_end=3620
+  _globals['_SPECULATIONSTATE']._serialized_start=3623
+  _globals['_SPECULATIONSTATE']._serialized_end=3760
   _globals['_GENERATEREQUEST']._serialized_start=120
   _globals['_GENERATEREQUEST']._serialized_end=408
   _globals['_CHAT']._serialized_start=410
-  _globals['_CHAT']._serialized_end=459
-  _globals['_CHATMESSAGE']._serialized_start=461
-  _globals['_CHATMESSAGE']._serialized_end=505
-  _globals['_TOKENIDS']._serialized_start=507
-  _globals['_TOKENIDS']._serialized_end=530
-  _globals['_SPECULATION']._serialized_start=533
-  _globals['_SPECULATION']._serialized_end=717
-  _globals['_GENERATERESPONSE']._serialized_start=720
-  _globals['_GENERATERESPONSE']._serialized_end=1029
-  _globals['_FINISH']._serialized_start=1032
-  _globals['_FINISH']._serialized_end=1259
-  _globals['_SPECULATIONREPORT']._serialized_start=1262
-  _globals['_SPECULATIONREPORT']._serialized_end=1763
-  _globals['_TREEUSAGE']._serialized_start=1766
-  _globals['_TREEUSAGE']._serialized_end=2031
-  _globals['_RANKCOUNTS']._serialized_start=2033
-  _globals['_RANKCOUNTS']._serialized_end=2088
-  _globals['_STAGESECONDS']._serialized_start=2091
-  _globals['_STAGESECONDS']._serialized_end=2260
-  _globals['_DESCRIBEPAIRREQUEST']._serialized_start=2262
-  _globals['_DESCRIBEPAIRREQUEST']._serialized_end=2283
-  _globals['_DESCRIBEPAIRRESPONSE']._serialized_start=2286
-  _globals['_DESCRIBEPAIRRESPONSE']._serialized_end=2558
-  _globals['_EXPLAINREQUEST']._serialized_start=2561
-  _globals['_EXPLAINREQUEST']._serialized_end=2751
-  _globals['_EXPLAINRESPONSE']._serialized_start=2754
-  _globals['_EXPLAINRESPONSE']._serialized_end=2997
-  _globals['_REALISEDPACE']._serialized_start=3000
-  _globals['_REALISEDPACE']._serialized_end=3166
-  _globals['_COORDINATORSERVICE']._serialized_start=3540
-  _globals['_COORDINATORSERVICE']._serialized_end=3784
+  _globals['_CHAT']._serialized_end=529
+  _globals['_CHATMESSAGE']._serialized_start=531
+  _globals['_CHATMESSAGE']._serialized_end=653
+  _globals['_TOKENIDS']._serialized_start=655
+  _globals['_TOKENIDS']._serialized_end=678
+  _globals['_SPECULATION']._serialized_start=681
+  _globals['_SPECULATION']._serialized_end=865
+  _globals['_GENERATERESPONSE']._serialized_start=868
+  _globals['_GENERATERESPONSE']._serialized_end=1177
+  _globals['_FINISH']._serialized_start=1180
+  _globals['_FINISH']._serialized_end=1407
+  _globals['_SPECULATIONREPORT']._serialized_start=1410
+  _globals['_SPECULATIONREPORT']._serialized_end=1911
+  _globals['_TREEUSAGE']._serialized_start=1914
+  _globals['_TREEUSAGE']._serialized_end=2179
+  _globals['_RANKCOUNTS']._serialized_start=2181
+  _globals['_RANKCOUNTS']._serialized_end=2236
+  _globals['_STAGESECONDS']._serialized_start=2239
+  _globals['_STAGESECONDS']._serialized_end=2408
+  _globals['_DESCRIBEPAIRREQUEST']._serialized_start=2410
+  _globals['_DESCRIBEPAIRREQUEST']._serialized_end=2431
+  _globals['_DESCRIBEPAIRRESPONSE']._serialized_start=2434
+  _globals['_DESCRIBEPAIRRESPONSE']._serialized_end=2706
+  _globals['_EXPLAINREQUEST']._serialized_start=2709
+  _globals['_EXPLAINREQUEST']._serialized_end=2899
+  _globals['_EXPLAINRESPONSE']._serialized_start=2902
+  _globals['_EXPLAINRESPONSE']._serialized_end=3145
+  _globals['_REALISEDPACE']._serialized_start=3148
+  _globals['_REALISEDPACE']._serialized_end=3314
+  _globals['_COORDINATORSERVICE']._serialized_start=3763
+  _globals['_COORDINATORSERVICE']._serialized_end=4007
 # @@protoc_insertion_point(module_scope)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from coordinator.conversation import question
 from sequoia.cli.benchmarks.arguments import add_json, add_target, check_least
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt, prompt_set
 from sequoia.cli.figures import new_table
@@ -96,7 +97,7 @@ def _load(reference: str, engine: str, quantization: str, steps: Steps) -> Subje
 
 
 def _encoded(codec: TextCodec, prompt: BenchPrompt, is_raw: bool) -> tuple[int, ...]:
-    return codec.encode(prompt.text) if is_raw else codec.encode_chat([("user", prompt.text)])
+    return codec.encode(prompt.text) if is_raw else codec.encode_chat(question(prompt.text))
 
 
 def drift_table(found: Sequence[Drift], max_tokens: int) -> Table:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.conversation import question
 from coordinator.text import TextCodec
 from sequoia.cli.benchmarks.peer_process import PeerFailed
 from sequoia.cli.benchmarks.prompt_set import BenchPrompt
@@ -73,7 +74,7 @@ def encode(models: PeerModels, prompts: Sequence[BenchPrompt], is_raw: bool) -> 
     """Token ids: of text to continue, or of a user's message. Raises InvalidArgument naming `chat`."""
     if is_raw:
         return {prompt: models.codec.encode(prompt.text) for prompt in prompts}
-    return {prompt: models.codec.encode_chat([("user", prompt.text)]) for prompt in prompts}
+    return {prompt: models.codec.encode_chat(question(prompt.text)) for prompt in prompts}
 
 
 def _find(pair: DescribePairResponse) -> PeerModels:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 
 from coordinator.chat_template import ChatTemplate
+from coordinator.conversation import question
 from sequoia.cli.training.recipe import CorpusRecipe
 from sequoia.config import num_cores
 from sequoia.engine.decoders import Arithmetic, build_decoder
@@ -81,7 +82,7 @@ def _turns(tokenizer: TokenizerDescription) -> tuple[str, str]:
     """What stands before a question and behind it; nothing where the model has no chat template."""
     if not tokenizer.chat_template:
         return "", ""
-    rendered = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render([("user", _SPLIT)])
+    rendered = ChatTemplate(tokenizer.chat_template, tokenizer.special_tokens).render(question(_SPLIT).messages)
     if rendered.count(_SPLIT) != 1:
         raise InvalidArgument("its chat template does not write a question as it is, once; use another model", "target")
     before, _, after = rendered.partition(_SPLIT)
