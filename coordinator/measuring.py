@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,13 @@ from statistics import median
 import numpy as np
 
 from coordinator.trees import max_tree_size
-from sequoia.acceptance import AcceptanceCounts, tokens_factor
+from sequoia.acceptance import AcceptanceCounts
 from sequoia.client import AsyncClient, Prompt, Speculation, SpeculationFigures
 from sequoia.errors import FailedPrecondition, Unavailable
 from sequoia.hardware import LatencyProfile
-from sequoia.optimal_tree import Rows, expected_tokens
+from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import PlanInputs, draft_seconds
-from sequoia.pricing import best_within
+from sequoia.pricing import MeasuredTree
 from sequoia.rules import Rule
 from sequoia.speculation_figures import TreeUsage
 from sequoia.topology import DynamicShape, Topology, TreeShape
@@ -26,8 +27,13 @@ from sequoia.wire import profile_from_wire
 PLAIN = Topology.root_only()
 # 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
 MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
-# Beside it, where the rule is exact with any shape: what shapes of each step's own bring. A usual size.
-MEASURING_DYNAMIC = DynamicShape(16, 5, 4)
+# Beside it, where the rule is exact with any shape: shapes of each step's own, of at most so many nodes and levels.
+_DYNAMIC_SIZE, _DYNAMIC_LEVELS, _DYNAMIC_WIDTHS = 32, 16, (2, 4)
+# What the dynamic ones are limited by is worth what it costs at about this speedup.
+_HOPED_SPEEDUP = 1.6
+_LARGEST_LIMIT = 0.9
+# Of the tokens of a step, by their mean.
+_USUAL_DEVIATION = 0.8
 # And, in turns, for what a step of another size takes.
 _OTHERS = (PLAIN, Topology.chain(3), Topology((-1, 0, 0, 1, 1, 2, 3, 5)))
 # Fewer steps with one tree in an answer are those at its end.
@@ -58,6 +64,7 @@ async def measure(
 ) -> list[SpeculationFigures]:
     """Every prompt continued with the measuring trees and, by half as many tokens, in one of the other ways."""
     limit = max_tree_size(pair.verify, pair.draft)
+    dynamic = dynamic_shapes(pair) if rule.takes_any_shape else []
 
     async def generate(prompt: Prompt, tree: TreeShape, num_tokens: int) -> SpeculationFigures:
         how: Speculation = "off" if tree == PLAIN else tree.cut_to(limit)
@@ -67,8 +74,8 @@ async def measure(
         return generation.speculation
 
     figures: list[SpeculationFigures] = []
-    trees = (MEASURING_TREE, MEASURING_DYNAMIC) if rule.takes_any_shape else (MEASURING_TREE,)
     for index, prompt in enumerate(prompts):
+        trees: list[TreeShape] = [MEASURING_TREE, *dynamic]
         figures += [await generate(prompt, tree, max_tokens) for tree in trees]
         figures.append(await generate(prompt, _OTHERS[index % len(_OTHERS)], (max_tokens + 1) // 2))
         on_prompt()
@@ -93,21 +100,40 @@ def expected_in(
     return sum(usage.num_tokens for usage, _ in drafted), expected, sum(usage.num_steps for usage, _ in drafted)
 
 
-def dynamic_factor(figures: Iterable[SpeculationFigures], acceptance: Rows, limit: int) -> float | None:
-    """What dynamic trees brought beyond the first token of a step, by what the best planned ones of their size would.
+def dynamic_shapes(pair: DescribePairResponse) -> list[DynamicShape]:
+    """The dynamic trees to try: a level must gain what a draft forward costs, a node what it costs the target.
 
-    None where they were not measured, at `limit` nodes of a tree. Corrected towards 1 as `tokens_factor` is.
+    None where the workers take too small trees. Raises FailedPrecondition when their measurements are of no use.
     """
-    shape = MEASURING_DYNAMIC.cut_to(limit)
-    usages = [usage for usage in _usages(figures) if usage.shape == shape]
-    if not usages or isinstance(shape, Topology):
-        return None
-    num_steps = sum(usage.num_steps for usage in usages)
-    try:
-        expected = expected_tokens(best_within(acceptance, shape), acceptance)
-    except ValueError:  # too few ranks are known
-        return None
-    return tokens_factor(sum(usage.num_tokens for usage in usages), num_steps * expected, num_steps)
+    verify, draft = (profile.curve() for profile in profiles(pair))
+    limit = min(max_tree_size(pair.verify, pair.draft), verify.max_tokens)
+    size = min(limit, _DYNAMIC_SIZE)
+    if size < 2:
+        return []
+    # Seconds of a token, as they will be; what a node takes the target.
+    token, node = verify.at(1) / _HOPED_SPEEDUP, (verify.at(size) - verify.at(1)) / (size - 1)
+    shapes = []
+    for width in (each for each in _DYNAMIC_WIDTHS if each < size and each <= draft.max_tokens):
+        # Every node that is forwarded takes a row.
+        levels = min(size, _DYNAMIC_LEVELS, 2 + (limit - 2) // width)
+        limits = (min(_LARGEST_LIMIT, max(0.0, cost / token)) for cost in (node, draft.at(width)))
+        shapes.append(DynamicShape(size, levels, width, *limits))
+    return shapes
+
+
+def measured_dynamic(figures: Sequence[SpeculationFigures], shapes: Iterable[DynamicShape]) -> tuple[MeasuredTree, ...]:
+    """What those of the dynamic trees that were used brought, and how large they became."""
+    found = []
+    for shape in shapes:
+        usages = [usage for usage in _usages(figures) if usage.shape == shape]
+        if not usages:
+            continue
+        names = ("num_steps", "num_tokens", "num_nodes", "num_levels")
+        num_steps, num_tokens, num_nodes, num_levels = (sum(getattr(each, name) for each in usages) for name in names)
+        per_step = num_tokens / num_steps
+        error = _USUAL_DEVIATION * per_step / math.sqrt(num_steps)
+        found.append(MeasuredTree(shape, per_step, error, num_nodes / num_steps, num_levels / num_steps))
+    return tuple(found)
 
 
 def ahead_hit_rate(num_hits: float, num_attempts: float, num_steps: float) -> float | None:
@@ -161,7 +187,7 @@ def inputs_for(
     acceptance: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float]],
     factor: float,
-    factor_of_dynamic: float | None,
+    dynamic: tuple[MeasuredTree, ...],
     draft_ahead_hit_rate: float | None,
 ) -> PlanInputs:
     """What a plan for so many sessions behind such a context follows from.
@@ -180,7 +206,7 @@ def inputs_for(
         verify_rtt_seconds=pair.verify_rtt_seconds,
         host_seconds=num_sessions * calibration.host_seconds,
         tokens_factor=factor,
-        dynamic_factor=factor_of_dynamic,
+        dynamic=dynamic,
         draft_ahead_hit_rate=draft_ahead_hit_rate,
         shares_device=pair.verify.device_id == pair.draft.device_id,
     )

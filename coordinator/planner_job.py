@@ -14,10 +14,11 @@ from coordinator.measuring import (
     ahead_hit_rate,
     calibrate,
     counts_of,
-    dynamic_factor,
+    dynamic_shapes,
     expected_in,
     inputs_for,
     measure,
+    measured_dynamic,
 )
 from coordinator.planner_prompts import prompts_for
 from coordinator.trees import max_tree_size, pair_name, plan_key
@@ -146,8 +147,7 @@ class PlannerJob:
         """Plan for all situations, and store. Returns the plan of one session with a short context."""
         rule, estimate = measured.rule, measured.counts.estimate()
         factor = tokens_factor(*expected_in(measured.figures, estimate.rows)) if rule is TRAVERSAL else 1.0
-        limit = max_tree_size(pair.verify, pair.draft)
-        factor_of_dynamic = dynamic_factor(measured.figures, estimate.rows, limit)
+        dynamic = measured_dynamic(measured.figures, dynamic_shapes(pair))
         plans: dict[Situation, TreePlan] = {}
         for sessions, context in _loads(pair):
             try:
@@ -159,7 +159,7 @@ class PlannerJob:
                     estimate.rows,
                     estimate.errors,
                     factor,
-                    factor_of_dynamic,
+                    dynamic,
                     measured.ahead_hit_rate,
                 )
             except ValueError as error:

@@ -79,26 +79,28 @@ class Report:
         _add(self.message.stages, self.step_seconds)
         self._metrics.stepped(self.step_seconds)
         self.message.num_steps += 1
+        came = Topology.of(tuple(draft.tree.topology.parents)) if draft is not None else Topology.root_only()
         if draft is not None or asked.size == 1:
-            self._use(asked, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
+            self._use(asked, came, response.verdict, draft.ahead if draft else draft_pb2.DRAFT_AHEAD_UNSPECIFIED)
         if draft is not None:
-            topology = Topology.of(tuple(draft.tree.topology.parents))
-            self._count(topology, response.verdict)
+            self._count(came, response.verdict)
             self._count_ngrams(draft.ngram_nodes, response.verdict)
             if isinstance(asked, Topology):
-                self._count_ranks(topology, asked, response.verdict)
+                self._count_ranks(came, asked, response.verdict)
         return self.total_step_seconds
 
     def _split(self, times: tree_pb2.WorkerTimes) -> None:
         self.step_seconds.forwards += times.forwards
         self.step_seconds.work += times.work
 
-    def _use(self, shape: TreeShape, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
+    def _use(self, shape: TreeShape, came: Topology, verdict: verify_pb2.Verdict, ahead: draft_pb2.DraftAhead) -> None:
         usage = self._usages.get(shape)
         if usage is None:
             usage = self._usages[shape] = self.message.trees.add(**shape_to_wire(shape))
         usage.num_steps += 1
         usage.num_tokens += len(verdict.accepted_nodes) + 1
+        usage.num_nodes += came.size
+        usage.num_levels += came.levels
         _add(usage.stages, self.step_seconds)
         usage.num_ahead_misses += ahead == draft_pb2.DRAFT_AHEAD_MISS
         if ahead == draft_pb2.DRAFT_AHEAD_HIT:

@@ -61,12 +61,13 @@ class Ahead:
         slot: KVSlot,
         last: AnyGrowth,
         chooser: Chooser,
+        sharpness: float,
         num_guesses: int,
         max_num_tokens: int,
         ngrams: NgramSource | None = None,
     ) -> None:
         self._slot, self._last, self._chooser, self._ngrams = slot, last, chooser, ngrams
-        self._num_guesses, self._max_num_tokens = num_guesses, max_num_tokens
+        self._sharpness, self._num_guesses, self._max_num_tokens = sharpness, num_guesses, max_num_tokens
         self._has_forwarded_leaves = False
         self._trees: list[AnyGrowth] = []
 
@@ -119,7 +120,7 @@ class Ahead:
         path_rows = tuple(rows[each] for each in tree.follow(tokens))
         shape = self._last.shape
         mixture = self._ngrams.mixture(committed, shape.levels - 1) if self._ngrams else None
-        return begun(shape, committed, Stem(path_rows, num_rows), mixture)
+        return begun(shape, committed, self._sharpness, Stem(path_rows, num_rows), mixture)
 
 
 def _acceptance(rank: int) -> float:

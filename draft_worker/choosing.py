@@ -34,7 +34,7 @@ class Level:
     children: tuple[Tokens, ...]  # one tuple a node
     spares: tuple[Tokens, ...]  # the likeliest tokens besides, best first, at most NUM_SPARES a node
     q: DraftDistributions | None = None  # one row a node
-    scores: tuple[tuple[float, ...], ...] = ()  # where asked for: log of the chance that the draft gives each child
+    scores: tuple[tuple[float, ...], ...] = ()  # where asked for: of children and spares the log of each one's chance
 
 
 def choose_level(
@@ -74,6 +74,7 @@ def score_level(
     decoding: Decoding,
     paths: Sequence[Path],
     counts: Sequence[int],
+    sharpness: float,
     mixture: Mixture | None = None,
 ) -> Level:
     """As `choose_level`, with scores; for rules that take any shape."""
@@ -81,14 +82,14 @@ def score_level(
     sampling, logits = scoring(decoding), _adjusted(logits, decoding.sampling, paths, mixture)
     wanted = [count + NUM_SPARES for count in counts]
     if decoding.rule.children == "coupled":
-        ranked = scored_coupled_children(logits, sampling, paths[0].position, wanted)
+        ranked = scored_coupled_children(logits, sampling, paths[0].position, wanted, sharpness)
     else:
-        ranked = scored_top_children(logits, sampling, wanted)
+        ranked = scored_top_children(logits, sampling, wanted, sharpness)
     both = list(zip(ranked, counts, strict=True))
     return Level(
         tuple(row.token_ids[:count] for row, count in both),
         tuple(row.token_ids[count:] for row, count in both),
-        scores=tuple(row.scores[:count] for row, count in both),
+        scores=tuple(row.scores for row in ranked),
     )
 
 
@@ -121,10 +122,15 @@ class Chooser:
         return choose_level(logits[:, : self.vocab_size], self.decoding, paths, counts, self.generator, mixture)
 
     def scored_level(
-        self, logits: Tensor, paths: Sequence[Path], counts: Sequence[int], mixture: Mixture | None = None
+        self,
+        logits: Tensor,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        sharpness: float,
+        mixture: Mixture | None = None,
     ) -> Level:
         """`score_level` of the draft's logits (nodes, padded vocabulary)."""
-        return score_level(logits[:, : self.vocab_size], self.decoding, paths, counts, mixture)
+        return score_level(logits[:, : self.vocab_size], self.decoding, paths, counts, sharpness, mixture)
 
     def can_grow_unseen(self, committed: Tokens) -> bool:
         """Whether no node's children depend on which tokens lead to it, but for the draft's logits."""

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 
 from draft_worker.ahead import Ahead
 from draft_worker.choosing import Chooser, Tokens
+from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growing import AnyGrowth, begun
 from draft_worker.growth import grow_levels
 from draft_worker.mixture import NgramSource
 from draft_worker.planned import PlannedGrowth
+from draft_worker.sharpness import Sharpness
 from draft_worker.unseen import grow_unseen
 from draft_worker.whole import grow_whole
 from sequoia.engine.attention import chunk_segment
@@ -38,6 +40,7 @@ class DraftLimits:
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
     grows_whole: bool = False  # the engine grows a tree in one turn
     mixes_ngrams: bool = False  # what the session's tokens repeat is mixed into q
+    sharpness: Sharpness = field(default_factory=Sharpness)  # learnt by all sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class DraftSession:
         self._slot, self._limits, self._max_num_tokens = slot, limits, max_num_tokens
         self._chooser = Chooser(decoding, limits.vocab_size, generator)
         # Of its own, so that trees that are dropped change nothing in those that follow.
-        self._ahead_chooser = Chooser(decoding, limits.vocab_size, generator.spawn(1)[0])
+        self._ahead_chooser = replace(self._chooser, generator=generator.spawn(1)[0])
         self._ngrams = NgramSource() if limits.mixes_ngrams else None
         self._committed: Tokens = ()
         self._last: AnyGrowth | None = None
@@ -89,6 +92,10 @@ class DraftSession:
     def rule(self) -> Rule:
         """By which children are chosen."""
         return self._chooser.decoding.rule
+
+    @property
+    def _sharpness(self) -> float:
+        return self._limits.sharpness.value(self._chooser.decoding)
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict what
@@ -124,7 +131,9 @@ class DraftSession:
         """Grow trees for the likeliest verdicts on the last tree. To be dropped before anything else is asked for."""
         assert self._last is not None, "there is no tree yet"
         most = self._max_num_tokens
-        self._ahead = Ahead(self._slot, self._last, self._ahead_chooser, num_guesses, most, self._ngrams)
+        self._ahead = Ahead(
+            self._slot, self._last, self._ahead_chooser, self._sharpness, num_guesses, most, self._ngrams
+        )
         return self._ahead.job()
 
     def _begin(self, shape: TreeShape) -> Job[AnyGrowth]:
@@ -138,7 +147,7 @@ class DraftSession:
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
         mixture = self._ngrams.mixture(self._committed, shape.levels - 1) if self._ngrams else None
-        growth = begun(shape, self._committed, mixture=mixture)
+        growth = begun(shape, self._committed, self._sharpness, mixture=mixture)
         is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(self._committed)
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
@@ -150,8 +159,10 @@ class DraftSession:
         return growth
 
     def _learn(self) -> None:
-        """What the committed tokens say of the last tree's mixture, and what they repeat from now on."""
+        """What the committed tokens say of the last tree's scores and mixture, and what they repeat from now on."""
         last = self._last
+        if isinstance(last, DynamicGrowth):
+            self._limits.sharpness.learn(self._chooser.decoding, last, self._committed[len(last.committed) :])
         if self._ngrams is None:
             return
         if last is not None and last.mixture is not None and self.num_committed > len(last.committed):

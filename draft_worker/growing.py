@@ -14,8 +14,10 @@ from sequoia.topology import DynamicShape, TreeShape
 AnyGrowth: TypeAlias = PlannedGrowth | DynamicGrowth
 
 
-def begun(shape: TreeShape, committed: Tokens, stem: Stem | None = None, mixture: Mixture | None = None) -> AnyGrowth:
-    """A tree that has nothing but its root yet."""
+def begun(
+    shape: TreeShape, committed: Tokens, sharpness: float, stem: Stem | None = None, mixture: Mixture | None = None
+) -> AnyGrowth:
+    """A tree that has nothing but its root yet; `sharpness` is for the scores of a dynamic one."""
     if isinstance(shape, DynamicShape):
-        return DynamicGrowth(shape, committed, stem, mixture)
+        return DynamicGrowth(shape, committed, sharpness, stem, mixture)
     return PlannedGrowth(shape, committed, stem, mixture)

@@ -28,7 +28,15 @@ def _grow_dynamic(slot: KVSlot, growth: DynamicGrowth, chooser: Chooser, logits:
     kind, num_ranked = chooser.decoding.rule.children, most_children(growth.shape) + NUM_SPARES
     sampling = scoring(chooser.decoding)
     grown: GrownDynamicTree = yield WholeDynamicTree(
-        slot, growth.shape, logits, kind, sampling, chooser.vocab_size, num_ranked, _trie_of(growth)
+        slot,
+        growth.shape,
+        logits,
+        kind,
+        sampling,
+        chooser.vocab_size,
+        num_ranked,
+        growth.sharpness,
+        _trie_of(growth),
     )
     _read_shares(growth, grown.trie_shares)
     growth.adopt(grown)

@@ -31,12 +31,10 @@ __all__ = [
 
 Float = NDArray[np.float64]
 
-SCHEMA = "sequoia.tree_plan.v3"
+SCHEMA = "sequoia.tree_plan.v4"
 MAX_LEVELS = 32
 # Limits on a level's width that are tried, of those the draft's curve has.
 _MOST_WIDTHS = 6
-# Widths of dynamic trees that are tried: with one node a level there is hardly a choice.
-_DYNAMIC_WIDTHS = range(2, 9)
 _ALTERNATIVES = ("best_tree", "reduced", "runner_up")
 # Figures that another machine computed may differ by this much.
 _ROUNDING = 1e-9
@@ -98,7 +96,7 @@ class TreePlan:
 
 
 def choose(inputs: PlanInputs, *, max_size: int | None = None, max_levels: int = MAX_LEVELS) -> TreePlan:
-    """The plan with the fewest seconds per token among trees, dynamic trees if their factor is known, chains and off.
+    """The plan with the fewest seconds per token among trees, chains, dynamic trees that were tried, and off.
 
     Trees have at most `max_size` nodes, never more than the verify curve's end, and at most `max_levels` levels; for
     every size, number of levels and width of a level the tree with the most expected tokens per step is considered.
@@ -119,14 +117,14 @@ def choose(inputs: PlanInputs, *, max_size: int | None = None, max_levels: int =
 
 
 def without_dynamic(plan: TreePlan) -> TreePlan:
-    """For rules that are not exact with dynamic trees: in each one's place the best tree of its size, levels, width."""
+    """For rules that are not exact with dynamic trees: in each one's place a planned one of about its mean size."""
     priced = (plan.chosen, *plan.alternatives.values())
     return _planned(plan) if any(each and each.kind == "dynamic" for each in priced) else plan
 
 
 @lru_cache(maxsize=32)
 def _planned(plan: TreePlan) -> TreePlan:
-    inputs = replace(plan.inputs, dynamic_factor=None)
+    inputs = replace(plan.inputs, dynamic=())
 
     def planned(tree: PricedTree) -> PricedTree:
         return price(planned_like(tree.shape, plan.inputs), inputs)
@@ -147,12 +145,7 @@ class _Shelf:
         ]
         verifying, drafting = inputs.verify_curve.table(size), inputs.draft_curve.table(size)
         self._seconds = [self._per_token(each, verifying, drafting) for each in self._frontiers]
-        self._dynamic = {
-            (at_most, width): self._dynamic_per_token(frontier, at_most, width, verifying)
-            for width in dynamic_widths(inputs)
-            for at_most, frontier in enumerate(cached_frontiers(inputs.acceptance, size, levels, width), start=1)
-            if at_most > 1 and 1 + (at_most - 2) * width < size  # as many KV rows as there are
-        }
+        self._dynamic = [price(each.shape, inputs) for each in inputs.dynamic if each.shape.size <= size]
 
     def cheapest(self, most: int) -> list[PricedTree]:
         """The two cheapest trees of 2 to `most` nodes, the cheapest first; fewer where there are no more."""
@@ -162,15 +155,9 @@ class _Shelf:
         for seconds, size, index in best:
             if np.isfinite(seconds) and len(shapes) < 2:
                 shapes[self._frontiers[index].tree(size)] = None
-        priced = {price(each, self._inputs) for each in (*shapes, *self._cheapest_dynamic(most))}
-        priced |= {each for each in self._chains if each.shape.size <= most}
+        priced = {price(each, self._inputs) for each in shapes}
+        priced |= {each for each in (*self._chains, *self._dynamic) if each.shape.size <= most}
         return sorted(priced, key=_preference)[:2]
-
-    def _cheapest_dynamic(self, most: int) -> list[DynamicShape]:
-        """The two cheapest, as for `cheapest`."""
-        sizes = {key: int(seconds[: most + 1].argmin()) for key, seconds in self._dynamic.items()}
-        best = sorted((self._dynamic[key][size], size, *key) for key, size in sizes.items())
-        return [DynamicShape(*shape) for seconds, *shape in best[:2] if np.isfinite(seconds)]
 
     def _per_token(self, frontier: Frontier, verifying: Float, drafting: Float) -> Float:
         """(size + 1,) infinite where there is no tree, or one with a forward wider than a curve; and for off."""
@@ -180,23 +167,6 @@ class _Shelf:
         seconds = np.where(np.isfinite(frontier.tokens), seconds, np.inf)
         seconds[:2] = np.inf
         return seconds
-
-    def _dynamic_per_token(self, frontier: Frontier, levels: int, width: int, verifying: Float) -> Float:
-        """As `_per_token`, of dynamic trees of so many levels, whose forwards are all of that width."""
-        drafting = draft_seconds(DynamicShape(levels * width + 1, levels, width), self._inputs.draft_curve)
-        with np.errstate(invalid="ignore"):
-            seconds = self._inputs.step_seconds(verifying, np.float64(drafting))
-            seconds = seconds / self._inputs.tokens_per_step(frontier.tokens, is_dynamic=True)
-        seconds = np.where(np.isfinite(frontier.tokens), seconds, np.inf)
-        seconds[: max(levels, width + 1)] = np.inf
-        return seconds
-
-
-def dynamic_widths(inputs: PlanInputs) -> list[int]:
-    """Widths of dynamic trees that are tried, of those the draft's curve has; none without a factor."""
-    if inputs.dynamic_factor is None:
-        return []
-    return [width for width in inputs.draft_curve.num_tokens if width in _DYNAMIC_WIDTHS]
 
 
 def width_limits(curve: LatencyCurve, size: int) -> list[int | None]:
@@ -227,7 +197,7 @@ def _reprice(data: dict[str, Any], inputs: PlanInputs) -> PricedTree:
 def _shape(data: dict[str, Any]) -> TreeShape:
     if "parents" in data:
         return Topology(tuple(map(operator.index, data["parents"])))
-    return DynamicShape(*(operator.index(data[name]) for name in ("size", "levels", "width")))
+    return DynamicShape.from_dict(data)
 
 
 def _agree(ours: Any, theirs: Any) -> bool:

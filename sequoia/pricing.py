@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,6 +22,42 @@ _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
+class MeasuredTree:
+    """A dynamic tree that was tried: what its steps brought, and how large it became, in the mean.
+
+    Raises ValueError when a value cannot be right.
+    """
+
+    shape: DynamicShape
+    tokens_per_step: float
+    tokens_error: float  # standard error
+    num_nodes: float
+    num_levels: float
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.num_levels <= self.shape.levels or not self.num_levels <= self.num_nodes <= self.shape.size:
+            raise ValueError(f"no {self.shape} has {self.num_nodes} nodes and {self.num_levels} levels in the mean")
+        if not 1.0 <= self.tokens_per_step <= self.num_levels or not 0.0 <= self.tokens_error < math.inf:
+            raise ValueError(f"{self.tokens_per_step} tokens a step, +- {self.tokens_error}, are none of {self.shape}")
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> MeasuredTree:
+        """From the JSON form. Raises KeyError, TypeError or ValueError when it is not of that form."""
+        values = {each.name: data[each.name] for each in fields(MeasuredTree)}
+        return MeasuredTree(**{**values, "shape": DynamicShape.from_dict(values["shape"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form."""
+        return asdict(self)
+
+    def seconds(self, verify: LatencyCurve, draft: LatencyCurve) -> tuple[float, float]:
+        """Of the forwards of a step: the target's, and the draft's, one a level but the last and as wide as allowed."""
+        num_forwards = max(0.0, self.num_levels - 1.0)
+        drafting = min(1.0, num_forwards) * draft.at(1) + max(0.0, num_forwards - 1.0) * draft.at(self.shape.width)
+        return verify.at(math.ceil(self.num_nodes)), drafting
+
+
+@dataclass(frozen=True, slots=True)
 class PlanInputs:
     """What a plan follows from. Raises ValueError when a value cannot be right.
 
@@ -31,8 +67,8 @@ class PlanInputs:
     trips per step to each worker and all else that a drafted step takes beside the forwards in seconds.
 
     `tokens_factor`: tokens beyond the first that a step brings, by those that follow from `acceptance`: 1 for a rule
-    that decides node by node, measured for one that does not. `dynamic_factor`: those of a dynamic tree by those of the
-    best tree of its size, levels and width, as measured; None where there are no dynamic ones. `draft_ahead_hit_rate`:
+    that decides node by node, measured for one that does not. `dynamic`: the dynamic trees that were tried; none but
+    these are chosen. `draft_ahead_hit_rate`:
     the share of steps whose tree the drafter had begun while the step before was verified; None when it never does. A
     shared device hides nothing.
     """
@@ -45,7 +81,7 @@ class PlanInputs:
     host_seconds: float = 0.0
     errors: Rows = ()
     tokens_factor: float = 1.0
-    dynamic_factor: float | None = None
+    dynamic: tuple[MeasuredTree, ...] = ()
     draft_ahead_hit_rate: float | None = None
     shares_device: bool = False
 
@@ -60,9 +96,8 @@ class PlanInputs:
             raise ValueError("a latency curve must start at width 1: decoding without speculation is compared with it")
         if not all(math.isfinite(each) and each >= 0.0 for each in self._overheads):
             raise ValueError(f"round trips and host time must be seconds of 0 or more, not {self._overheads}")
-        for name, factor in (("tokens_factor", self.tokens_factor), ("dynamic_factor", self.dynamic_factor or 0.0)):
-            if not 0.0 <= factor < math.inf:
-                raise ValueError(f"{name} must be 0 or more, not {factor}")
+        if not 0.0 <= self.tokens_factor < math.inf:
+            raise ValueError(f"tokens_factor must be 0 or more, not {self.tokens_factor}")
         if self.draft_ahead_hit_rate is not None and not 0.0 <= self.draft_ahead_hit_rate <= 1.0:
             raise ValueError(f"draft_ahead_hit_rate must be in 0..1, not {self.draft_ahead_hit_rate}")
 
@@ -78,6 +113,7 @@ class PlanInputs:
             values[name] = LatencyCurve.from_dict(values[name])
         for name in ("acceptance", "errors"):
             values[name] = tuple(tuple(row) for row in values[name])
+        values["dynamic"] = tuple(map(MeasuredTree.from_dict, values["dynamic"]))
         return PlanInputs(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,6 +123,7 @@ class PlanInputs:
             values[name] = values[name].to_dict()
         for name in ("acceptance", "errors"):
             values[name] = [list(row) for row in values[name]]
+        values["dynamic"] = [each.to_dict() for each in self.dynamic]
         return values
 
     def step_seconds(self, verify_seconds: Float, draft_seconds: Float) -> Float:
@@ -103,13 +140,16 @@ class PlanInputs:
         hidden = self.draft_ahead_hit_rate * np.minimum(between, draft_seconds)
         return whole - hidden + (1.0 - self.draft_ahead_hit_rate) * self.draft_curve.at(1) / 2.0
 
-    def tokens_per_step(self, expected: Float, *, is_dynamic: bool = False) -> Float:
-        """What a step brings where the acceptance alone makes us expect so many tokens.
+    def tokens_per_step(self, expected: Float) -> Float:
+        """What a step brings where the acceptance alone makes us expect so many tokens."""
+        return 1.0 + self.tokens_factor * (expected - 1.0)
 
-        Of a dynamic tree: of the best tree of its size, levels and width.
-        """
-        factor = (self.dynamic_factor or 0.0) if is_dynamic else 1.0
-        return 1.0 + factor * self.tokens_factor * (expected - 1.0)
+    def measured(self, shape: DynamicShape) -> MeasuredTree:
+        """What was measured of a dynamic tree. Raises ValueError for one that was not tried."""
+        found = next((each for each in self.dynamic if each.shape == shape), None)
+        if found is None:
+            raise ValueError(f"{shape} was not measured")
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,50 +192,45 @@ class PricedTree:
 def price(shape: TreeShape, inputs: PlanInputs) -> PricedTree:
     """Seconds per token = (t(n) + one draft forward per level with internal nodes + overheads) / F; off costs t(1).
 
-    Raises ValueError when a forward would be wider than the curves were measured, and for a dynamic tree that nothing
-    is known of.
+    Of a dynamic tree all that was measured counts. Raises ValueError when a forward would be wider than the curves were
+    measured, and for a dynamic tree that was not tried.
     """
     off_seconds = inputs.verify_curve.at(1)
     if shape.size == 1:
         return PricedTree(shape, 1.0, 0.0, off_seconds, 1.0)
-    # First, as it refuses sizes beyond the curve, for which no tree should be looked for.
-    forwards = inputs.verify_curve.at(shape.size), draft_seconds(shape, inputs.draft_curve)
-    planned = planned_like(shape, inputs)
-    expected, is_dynamic = np.float64(expected_tokens(planned, inputs.acceptance)), isinstance(shape, DynamicShape)
-    tokens = float(inputs.tokens_per_step(expected, is_dynamic=is_dynamic))
+    if isinstance(shape, DynamicShape):
+        measured = inputs.measured(shape)
+        forwards = measured.seconds(inputs.verify_curve, inputs.draft_curve)
+        tokens, error = measured.tokens_per_step, measured.tokens_error
+    else:
+        forwards = inputs.verify_curve.at(shape.size), draft_seconds(shape, inputs.draft_curve)
+        tokens = float(inputs.tokens_per_step(np.float64(expected_tokens(shape, inputs.acceptance))))
+        error = _tokens_error(shape, inputs)
     seconds = float(inputs.step_seconds(*map(np.float64, forwards))) / tokens
-    error = _tokens_error(planned, inputs) * ((inputs.dynamic_factor or 0.0) if is_dynamic else 1.0)
     return PricedTree(shape, tokens, error, seconds, off_seconds / seconds)
 
 
 def planned_like(shape: TreeShape, inputs: PlanInputs) -> Topology:
-    """The tree itself; of a dynamic one the best tree of its size, levels and width, by which it is priced.
+    """The tree itself; of a dynamic one the best tree of as many nodes as it had in the mean, and no more levels.
 
-    Raises ValueError where there is no such tree, or no `dynamic_factor`.
+    Raises ValueError for one that was not tried.
     """
     if isinstance(shape, Topology):
         return shape
-    if inputs.dynamic_factor is None:
-        raise ValueError("without a dynamic_factor nothing is known of dynamic trees")
-    return best_within(inputs.acceptance, shape)
+    measured = inputs.measured(shape)
+    levels = max(2, round(measured.num_levels))
+    return _best_of(inputs.acceptance, max(levels, round(measured.num_nodes)), levels)
 
 
 @lru_cache(maxsize=128)
-def best_within(acceptance: Rows, shape: DynamicShape) -> Topology:
-    """The tree of most expected tokens within its size, levels and width. Raises ValueError when there is none."""
-    [frontier] = frontiers(acceptance, shape.size, shape.levels, min_levels=shape.levels, max_width=shape.width)
-    if not math.isfinite(frontier.tokens[shape.size]):
-        raise ValueError(f"no tree of {shape} within {max(map(len, acceptance))} ranks")
-    return frontier.tree(shape.size)
+def _best_of(acceptance: Rows, size: int, levels: int) -> Topology:
+    """The tree of most expected tokens; a chain where the known ranks are too few for one of that size."""
+    [frontier] = frontiers(acceptance, size, levels, min_levels=levels)
+    return frontier.tree(size) if math.isfinite(frontier.tokens[size]) else Topology.chain(levels)
 
 
-def draft_seconds(shape: TreeShape, curve: LatencyCurve) -> float:
-    """Seconds to grow a tree: one forward per level with internal nodes, as wide as they are many; at most, if dynamic.
-
-    A level of a dynamic tree may have fewer nodes than `width` to forward, or none.
-    """
-    if isinstance(shape, DynamicShape):
-        return curve.at(1) + (shape.levels - 2) * curve.at(shape.width)
+def draft_seconds(shape: Topology, curve: LatencyCurve) -> float:
+    """Seconds to grow a tree: one forward per level with internal nodes, as wide as they are many."""
     widths = np.bincount([shape.depths[node] for node in shape.internal_nodes])
     return sum(curve.at(int(width)) for width in widths)
 

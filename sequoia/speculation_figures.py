@@ -56,7 +56,8 @@ class TreeUsage:
     """The steps of a request for which a tree of that shape was asked for, and came; root-only: plain decoding.
 
     `num_ahead_hits` of them had a tree that was begun while the step before was verified, and spent `hit_draft_seconds`
-    of the draft's time; before `num_ahead_misses` trees had been begun that were of no use.
+    of the draft's time; before `num_ahead_misses` trees had been begun that were of no use. The trees that came had
+    `num_nodes` nodes and `num_levels` levels in all.
     """
 
     shape: TreeShape
@@ -66,6 +67,8 @@ class TreeUsage:
     num_ahead_hits: int = 0
     num_ahead_misses: int = 0
     hit_draft_seconds: float = 0.0
+    num_nodes: int = 0
+    num_levels: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -77,6 +80,8 @@ class TreeUsage:
             "ahead_hits": self.num_ahead_hits,
             "ahead_misses": self.num_ahead_misses,
             "hit_draft_seconds": self.hit_draft_seconds,
+            "nodes": self.num_nodes,
+            "levels_grown": self.num_levels,
         }
 
 
@@ -200,6 +205,8 @@ def _tree_usage(usage: pb.TreeUsage) -> TreeUsage:
         usage.num_ahead_hits,
         usage.num_ahead_misses,
         usage.hit_draft_seconds,
+        usage.num_nodes,
+        usage.num_levels,
     )
 
 

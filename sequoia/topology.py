@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import operator
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, TypeAlias
 
@@ -121,25 +122,38 @@ class DynamicShape:
     """A tree whose shape the draft's own scores decide at every step (Li et al. 2024, arXiv 2406.16858).
 
     `size` nodes and `levels` levels at most, the root counting in both; at most `width` nodes of a level get children,
-    which is what a draft forward has rows. Raises ValueError when there is no such tree.
+    which is what a draft forward has rows. Nodes that are reached with less than `least_chance`, as the draft sees it,
+    are left out; no level is added to nodes that are reached with less than `least_gain`, all together, which is how
+    many tokens it can gain. Raises ValueError when there is no such tree.
     """
 
     size: int
     levels: int
     width: int
+    least_chance: float = 0.0
+    least_gain: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= self.size:
             raise ValueError(f"levels is {self.levels}; with {self.size} nodes it must be in 2..{self.size}")
         if not 1 <= self.width < self.size:
             raise ValueError(f"width is {self.width}; with {self.size} nodes it must be in 1..{self.size - 1}")
+        for name, chance in (("least_chance", self.least_chance), ("least_gain", self.least_gain)):
+            if not 0.0 <= chance < 1.0:
+                raise ValueError(f"{name} is {chance}; it must be from 0 to below 1")
 
     def __str__(self) -> str:
         return f"{self.size}x{self.levels} dynamic, width {self.width}"
 
     def to_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"size": self.size, "levels": self.levels, "width": self.width}
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> DynamicShape:
+        """From the JSON form. Raises KeyError, TypeError or ValueError when it is not of that form."""
+        size, levels, width = (operator.index(data[name]) for name in ("size", "levels", "width"))
+        return DynamicShape(size, levels, width, float(data["least_chance"]), float(data["least_gain"]))
 
     @property
     def num_rows(self) -> int:
@@ -158,7 +172,7 @@ class DynamicShape:
             return Topology.root_only()
         size, levels = min(self.size, max_size), min(self.levels, max_size)
         most = (max_size - 2) // (levels - 2) if levels > 2 else size - 1
-        return DynamicShape(size, levels, min(self.width, size - 1, most))
+        return replace(self, size=size, levels=levels, width=min(self.width, size - 1, most))
 
 
 # What a step may be asked to grow.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, cast
 
 import numpy as np
@@ -33,9 +34,9 @@ def dynamic_from_wire(message: tree_pb2.DynamicShape, max_size: int, field: str 
     if not 2 <= message.size <= max_size:
         raise InvalidArgument(f"is {message.size}; it must be in 2..{max_size}", f"{field}.size")
     try:
-        shape = DynamicShape(message.size, message.levels, message.width)
+        shape = _dynamic(message)
     except ValueError as error:
-        name = "levels" if not 2 <= message.levels <= message.size else "width"
+        name = str(error).partition(" ")[0]
         raise InvalidArgument(str(error), f"{field}.{name}") from error
     if shape.num_rows >= max_size:
         rows = f"{shape.num_rows} rows with these levels; there are {max_size - 1}"
@@ -58,7 +59,7 @@ def shape_from_wire(
 def known_shape(message: coordinator_pb2.TreeUsage | coordinator_pb2.RealisedPace) -> TreeShape:
     """Of a message from a part that has checked it."""
     if message.WhichOneof("shape") == "dynamic":
-        return DynamicShape(message.dynamic.size, message.dynamic.levels, message.dynamic.width)
+        return _dynamic(message.dynamic)
     return Topology.of(tuple(message.topology.parents))
 
 
@@ -66,7 +67,11 @@ def shape_to_wire(shape: TreeShape) -> dict[str, Any]:
     """The field that says it, in each message that has a shape."""
     if isinstance(shape, Topology):
         return {"topology": tree_pb2.Topology(parents=shape.parents)}
-    return {"dynamic": tree_pb2.DynamicShape(size=shape.size, levels=shape.levels, width=shape.width)}
+    return {"dynamic": tree_pb2.DynamicShape(**shape.to_dict())}
+
+
+def _dynamic(message: tree_pb2.DynamicShape) -> DynamicShape:
+    return DynamicShape(*(getattr(message, each.name) for each in fields(DynamicShape)))
 
 
 def tree_from_wire(message: tree_pb2.TokenTree, max_size: int, vocab_size: int) -> TokenTree:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from draft_worker.choosing import Level, score_level
 from draft_worker.drafter import DraftLimits, DraftSession
 from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growth import DEAD
+from draft_worker.sharpness import Sharpness
 from sequoia.engine.noise import gumbel_noise
 from sequoia.engine.sampling import Path as TokenPath
 from sequoia.engine.verification import walk
@@ -48,9 +50,17 @@ Chances = Callable[[Context], Sequence[tuple[int, float]]]
 
 @pytest.mark.parametrize(
     ("sizes", "complaint"),
-    [((1, 1, 1), "levels is 1"), ((4, 5, 1), "levels is 5"), ((4, 2, 0), "width is 0"), ((4, 2, 4), "width is 4")],
+    [
+        ((1, 1, 1), "levels is 1"),
+        ((4, 5, 1), "levels is 5"),
+        ((4, 2, 0), "width is 0"),
+        ((4, 2, 4), "width is 4"),
+        ((4, 2, 1, 1.0), "least_chance is 1.0"),
+        ((4, 2, 1, 0.5, -0.1), "least_gain is -0.1"),
+        ((4, 2, 1, 0.5, math.nan), "least_gain is nan"),
+    ],
 )
-def test_a_dynamic_shape_that_cannot_be_is_refused(sizes: tuple[int, int, int], complaint: str) -> None:
+def test_a_dynamic_shape_that_cannot_be_is_refused(sizes: tuple[Any, ...], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         DynamicShape(*sizes)
 
@@ -71,7 +81,7 @@ def test_a_cut_shape_is_one_that_the_wire_takes() -> None:
             assert shape_from_wire(step, GREEDY, limit) == cut
 
 
-@pytest.mark.parametrize("shape", [USUAL, Topology((-1, 0, 0, 1))])
+@pytest.mark.parametrize("shape", [USUAL, DynamicShape(8, 4, 2, 0.1, 0.75), Topology((-1, 0, 0, 1))])
 def test_shapes_survive_the_wire(shape: DynamicShape | Topology) -> None:
     assert shape_from_wire(draft_pb2.DraftStep(**shape_to_wire(shape)), GREEDY, 64) == shape
     assert known_shape(coordinator_pb2.TreeUsage(**shape_to_wire(shape))) == shape
@@ -88,11 +98,13 @@ def test_shapes_survive_the_wire(shape: DynamicShape | Topology) -> None:
         ((16, 5, 0), "dynamic.width"),
         ((16, 5, 16), "dynamic.width"),
         ((64, 16, 5), "dynamic.width"),  # 71 rows
+        ((16, 5, 4, 1.5), "dynamic.least_chance"),
+        ((16, 5, 4, 0.1, math.inf), "dynamic.least_gain"),
     ],
 )
-def test_what_is_wrong_with_a_dynamic_shape_is_told_by_its_field(sizes: tuple[int, int, int], field: str) -> None:
-    size, levels, width = sizes
-    step = draft_pb2.DraftStep(dynamic=tree_pb2.DynamicShape(size=size, levels=levels, width=width))
+def test_what_is_wrong_with_a_dynamic_shape_is_told_by_its_field(sizes: tuple[Any, ...], field: str) -> None:
+    names = ("size", "levels", "width", "least_chance", "least_gain")
+    step = draft_pb2.DraftStep(dynamic=tree_pb2.DynamicShape(**dict(zip(names, sizes, strict=False))))
     with pytest.raises(InvalidArgument, match=f"^{field}"):
         shape_from_wire(step, GREEDY, 64)
 
@@ -115,7 +127,7 @@ def level_of(growth: DynamicGrowth, chances: Chances) -> Level:
 
 
 def grown(shape: DynamicShape, chances: Chances) -> DynamicGrowth:
-    growth = DynamicGrowth(shape, (0,))
+    growth = DynamicGrowth(shape, (0,), 1.0)
     while growth.frontier:
         growth.add(level_of(growth, chances))
     return growth
@@ -209,6 +221,25 @@ def test_growth_ends_when_nothing_could_be_displaced_any_more() -> None:
     assert growth.num_levels_grown == 2
 
 
+def test_unlikely_nodes_are_left_out_and_levels_that_gain_too_little_are_not_grown() -> None:
+    """A chain of tokens that are taken nine times in ten, each beside one that is taken once in ten."""
+    chances: Chances = lambda context: [(1, 0.9), (2, 0.1)]  # noqa: E731
+
+    def paths(shape: DynamicShape) -> set[Context]:
+        tree = grown(shape, chances).tree()
+        return {tree.path_tokens(node) for node in range(tree.topology.size)}
+
+    likely = {(), (1,), (1, 1), (1, 1, 1), (1, 1, 1, 1)}
+    # 0.9 ** 4 is 0.66.
+    assert paths(DynamicShape(32, 5, 2, least_chance=0.3)) == likely
+    assert paths(DynamicShape(32, 5, 2, least_chance=0.7)) == likely - {(1, 1, 1, 1)}
+    # Nodes of the second level are reached always, of 0.9 and 0.1 with two a level; only of 0.9 with one.
+    assert grown(DynamicShape(32, 16, 1, 0.0, 0.7), chances).num_levels_grown == 4
+    assert grown(DynamicShape(32, 5, 2, 0.0, 0.7), chances).num_levels_grown == 4
+    assert grown(DynamicShape(32, 16, 1, 0.0, 0.95), chances).num_levels_grown == 1
+    assert paths(DynamicShape(4, 4, 1, least_chance=0.95)) == {()}
+
+
 # ---- against a model without a cache ----
 
 
@@ -223,10 +254,17 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(folder)
 
 
+class Unlearnt(Sharpness):
+    """What was drafted before changes no score."""
+
+    def learn(self, decoding: Decoding, growth: DynamicGrowth, tokens: tuple[int, ...]) -> None:
+        pass
+
+
 @contextmanager
 def session(bench: Bench, mode: str, *, reads_once: bool = False) -> Iterator[DraftSession]:
     rule, sampling = MODES[mode]
-    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once)
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once, sharpness=Unlearnt())
     with bench.engine.cache.slot() as slot:
         yield DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), limits, 200)
 
@@ -340,7 +378,55 @@ def guessed(bench: Bench, mode: str, committed: tuple[int, ...], tree: TokenTree
 def test_children_that_are_drawn_are_never_scored() -> None:
     decoding = Decoding(SEQUOIA, Sampling(0.7), 1)
     with pytest.raises(AssertionError, match="must not be chosen among"):
-        score_level(torch.zeros(1, 8), decoding, [TokenPath((1,), 1, ())], [3])
+        score_level(torch.zeros(1, 8), decoding, [TokenPath((1,), 1, ())], [3], 1.0)
+
+
+# ---- how sharply the scores tell ----
+
+
+@pytest.mark.parametrize("true", [0.0625, 0.25, 1.0])
+@pytest.mark.parametrize(("rule", "sampling"), [(GREEDY, COOL), (COUPLED, Sampling(0.7, seed=5))])
+def test_sharpness_is_learnt_from_what_the_target_chose(rule: Rule, sampling: Sampling, true: float) -> None:
+    """Targets whose choices have the chances of the logits by a sharpness that nobody tells."""
+    decoding, sharpness, generator = Decoding(rule, sampling, 1), Sharpness(), np.random.default_rng(1)
+    first = sharpness.value(decoding)
+    for _ in range(400):
+        logits = np.sort(generator.normal(0.0, 1.0, 6))[::-1]
+        chances = torch.from_numpy(logits / (true * first)).softmax(0).numpy()
+        growth = grown(DynamicShape(7, 2, 6), lambda _, law=chances: list(enumerate(law.tolist(), start=1)))  # type: ignore[misc]
+        growth.sharpness = true * first
+        sharpness.learn(decoding, growth, (1 + int(generator.choice(6, p=chances)),))
+    assert sharpness.value(decoding) == pytest.approx(true * first, rel=0.5)
+
+
+def test_nothing_is_learnt_where_the_target_draws_freely_or_chose_another_token() -> None:
+    growth = grown(DynamicShape(3, 2, 2), lambda context: [(1, 0.6), (2, 0.4)])
+    sharpness = Sharpness()
+    for decoding in (Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1), Decoding(GREEDY, COOL, 1)):
+        before = sharpness.value(decoding)
+        for _ in range(50):
+            sharpness.learn(decoding, growth, (9,))
+        assert sharpness.value(decoding) == before
+    for _ in range(50):
+        sharpness.learn(Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1), growth, (2,))
+    assert sharpness.value(Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1)) == 0.7
+
+
+def test_sessions_of_a_draft_learn_together(bench: Bench) -> None:
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400)
+    decoding = Decoding(GREEDY, COOL, 1)
+    before = limits.sharpness.value(decoding)
+    with bench.engine.cache.slot() as slot:
+        drafting = DraftSession(slot, decoding, np.random.default_rng(0), limits, 200)
+        committed = PROMPT
+        drafting.commit(0, committed)
+        for _ in range(12):
+            tree = bench.run(drafting.grow(USUAL)).tree
+            news = (*path_tokens(tree, 1), *path_tokens(tree, 1))  # the likeliest token, always
+            drafting.commit(len(committed), news)
+            committed += news
+        bench.run(drafting.grow(USUAL))
+    assert limits.sharpness.value(decoding) < before
 
 
 # ---- the law ----
@@ -352,7 +438,7 @@ def tree_from_law(shape: DynamicShape, q: Laws) -> TokenTree:
 
     def chances(context: Context) -> Sequence[tuple[int, float]]:
         logits = torch.tensor([[float(p) for p in q(context)]]).log()
-        level = score_level(logits, decoding, [TokenPath((0,), 1, ())], [VOCABULARY])
+        level = score_level(logits, decoding, [TokenPath((0,), 1, ())], [VOCABULARY], 1.0)
         return [(token, math.exp(score)) for token, score in zip(level.children[0], level.scores[0], strict=True)]
 
     return grown(shape, chances).tree()

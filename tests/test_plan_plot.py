@@ -15,7 +15,8 @@ from sequoia.cli.tree_plot import places
 from sequoia.hardware import LatencyCurve
 from sequoia.optimal_tree import expected_tokens, reached_by_node
 from sequoia.planner import PlanInputs, TreePlan, choose
-from sequoia.topology import Topology
+from sequoia.pricing import MeasuredTree
+from sequoia.topology import DynamicShape, Topology
 
 INPUTS = PlanInputs(
     acceptance=((0.7, 0.12, 0.05, 0.02),),
@@ -27,7 +28,7 @@ PLAN = choose(INPUTS)
 OFF = choose(replace(INPUTS, draft_curve=INPUTS.verify_curve))
 
 
-DYNAMIC = choose(replace(INPUTS, draft_curve=LatencyCurve((1, 4, 64), (0.002, 0.002, 0.006)), dynamic_factor=1.3))
+DYNAMIC = choose(replace(INPUTS, dynamic=(MeasuredTree(DynamicShape(32, 12, 2), 6.0, 0.2, 20.0, 8.5),)))
 
 
 def test_the_dynamic_plan_below_is_one() -> None:

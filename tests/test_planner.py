@@ -13,6 +13,7 @@ from sequoia.acceptance import PRIOR
 from sequoia.hardware import LatencyCurve, LatencyProfile, SharedCurve
 from sequoia.optimal_tree import best_first, depth_limited
 from sequoia.planner import PlanInputs, TreePlan, choose, expected_tokens, optimal_tree, price, without_dynamic
+from sequoia.pricing import MeasuredTree, planned_like
 from sequoia.topology import DynamicShape, Topology
 
 CASES = json.loads(Path(__file__).with_name("data").joinpath("dp_cases.json").read_text())["cases"]
@@ -246,79 +247,84 @@ DYNAMIC_INPUTS = PlanInputs(
 )
 
 
-def test_a_dynamic_tree_costs_its_width_at_every_level_and_brings_what_the_factor_says() -> None:
-    shape, inputs = DynamicShape(8, 4, 2), replace(DYNAMIC_INPUTS, dynamic_factor=1.25)
-    planned = [tree for tree in ordered_trees(8) if tree.levels <= 4 and most_internal(tree) <= 2]
-    best = max(expected_tokens(tree, inputs.acceptance) for tree in planned)
-    priced = price(shape, inputs)
-    assert priced.tokens_per_step == pytest.approx(1 + 1.25 * (best - 1))
-    seconds = inputs.verify_curve.at(8) + 0.001 + 2 * 0.002
-    assert priced.seconds_per_token == pytest.approx(seconds / priced.tokens_per_step)
-    assert priced.kind == "dynamic"
+MEASURED = MeasuredTree(DynamicShape(12, 6, 2, 0.05, 0.5), 3.5, 0.1, num_nodes=7.4, num_levels=4.5)
 
 
-def most_internal(tree: Topology) -> int:
-    depths = [tree.depths[node] for node in tree.internal_nodes]
-    return max(map(depths.count, depths))
+def test_a_dynamic_tree_brings_what_was_measured_and_costs_its_forwards() -> None:
+    inputs = replace(DYNAMIC_INPUTS, dynamic=(MEASURED,))
+    priced = price(MEASURED.shape, inputs)
+    assert (priced.kind, priced.tokens_per_step, priced.tokens_error) == ("dynamic", 3.5, 0.1)
+    seconds = inputs.verify_curve.at(8) + 0.001 + 2.5 * 0.002
+    assert priced.seconds_per_token == pytest.approx(seconds / 3.5)
 
 
-@pytest.mark.parametrize("factor", [None, 0.5, 0.95])
-def test_dynamic_trees_are_left_out_unless_they_were_measured_to_pay(factor: float | None) -> None:
-    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=factor))
+def test_a_dynamic_tree_that_often_was_its_root_alone_costs_less_than_a_forward() -> None:
+    rare = replace(MEASURED, tokens_per_step=1.2, num_nodes=1.6, num_levels=1.5)
+    priced = price(rare.shape, replace(DYNAMIC_INPUTS, dynamic=(rare,)))
+    assert priced.seconds_per_token == pytest.approx((DYNAMIC_INPUTS.verify_curve.at(2) + 0.0005) / 1.2)
+
+
+@pytest.mark.parametrize("dynamic", [(), (replace(MEASURED, tokens_per_step=1.5),)])
+def test_dynamic_trees_are_left_out_unless_they_were_measured_to_pay(dynamic: tuple[MeasuredTree, ...]) -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic=dynamic))
     assert plan.chosen == choose(DYNAMIC_INPUTS).chosen
     assert plan.chosen.kind == "tree"
 
 
-def test_a_dynamic_tree_is_chosen_when_its_factor_pays_for_its_forwards() -> None:
-    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.2))
-    assert plan.chosen.kind == "dynamic"
+def test_a_dynamic_tree_is_chosen_when_what_it_brings_pays_for_its_forwards() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic=(MEASURED, replace(MEASURED, shape=DynamicShape(12, 6, 4)))))
+    assert plan.chosen == price(MEASURED.shape, plan.inputs)
     assert plan.chosen.seconds_per_token < choose(DYNAMIC_INPUTS).chosen.seconds_per_token
     dear = replace(plan.inputs, draft_curve=LatencyCurve((1, 2, 4, 16), (0.001, 0.1, 0.2, 0.8)))
     assert choose(dear).chosen.kind == "tree"
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.1, 1.4])
-def test_no_dynamic_tree_at_all_is_cheaper_than_the_choice(factor: float) -> None:
-    inputs = replace(DYNAMIC_INPUTS, dynamic_factor=factor)
-    shapes = [
-        DynamicShape(size, levels, width)
-        for size, width in product(range(2, 17), (2, 4))
-        for levels in range(2, size + 1)
-        if width < size and 1 + (levels - 2) * width < 16
-    ]
-    seconds = [price(shape, inputs).seconds_per_token for shape in shapes if exists(shape)]
-    assert choose(inputs).chosen.seconds_per_token <= min(seconds) * (1 + 1e-12)
+def test_a_dynamic_tree_of_more_nodes_than_a_worker_takes_is_not_chosen() -> None:
+    inputs = replace(DYNAMIC_INPUTS, dynamic=(MEASURED,))
+    assert choose(inputs, max_size=11).chosen == choose(DYNAMIC_INPUTS, max_size=11).chosen
 
 
-def exists(shape: DynamicShape) -> bool:
-    """With three ranks, of which `width` nodes of a level have children."""
-    nodes, level = 1, 1
-    for _ in range(shape.levels - 1):
-        level = 3 * min(level, shape.width)
-        nodes += level
-    return nodes >= shape.size
-
-
-def test_a_rule_that_needs_planned_trees_gets_the_best_of_the_same_size() -> None:
-    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.3))
+def test_a_rule_that_needs_planned_trees_gets_the_best_of_about_the_same_size() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic=(MEASURED,)))
     planned = without_dynamic(plan)
     assert plan.chosen.kind == "dynamic"
     assert isinstance(planned.chosen.shape, Topology)
-    assert (planned.chosen.shape.size, planned.inputs.dynamic_factor) == (plan.chosen.shape.size, None)
+    assert (planned.chosen.shape.size, planned.chosen.shape.levels, planned.inputs.dynamic) == (7, 4, ())
     assert planned.chosen == price(planned.chosen.shape, DYNAMIC_INPUTS)
     assert without_dynamic(planned) is planned
 
 
-def test_a_plan_of_dynamic_trees_survives_json_and_nobody_can_change_their_width() -> None:
-    plan = choose(replace(DYNAMIC_INPUTS, dynamic_factor=1.3))
+def test_where_too_few_ranks_are_known_it_gets_a_chain() -> None:
+    inputs = replace(DYNAMIC_INPUTS, acceptance=((0.8,),), dynamic=(replace(MEASURED, num_nodes=9.0),))
+    assert planned_like(MEASURED.shape, inputs) == Topology.chain(4)
+
+
+def test_a_plan_of_dynamic_trees_survives_json_and_nobody_can_change_them() -> None:
+    plan = choose(replace(DYNAMIC_INPUTS, dynamic=(MEASURED,)))
     document = plan.to_dict()
     assert TreePlan.from_json(plan.to_json()) == plan
-    for change in ({"width": 0}, {"width": document["width"] + 1}, {"width": 1.5}, {"levels": 99}):
+    for change in ({"width": 0}, {"width": 3}, {"width": 1.5}, {"levels": 99}, {"least_gain": 0.6}, {"least_gain": 2}):
         with pytest.raises(ValueError, match="not a tree plan"):
             TreePlan.from_dict({**document, **change})
-    without = {**document["inputs"], "dynamic_factor": None}
-    with pytest.raises(ValueError, match="nothing is known of dynamic trees"):
-        TreePlan.from_dict({**document, "inputs": without})
+    with pytest.raises(ValueError, match="was not measured"):
+        TreePlan.from_dict({**document, "inputs": {**document["inputs"], "dynamic": []}})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens_per_step": 0.9},
+        {"tokens_per_step": 4.6},  # more than levels
+        {"tokens_error": -0.1},
+        {"num_nodes": 13.0},
+        {"num_nodes": 4.0},  # fewer than levels
+        {"num_levels": 7.0},
+        {"num_levels": math.nan},
+    ],
+)
+def test_what_no_dynamic_tree_can_have_brought_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="12x6 dynamic"):
+        replace(MEASURED, **wrong)
 
 
 def random_inputs(generator: random.Random) -> PlanInputs:
@@ -367,8 +373,6 @@ def test_a_document_that_is_no_plan_is_refused(document: str | bytes) -> None:
         {"acceptance": (math.nan,)},
         {"draft_rtt_seconds": -1.0},
         {"host_seconds": math.inf},
-        {"dynamic_factor": -0.1},
-        {"dynamic_factor": math.nan},
         {"verify_curve": LatencyCurve((2, 4), (0.1, 0.1))},
     ],
 )

@@ -8,7 +8,7 @@ from itertools import count
 import pytest
 from redis import Redis
 
-from coordinator.measuring import MEASURING_DYNAMIC, MEASURING_TREE, Calibration, ahead_hit_rate, calibrate
+from coordinator.measuring import MEASURING_TREE, Calibration, ahead_hit_rate, calibrate, dynamic_shapes
 from coordinator.planner_job import plan_pair
 from coordinator.planner_watch import WatchEvent, watch_pair
 from coordinator.trees import plan_key
@@ -17,9 +17,8 @@ from sequoia.acceptance_counts import CountsKey, LiveAcceptance, LiveCounts
 from sequoia.border import Context
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.errors import FailedPrecondition, InvalidArgument, Unavailable
-from sequoia.optimal_tree import expected_tokens
 from sequoia.planner import TreePlan
-from sequoia.pricing import best_within
+from sequoia.pricing import MeasuredTree
 from sequoia.rules import GREEDY, SEQUOIA, TRAVERSAL, Rule
 from sequoia.situation import Situation
 from sequoia.topology import DynamicShape, Topology, TreeShape
@@ -99,6 +98,8 @@ class KnownCoordinator(coordinator_pb2_grpc.CoordinatorServiceServicer):
             **shape_to_wire(tree),
             num_steps=STEPS,
             num_tokens=num_tokens,
+            num_nodes=STEPS * 8,
+            num_levels=STEPS * 5,
             stages=stages,
             num_ahead_hits=self.num_ahead_hits,
             num_ahead_misses=self.num_ahead_misses,
@@ -188,11 +189,16 @@ async def test_acceptance_is_measured_with_a_wide_tree_that_both_workers_take(
     await plan_pair(
         address, redis.url, prompts=["a", "b"], max_tokens=9, on_progress=lambda done, total: seen.append((done, total))
     )
-    first, dynamic, plain, *_ = coordinator.requests
+    first, dynamic, wide, plain, *_ = coordinator.requests
     assert (first.text, first.max_tokens, first.sampling.temperature) == ("a", 9, 0.0)
     assert tuple(first.speculation.topology.parents) == MEASURING_TREE.parents[:16]
-    assert (dynamic.text, dynamic.max_tokens) == ("a", 9)
-    assert shape_from_wire(dynamic.speculation, GREEDY, 16) == DynamicShape(16, 5, 4)
+    assert (dynamic.text, dynamic.max_tokens) == (wide.text, wide.max_tokens) == ("a", 9)
+    # What a token takes 1.6 times as fast is 0.0625; a node takes the target 0.001 and a level the draft 0.001.
+    for request, levels, width in ((dynamic, 9, 2), (wide, 5, 4)):
+        shape = shape_from_wire(request.speculation, GREEDY, 16)
+        assert isinstance(shape, DynamicShape)
+        assert (shape.size, shape.levels, shape.width) == (16, levels, width)
+        assert (shape.least_chance, shape.least_gain) == pytest.approx((0.016, 0.016))
     assert (plain.text, plain.max_tokens, plain.speculation.mode) == ("a", 5, pb.SPECULATION_MODE_OFF)
     assert seen == [(0, 2), (1, 2), (2, 2)]
 
@@ -234,17 +240,17 @@ async def test_traversal_gets_its_own_measured_correction(
     assert plan.inputs.tokens_factor > 1.1
 
 
-async def test_dynamic_trees_get_their_own_measured_factor_where_the_rule_is_exact_with_them(
+async def test_dynamic_trees_are_tried_where_the_rule_is_exact_with_them(
     coordinator: KnownCoordinator, address: str, redis: EmbeddedRedis
 ) -> None:
-    coordinator.dynamic_tokens_per_step = 3.5
+    coordinator.dynamic_tokens_per_step = 4.0
     [greedy] = await plan_pair(address, redis.url, prompts=["a", "b", "c"])
     [drawn] = await plan_pair(address, redis.url, temperatures=[0.6], prompts=["a", "b", "c"])
-    expected = expected_tokens(best_within(greedy.inputs.acceptance, MEASURING_DYNAMIC), greedy.inputs.acceptance)
-    quotient, num_steps = 2.5 / (expected - 1), 3 * STEPS
-    assert greedy.inputs.dynamic_factor == pytest.approx((num_steps * quotient + 64) / (num_steps + 64))
+    error = 0.8 * 4.0 / (3 * STEPS) ** 0.5
+    expected = tuple(MeasuredTree(shape, 4.0, error, 8.0, 5.0) for shape in dynamic_shapes(coordinator.pair))
+    assert greedy.inputs.dynamic == expected
     assert greedy.inputs.acceptance[0][:2] == pytest.approx((0.6, 0.2), abs=1e-3)
-    assert (greedy.chosen.kind, drawn.chosen.kind, drawn.inputs.dynamic_factor) == ("dynamic", "tree", None)
+    assert (greedy.chosen.kind, drawn.chosen.kind, drawn.inputs.dynamic) == ("dynamic", "tree", ())
     assert not any(each.speculation.HasField("dynamic") for each in coordinator.requests if each.sampling.temperature)
 
 

@@ -15,10 +15,11 @@ from sequoia.acceptance import PRIOR
 from sequoia.cli.redis import EmbeddedRedis
 from sequoia.hardware import LatencyCurve
 from sequoia.planner import PlanInputs, TreePlan, choose, optimal_tree
+from sequoia.pricing import MeasuredTree
 from sequoia.rules import COUPLED, GREEDY, SEQUOIA, Rule
 from sequoia.sampling import Decoding, Sampling
 from sequoia.situation import SESSIONS, Situation
-from sequoia.topology import Topology
+from sequoia.topology import DynamicShape, Topology
 from sequoia.tree_cache import StoredPlan, TreeCache
 from sequoia.v1.coordinator_pb2 import (
     SPECULATION_MODE_AUTO,
@@ -101,8 +102,10 @@ def test_the_built_in_tree_is_the_best_of_its_size_for_the_prior() -> None:
 
 
 async def test_a_dynamic_plan_serves_a_rule_that_needs_planned_trees_with_one_of_its_size(idle: Idle) -> None:
-    curve = LatencyCurve((1, 4, 16), (0.01, 0.01, 0.01))  # dynamic trees have widths that were measured
-    plan = choose(replace(SPECULATE.inputs, draft_curve=curve, dynamic_factor=1.4))
+    measured = MeasuredTree(
+        DynamicShape(16, 8, 2), tokens_per_step=6.0, tokens_error=0.1, num_nodes=9.0, num_levels=7.0
+    )
+    plan = choose(replace(SPECULATE.inputs, dynamic=(measured,)))
     of, shapes = pair(), {}
     with EmbeddedRedis() as redis:
         put(redis.url, of, Situation.of(COUPLED, 0.6), plan)
@@ -115,7 +118,8 @@ async def test_a_dynamic_plan_serves_a_rule_that_needs_planned_trees_with_one_of
                 assert found is not None
                 shapes[rule] = found.plan.chosen.shape
     assert shapes[COUPLED] == plan.chosen.shape
-    assert (plan.chosen.kind, plan.chosen.shape.size) == ("dynamic", shapes[SEQUOIA].size)
+    assert (plan.chosen.kind, shapes[SEQUOIA].size) == ("dynamic", 9)
+    assert shapes[SEQUOIA].levels <= 7
     assert isinstance(shapes[SEQUOIA], Topology)
 
 

@@ -106,7 +106,7 @@ class Explanation:
         try:
             return Row(name, shape, price(shape, self.plan.inputs), realised, speedup)
         except ValueError:
-            is_unknown = isinstance(shape, DynamicShape) and self.plan.inputs.dynamic_factor is None
+            is_unknown = isinstance(shape, DynamicShape)
             return Row(name, shape, None, realised, speedup, "not measured" if is_unknown else "beyond the curve")
 
     def _realised_speedup(self, shape: TreeShape) -> float | None:
@@ -191,7 +191,7 @@ def _inputs_facts(inputs: PlanInputs) -> dict[str, str]:
         "draft": f"{draft.at(1) * 1e3:.4g} ms for 1 row, {draft.seconds[-1] * 1e3:.4g} for {draft.max_tokens}",
         "a step besides": ", ".join(f"{name} {each * 1e3:.3g} ms" for name, each in seconds.items()),
         "tokens factor": f"{inputs.tokens_factor:.3g}",
-        "dynamic factor": "" if inputs.dynamic_factor is None else f"{inputs.dynamic_factor:.3g}",
+        "dynamic": ", ".join(f"{in_short(each.shape)}: {each.tokens_per_step:.3g}" for each in inputs.dynamic),
         "draft ahead": f"{ahead}{', device shared' if inputs.shares_device else ''}",
     }
 

@@ -88,7 +88,7 @@ def _title(chosen: PricedTree) -> str:
 
 def _tree_title(plan: TreePlan, tree: PricedTree) -> str:
     if tree.kind == "dynamic":
-        return "Dynamic: drawn is the best planned tree of that size"
+        return "Dynamic: drawn is the best planned tree of its mean size"
     if plan.chosen.kind != "off":
         return f"The {_named(tree.shape)}"
     if tree.kind == "off":

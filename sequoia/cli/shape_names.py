@@ -6,16 +6,17 @@ import re
 
 from sequoia.topology import DynamicShape, Topology, TreeShape
 
-_DYNAMIC = re.compile(r"(\d+)x(\d+)d(\d+)")
+_CHANCE = r"(0?\.\d+)"
+_DYNAMIC = re.compile(rf"(\d+)x(\d+)d(\d+)(?:c{_CHANCE})?(?:g{_CHANCE})?")
 
 
 def dynamic_shape(text: str) -> DynamicShape | None:
-    """16x5d4 is a dynamic tree of 16 nodes, 5 levels and width 4; None for what is not of that form.
+    """16x5d4 is a dynamic tree of 16 nodes, 5 levels and width 4; 16x5d4c.05g.8 has a least chance and a least gain.
 
-    Raises ValueError where there is no such tree.
+    None for what is not of that form. Raises ValueError where there is no such tree.
     """
-    sizes = _DYNAMIC.fullmatch(text)
-    return DynamicShape(*map(int, sizes.groups())) if sizes else None
+    found = _DYNAMIC.fullmatch(text)
+    return DynamicShape(*map(int, found.groups()[:3]), *map(float, found.groups("0")[3:])) if found else None
 
 
 def read_shape(text: str) -> TreeShape:
@@ -33,4 +34,7 @@ def in_words(shape: TreeShape) -> str:
 def in_short(shape: TreeShape) -> str:
     """As few characters as a table has room for."""
     sizes = f"{shape.size}x{shape.levels}"
-    return f"{sizes}d{shape.width}" if isinstance(shape, DynamicShape) else sizes
+    if not isinstance(shape, DynamicShape):
+        return sizes
+    limits = (("c", shape.least_chance), ("g", shape.least_gain))
+    return f"{sizes}d{shape.width}" + "".join(f"{name}{each:.2g}" for name, each in limits if each)

@@ -27,9 +27,6 @@ DRAFT_WIDTH = 32
 # In q no candidate is less likely than 2**-10 of the one before it. However cold the draft, the second child then comes
 # before the third: without this the trees of low temperatures would have one child a node. It costs 0.1 % at rank 0.
 MOST_DROP = 10 * math.log(2.0)
-# Chances by a coupled race: the softmax of (the draft's logits + T x noise) by this. Measured: below 1, as the draft's
-# logits lie nearer to the target's than its own noise would have them.
-COUPLED_SHARPNESS = 0.8
 
 
 def draft_distributions(logits: Tensor, sampling: Sampling, width: int = DRAFT_WIDTH) -> DraftDistributions:
@@ -87,20 +84,25 @@ class ScoredTokens:
     scores: tuple[float, ...]  # falling, at most 0
 
 
-def scored_top_children(logits: Tensor, sampling: Sampling, counts: Sequence[int]) -> tuple[ScoredTokens, ...]:
-    """`top_children` of rows (rows, vocabulary), with log q over the `COUPLED_WIDTH` likeliest.
+def scored_top_children(
+    logits: Tensor, sampling: Sampling, counts: Sequence[int], sharpness: float
+) -> tuple[ScoredTokens, ...]:
+    """`top_children` of rows (rows, vocabulary), with the logarithm of each one's chance to be the target's choice too.
 
+    Chances are the softmax of the `COUPLED_WIDTH` largest logits by `sharpness`: by the temperature they are q; the
+    nearer the draft's logits lie to the target's, the smaller is what tells which of them will be the target's largest.
     None of a row whose largest is not finite.
     """
+    scale = sampling.temperature / sharpness
     candidates = (_draft_candidates(row, sampling, COUPLED_WIDTH) for row in logits)
-    return tuple(scored(ids, logs, 1.0, count) for (ids, logs), count in zip(candidates, counts, strict=True))
+    return tuple(scored(ids, logs, scale, count) for (ids, logs), count in zip(candidates, counts, strict=True))
 
 
 def scored_coupled_children(
-    logits: Tensor, sampling: Sampling, position: int, counts: Sequence[int]
+    logits: Tensor, sampling: Sampling, position: int, counts: Sequence[int], sharpness: float
 ) -> tuple[ScoredTokens, ...]:
-    """`coupled_children`, with the chance of each to be the target's choice too."""
-    scale = sampling.temperature / COUPLED_SHARPNESS
+    """The same of `coupled_children`: of the logits, with T times the noise."""
+    scale = sampling.temperature / sharpness
     races = zip(_races(logits, sampling, position), counts, strict=True)
     return tuple(scored(ids, race, scale, count) for (ids, race), count in races)
 

@@ -66,7 +66,7 @@ def build_decoder(model: LoadedModel, arithmetic: Arithmetic, num_positions: int
             library(cache_dir),
             weights,
             bits=BITS[arithmetic.quantization],
-            activation_bits=8 if arithmetic.is_draft else 16,
+            activation_bits=16,
             num_threads=arithmetic.num_threads,
         )
     if arithmetic.engine == "native":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sequoia.engine.children import ScoredTokens
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.trie import Trie
@@ -40,6 +42,7 @@ class WholeTree:
     exponentials: NDArray[np.float64] | None = None
     trie: Trie | None = None  # mixed into q; the root's logits may be written over
     vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
+    sharpness: float = 1.0  # nothing is scored
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
@@ -90,6 +93,7 @@ class WholeDynamicTree:
     sampling: Sampling  # what the scores are the chances by; its temperature is above 0
     vocab_size: int  # tokens that may be chosen
     num_ranked: int  # tokens a node at most, children and spares
+    sharpness: float  # see `children.scored_top_children`
     trie: Trie | None = None  # mixed into q; the root's logits may be written over
     vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
 
@@ -111,7 +115,7 @@ class GrownDynamicTree:
     parents: list[int]
     token_ids: list[int]  # by node but the root
     forwarded: list[int]  # the node of each row, in their order; -1: it was dropped
-    ranked: dict[int, tuple[int, ...]]  # by node that was forwarded, and the root: its tokens by rank
+    ranked: dict[int, ScoredTokens]  # by node that was forwarded, and the root
     num_forwards: int
     ranking_seconds: float  # that were not spent in forwards
     trie_shares: NDArray[np.float64] | None = None  # as of a `GrownTree`
@@ -129,6 +133,14 @@ AnyGrownTree: TypeAlias = GrownTree | GrownDynamicTree
 def most_children(shape: DynamicShape) -> int:
     """Children proposed under a node: no more than the tree could hold, or than are worth a look."""
     return min(shape.size - 1, _MOST_CHILDREN)
+
+
+def log_limits(shape: DynamicShape) -> tuple[float, float]:
+    """The logarithms of its least chance and its least gain."""
+    least_chance, least_gain = (
+        math.log(each) if each else -math.inf for each in (shape.least_chance, shape.least_gain)
+    )
+    return least_chance, least_gain
 
 
 def nodes_by_depth(topology: Topology) -> Iterator[tuple[int, ...]]:

@@ -183,7 +183,7 @@ class SpeculationReport(_message.Message):
     def __init__(self, num_steps: _Optional[int] = ..., num_drafted_steps: _Optional[int] = ..., num_drafted_tokens: _Optional[int] = ..., num_accepted_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_fallback_steps: _Optional[int] = ..., fallback_reason: _Optional[str] = ..., counts_by_depth: _Optional[_Iterable[_Union[RankCounts, _Mapping]]] = ..., num_draft_bytes: _Optional[int] = ..., num_verify_bytes: _Optional[int] = ..., state: _Optional[_Union[SpeculationState, str]] = ..., state_reason: _Optional[str] = ..., trees: _Optional[_Iterable[_Union[TreeUsage, _Mapping]]] = ..., num_ngram_tokens: _Optional[int] = ..., num_accepted_ngram_tokens: _Optional[int] = ...) -> None: ...
 
 class TreeUsage(_message.Message):
-    __slots__ = ("topology", "dynamic", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds")
+    __slots__ = ("topology", "dynamic", "num_steps", "num_tokens", "stages", "num_ahead_hits", "num_ahead_misses", "hit_draft_seconds", "num_nodes", "num_levels")
     TOPOLOGY_FIELD_NUMBER: _ClassVar[int]
     DYNAMIC_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +192,8 @@ class TreeUsage(_message.Message):
     NUM_AHEAD_HITS_FIELD_NUMBER: _ClassVar[int]
     NUM_AHEAD_MISSES_FIELD_NUMBER: _ClassVar[int]
     HIT_DRAFT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_NODES_FIELD_NUMBER: _ClassVar[int]
+    NUM_LEVELS_FIELD_NUMBER: _ClassVar[int]
     topology: _tree_pb2.Topology
     dynamic: _tree_pb2.DynamicShape
     num_steps: int
@@ -200,7 +202,9 @@ class TreeUsage(_message.Message):
     num_ahead_hits: int
     num_ahead_misses: int
     hit_draft_seconds: float
-    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ..., hit_draft_seconds: _Optional[float] = ...) -> None: ...
+    num_nodes: int
+    num_levels: int
+    def __init__(self, topology: _Optional[_Union[_tree_pb2.Topology, _Mapping]] = ..., dynamic: _Optional[_Union[_tree_pb2.DynamicShape, _Mapping]] = ..., num_steps: _Optional[int] = ..., num_tokens: _Optional[int] = ..., stages: _Optional[_Union[StageSeconds, _Mapping]] = ..., num_ahead_hits: _Optional[int] = ..., num_ahead_misses: _Optional[int] = ..., hit_draft_seconds: _Optional[float] = ..., num_nodes: _Optional[int] = ..., num_levels: _Optional[int] = ...) -> None: ...
 
 class RankCounts(_message.Message):
     __slots__ = ("num_offered", "num_accepted")

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sequoia/v1/tree.proto\x12\nsequoia.v1\"\x1b\n\x08Topology\x12\x0f\n\x07parents\x18\x01 \x03(\x11\";\n\x0c\x44ynamicShape\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x0e\n\x06levels\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\"|\n\tTokenTree\x12&\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.Topology\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x01q\x18\x03 \x01(\x0b\x32\x1e.sequoia.v1.DraftDistributionsH\x00\x88\x01\x01\x42\x04\n\x02_q\"G\n\x12\x44raftDistributions\x12\r\n\x05width\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"-\n\x0bWorkerTimes\x12\x10\n\x08\x66orwards\x18\x01 \x01(\x01\x12\x0c\n\x04work\x18\x02 \x01(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sequoia/v1/tree.proto\x12\nsequoia.v1\"\x1b\n\x08Topology\x12\x0f\n\x07parents\x18\x01 \x03(\x11\"e\n\x0c\x44ynamicShape\x12\x0c\n\x04size\x18\x01 \x01(\r\x12\x0e\n\x06levels\x18\x02 \x01(\r\x12\r\n\x05width\x18\x03 \x01(\r\x12\x14\n\x0cleast_chance\x18\x04 \x01(\x01\x12\x12\n\nleast_gain\x18\x05 \x01(\x01\"|\n\tTokenTree\x12&\n\x08topology\x18\x01 \x01(\x0b\x32\x14.sequoia.v1.Topology\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12.\n\x01q\x18\x03 \x01(\x0b\x32\x1e.sequoia.v1.DraftDistributionsH\x00\x88\x01\x01\x42\x04\n\x02_q\"G\n\x12\x44raftDistributions\x12\r\n\x05width\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x0f\n\x07weights\x18\x03 \x01(\x0c\"-\n\x0bWorkerTimes\x12\x10\n\x08\x66orwards\x18\x01 \x01(\x01\x12\x0c\n\x04work\x18\x02 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TOPOLOGY']._serialized_start=37
   _globals['_TOPOLOGY']._serialized_end=64
   _globals['_DYNAMICSHAPE']._serialized_start=66
-  _globals['_DYNAMICSHAPE']._serialized_end=125
-  _globals['_TOKENTREE']._serialized_start=127
-  _globals['_TOKENTREE']._serialized_end=251
-  _globals['_DRAFTDISTRIBUTIONS']._serialized_start=253
-  _globals['_DRAFTDISTRIBUTIONS']._serialized_end=324
-  _globals['_WORKERTIMES']._serialized_start=326
-  _globals['_WORKERTIMES']._serialized_end=371
+  _globals['_DYNAMICSHAPE']._serialized_end=167
+  _globals['_TOKENTREE']._serialized_start=169
+  _globals['_TOKENTREE']._serialized_end=293
+  _globals['_DRAFTDISTRIBUTIONS']._serialized_start=295
+  _globals['_DRAFTDISTRIBUTIONS']._serialized_end=366
+  _globals['_WORKERTIMES']._serialized_start=368
+  _globals['_WORKERTIMES']._serialized_end=413
 # @@protoc_insertion_point(module_scope)

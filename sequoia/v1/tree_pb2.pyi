@@ -13,14 +13,18 @@ class Topology(_message.Message):
     def __init__(self, parents: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class DynamicShape(_message.Message):
-    __slots__ = ("size", "levels", "width")
+    __slots__ = ("size", "levels", "width", "least_chance", "least_gain")
     SIZE_FIELD_NUMBER: _ClassVar[int]
     LEVELS_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
+    LEAST_CHANCE_FIELD_NUMBER: _ClassVar[int]
+    LEAST_GAIN_FIELD_NUMBER: _ClassVar[int]
     size: int
     levels: int
     width: int
-    def __init__(self, size: _Optional[int] = ..., levels: _Optional[int] = ..., width: _Optional[int] = ...) -> None: ...
+    least_chance: float
+    least_gain: float
+    def __init__(self, size: _Optional[int] = ..., levels: _Optional[int] = ..., width: _Optional[int] = ..., least_chance: _Optional[float] = ..., least_gain: _Optional[float] = ...) -> None: ...
 
 class TokenTree(_message.Message):
     __slots__ = ("topology", "token_ids", "q")

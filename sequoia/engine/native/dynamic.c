@@ -3,6 +3,7 @@
  * Level by level a forward of the likeliest nodes of the level above, and the ranking of their children; after each the
  * nodes of the largest scores are kept, and the others dropped for good.
  */
+#include <math.h>
 #include <omp.h>
 #include <string.h>
 
@@ -13,6 +14,7 @@ typedef struct {
     int64_t size, num_levels, width; /* as of `DynamicShape`; the root's level is one */
     int64_t most_children;           /* proposed under a node */
     int64_t first_row, num_valid_rows, root_position;
+    double least_chance, least_gain; /* their logarithms */
 } DynamicTree;
 
 typedef struct {
@@ -28,6 +30,7 @@ typedef struct {
     int64_t num_nodes;
     int64_t *token_ids;  /* (forwarded, ranker's width): the root's row first */
     int64_t *num_tokens; /* (forwarded,): those ranked */
+    double *scores;      /* as token_ids: of each under its own node */
     int64_t num_ranked, num_forwards;
     double ranking_seconds; /* that were not spent in forwards */
 } GrownDynamic;
@@ -35,7 +38,6 @@ typedef struct {
 /* The caller's memory. */
 typedef struct {
     float *logits;     /* (width, vocabulary) */
-    double *scores;    /* (width, ranker's width) */
     int64_t *batch;    /* (7 * width + 1,) */
     int64_t *own_rows; /* (width * levels,) */
     int64_t *order;    /* (size,) */
@@ -65,10 +67,10 @@ static int select_best(const Node *nodes, int64_t first, int64_t end, double lea
     return count;
 }
 
-/* Keep the root and the nodes of the largest scores, numbered anew. Returns the first that is not below `first_new`. */
+/* Keep the root and the nodes of the largest scores, but none of less than the least chance, numbered anew. Returns the first that is not below `first_new`. */
 static int64_t keep_best(const DynamicTree *tree, const DynamicMemory *memory, int64_t first_new, GrownDynamic *grown) {
     Node *nodes = grown->nodes;
-    int count = select_best(nodes, 1, grown->num_nodes, -INFINITY, tree->size - 1, memory->order);
+    int count = select_best(nodes, 1, grown->num_nodes, tree->least_chance, tree->size - 1, memory->order);
     int64_t first_kept = 1;
     memory->places[0] = 0;
     for (int i = 0; i < count; i++) {
@@ -82,14 +84,18 @@ static int64_t keep_best(const DynamicTree *tree, const DynamicMemory *memory, i
     return first_kept;
 }
 
-/* The nodes to forward next: when the tree is full, a child of its last one could not displace any other. */
+/* The nodes to forward next: when the tree is full, a child of its last one could not displace any other. None where
+ * all of them together are reached too seldom. */
 static int find_frontier(const DynamicTree *tree, const GrownDynamic *grown, int64_t first, int64_t *frontier) {
     double least = -INFINITY;
     if (grown->num_nodes == tree->size) {
         least = INFINITY;
         for (int64_t node = 1; node < grown->num_nodes; node++) least = fmin(least, grown->nodes[node].score);
     }
-    return select_best(grown->nodes, first, grown->num_nodes, least, tree->width, frontier);
+    int count = select_best(grown->nodes, first, grown->num_nodes, least, tree->width, frontier);
+    double chance = 0.0;
+    for (int i = 0; i < count; i++) chance += exp(grown->nodes[frontier[i]].score);
+    return chance >= exp(tree->least_gain) ? count : 0;
 }
 
 /* The forward of the frontier, all of one level. */
@@ -132,8 +138,7 @@ static void rank_frontier(const Model *model, const DynamicTree *tree, const Ran
         Ranked ranked = {grown->token_ids + index * ranker->width, grown->num_tokens + index, NULL, NULL};
         float *row = logits + (int64_t)i * model->head.outputs;
         if (trie) mix_node(ranker, trie, grown->nodes, memory->frontier[i], row);
-        sequoia_score(ranker, row, tree->root_position + 1 + level, &ranked,
-                      memory->scores + (int64_t)i * ranker->width);
+        sequoia_score(ranker, row, tree->root_position + 1 + level, &ranked, grown->scores + index * ranker->width);
     }
 }
 
@@ -144,7 +149,7 @@ static void propose(const DynamicTree *tree, const Ranker *ranker, const Dynamic
         int64_t parent = memory->frontier[i], index = grown->num_ranked + i, num_tokens = grown->num_tokens[index];
         for (int64_t rank = 0; rank < num_tokens && rank < tree->most_children; rank++)
             grown->nodes[grown->num_nodes++] =
-                (Node){grown->nodes[parent].score + memory->scores[i * ranker->width + rank], parent,
+                (Node){grown->nodes[parent].score + grown->scores[index * ranker->width + rank], parent,
                        grown->token_ids[index * ranker->width + rank], -1, -1};
     }
 }

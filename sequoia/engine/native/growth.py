@@ -24,7 +24,7 @@ class _Ranker(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("kind", "width", "num_candidates", "is_cut")),
         ("vocab_size", ctypes.c_int64),
-        *((name, ctypes.c_double) for name in ("temperature", "top_p", "least_log")),
+        *((name, ctypes.c_double) for name in ("temperature", "top_p", "sharpness", "least_log")),
         ("seed", ctypes.c_uint64),
         ("token_ids", ctypes.c_void_p),
     )
@@ -144,6 +144,7 @@ def ranker_for(wanted: AnyWholeTree, padded_vocab_size: int) -> ctypes.Structure
         num_choosable,
         sampling.temperature,
         sampling.top_p,
+        wanted.sharpness,
         math.log(sampling.min_p) if sampling.min_p > 0.0 else -math.inf,
         sampling.seed or 0,
         token_ids,

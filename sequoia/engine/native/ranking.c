@@ -248,12 +248,11 @@ static void rank_scored(const Ranker *ranker, const uint32_t *ids, const double 
 
 void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores) {
     uint32_t ids[COUPLED_WIDTH];
-    double logs[COUPLED_WIDTH], scale = 1.0, total = 0.0;
+    double logs[COUPLED_WIDTH], scale = ranker->temperature / ranker->sharpness, total = 0.0;
     int count = candidates(ranker, logits, ids, logs);
     if (ranker->kind == COUPLED) {
         uint64_t stream = noise_stream(ranker->seed, position);
         for (int i = 0; i < count; i++) logs[i] += gumbel_of(uniform(stream, ids[i]));
-        scale = ranker->temperature / COUPLED_SHARPNESS;
     }
     rank_scored(ranker, ids, logs, count, ranked, scores);
     double peak = count ? scores[0] : 0.0;

@@ -8,7 +8,6 @@
 
 enum { DRAFT_WIDTH = 32 };    /* candidates of q, as in children.py */
 enum { COUPLED_WIDTH = 256 }; /* tokens with noise of their own, as in sampling.py */
-#define COUPLED_SHARPNESS 0.8  /* as in children.py */
 enum { RANKING_ROOM = 1024 }; /* keys that `sequoia_largest` needs room for, beside those wanted */
 /* ---- noise: noise.py ---- */
 
@@ -66,6 +65,7 @@ typedef struct {
     int32_t is_cut;         /* top_p is a share of the candidates' mass, not of all tokens' */
     int64_t vocab_size;     /* logits that count */
     double temperature, top_p;
+    double sharpness; /* see `sequoia_score` */
     double least_log; /* candidates below it, counted from the likeliest, are cut; -inf: none */
     uint64_t seed;
     const int64_t *token_ids; /* (vocab_size,) ascending: what the logits are of; NULL: the tokens from 0 on */
@@ -83,8 +83,8 @@ typedef struct {
 void sequoia_rank(const Ranker *ranker, const float *logits, int64_t position, const double *exponentials,
                   const Ranked *ranked);
 
-/* Rank one row, TOP or COUPLED, and score what is ranked: the logarithm of each one's chance among all candidates, by q
- * or by its race. `scores`: (width,). */
+/* Rank one row, TOP or COUPLED, and score what is ranked: the logarithm of each one's chance to be the target's choice,
+ * which is the softmax of the candidates' logits, COUPLED with T times their noise, by the sharpness. (width,). */
 void sequoia_score(const Ranker *ranker, const float *logits, int64_t position, const Ranked *ranked, double *scores);
 
 /* ---- mixtures ---- */

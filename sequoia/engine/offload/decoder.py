@@ -88,7 +88,7 @@ def build_offloaded(
         library(cache_dir),
         hollow.weights,
         bits=bits,
-        activation_bits=8 if arithmetic.is_draft else 16,
+        activation_bits=16,
         num_threads=arithmetic.num_threads,
         stream=stream,
     )
