@@ -8,7 +8,7 @@ import json
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -59,6 +59,12 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would share its connections in silence.
     ("grpc.so_reuseport", 0),
 )
+
+
+class Dial(Protocol):
+    """What opens a channel to an address, as `open_channel` does."""
+
+    def __call__(self, address: str, tls: Tls, /, *, server_name: str) -> grpc.aio.Channel: ...
 
 
 def open_channel(address: str, tls: Tls = PLAIN, *, server_name: str = "") -> grpc.aio.Channel:
