@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from typing import Any, NoReturn
 
 import grpc
@@ -13,6 +14,8 @@ import grpc
 _log = logging.getLogger(__name__)
 
 Metadata = Sequence[tuple[str, Any]]
+Status = tuple[grpc.StatusCode, str, Metadata]
+Behaviour = Callable[[AsyncIterator[Any], "LocalContext"], Awaitable[None]]
 
 
 class LocalServices:
@@ -22,9 +25,9 @@ class LocalServices:
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[str, grpc.RpcMethodHandler] = {}
+        self._handlers: dict[str, Any] = {}
 
-    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler]) -> None:
+    def add_registered_method_handlers(self, service: str, handlers: Mapping[str, Any]) -> None:
         """As a grpc.aio.Server has it."""
         self._handlers |= {f"/{service}/{name}": each for name, each in handlers.items()}
 
@@ -35,12 +38,11 @@ class LocalServices:
         """As a grpc.aio.Channel has it."""
         behaviour = self._handlers[method].unary_unary
 
-        async def call(request: Any, *, timeout: float | None = None, metadata: Metadata = (), **_: object) -> Any:
-            one = LocalCall(lambda _, context: _answered(behaviour, request, context), timeout, metadata)
-            try:
-                return await one.read()
-            finally:
-                one.cancel()
+        async def answer(request: Any, context: LocalContext) -> None:
+            await context.write(await behaviour(request, context))
+
+        def call(request: Any, *, timeout: float | None = None, metadata: Metadata = (), **_: object) -> Awaitable[Any]:
+            return LocalCall(lambda _, context: answer(request, context), timeout, metadata).read()
 
         return call
 
@@ -57,16 +59,12 @@ class LocalServices:
         """Nothing is open."""
 
 
-async def _answered(behaviour: Callable[..., Awaitable[Any]], request: Any, context: LocalContext) -> None:
-    await context.write(await behaviour(request, context))
-
-
 class LocalContext:
     """What handlers see of a call: the part of a grpc.aio.ServicerContext that ours use."""
 
     def __init__(self, answers: _Queue, metadata: Metadata) -> None:
         self._answers, self._metadata = answers, metadata
-        self.status: tuple[grpc.StatusCode, str, Metadata] = (grpc.StatusCode.OK, "", ())
+        self.status: Status = (grpc.StatusCode.OK, "", ())
 
     def invocation_metadata(self) -> Metadata:
         """What the caller told beside its messages."""
@@ -85,27 +83,25 @@ class LocalContext:
 class LocalCall:
     """One call: the part of a grpc.aio.StreamStreamCall that ours use."""
 
-    def __init__(
-        self,
-        behaviour: Callable[[AsyncIterator[Any], LocalContext], Awaitable[None]],
-        timeout: float | None,
-        metadata: Metadata,
-    ) -> None:
+    def __init__(self, behaviour: Behaviour, timeout: float | None, metadata: Metadata) -> None:
         self._requests, self._answers = _Queue(), _Queue()
-        self._context = LocalContext(self._answers, metadata)
-        self._task = asyncio.ensure_future(self._run(behaviour))
-        self._timer = None
-        if timeout is not None:
-            self._timer = asyncio.get_running_loop().call_later(timeout, self._expire)
+        self._status: Status | None = None  # None: it has not ended
+        self._is_cancelled = False  # by its caller
+        context = LocalContext(self._answers, metadata)
+        loop = asyncio.get_running_loop()
+        # In a context of its own: of the caller's request a handler knows what the metadata tell, and no more.
+        self._task = loop.create_task(self._run(behaviour, context), context=Context())
+        self._timer = None if timeout is None else loop.call_later(timeout, self._expire)
 
     async def write(self, request: Any) -> None:
         """Raises asyncio.InvalidStateError when the call has ended."""
-        if self._answers.has_ended:
+        if self._status is not None:
             raise asyncio.InvalidStateError("the call has ended")
         self._requests.put(request)
 
     async def read(self) -> Any:
-        """The next answer, or grpc.aio.EOF. Raises AioRpcError when the call has failed.
+        """The next answer, or grpc.aio.EOF. Raises AioRpcError when the call has failed, and asyncio.CancelledError
+        when its caller has cancelled it.
 
         Whoever is cancelled here cancels the call.
         """
@@ -115,51 +111,64 @@ class LocalCall:
             self.cancel()
             raise
         except StopAsyncIteration:
-            code, details, metadata = self._context.status
+            if self._is_cancelled:
+                raise asyncio.CancelledError from None
+            code, details, metadata = await self._ended()
             if code is grpc.StatusCode.OK:
                 return grpc.aio.EOF
             raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*metadata), details) from None
 
     def cancel(self) -> None:
         """End it; the handler is cancelled."""
-        self._end(grpc.StatusCode.CANCELLED, "cancelled by its caller")
+        self._is_cancelled = self._is_cancelled or self._status is None
+        self._give_up((grpc.StatusCode.CANCELLED, "cancelled by its caller", ()))
 
     async def code(self) -> grpc.StatusCode:
         """How it ended."""
-        await self._answers.end
-        return self._context.status[0]
+        return (await self._ended())[0]
 
     async def details(self) -> str:
         """Why it ended."""
-        await self._answers.end
-        return self._context.status[1]
+        return (await self._ended())[1]
 
-    async def trailing_metadata(self) -> Any:
+    async def trailing_metadata(self) -> grpc.aio.Metadata:
         """What came with its end."""
-        await self._answers.end
-        return grpc.aio.Metadata(*self._context.status[2])
+        return grpc.aio.Metadata(*(await self._ended())[2])
 
-    async def _run(self, behaviour: Callable[[AsyncIterator[Any], LocalContext], Awaitable[None]]) -> None:
+    async def _run(self, behaviour: Behaviour, context: LocalContext) -> None:
         try:
-            await behaviour(self._requests, self._context)
+            await behaviour(self._requests, context)
         except grpc.aio.AbortError:
             pass
+        except asyncio.CancelledError:
+            context.status = grpc.StatusCode.CANCELLED, "the handler was cancelled", ()
+            raise
         except Exception as error:  # noqa: BLE001 - as grpc.aio does
             _log.exception("handler failed")
-            self._context.status = grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}", ()
+            context.status = grpc.StatusCode.UNKNOWN, f"{type(error).__name__}: {error}", ()
         finally:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._answers.finish()
+            self._end(context.status)
 
     def _expire(self) -> None:
-        self._end(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        self._give_up((grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded", ()))
 
-    def _end(self, code: grpc.StatusCode, details: str) -> None:
-        if not self._answers.has_ended:
-            self._context.status = code, details, ()
-            self._answers.finish()
+    def _give_up(self, status: Status) -> None:
+        if self._status is None:
+            self._answers.clear()
             self._task.cancel()
+            self._end(status)
+
+    def _end(self, status: Status) -> None:
+        if self._status is None:
+            self._status = status
+            self._answers.finish()
+            if self._timer is not None:
+                self._timer.cancel()
+
+    async def _ended(self) -> Status:
+        await self._answers.end.wait()
+        assert self._status is not None
+        return self._status
 
 
 class _Queue:
@@ -168,27 +177,25 @@ class _Queue:
     def __init__(self) -> None:
         self._messages: deque[Any] = deque()
         self._reader: asyncio.Future[None] | None = None
-        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def has_ended(self) -> bool:
-        return self.end.done()
+        self.end = asyncio.Event()
 
     def put(self, message: Any) -> None:
         self._messages.append(message)
         self._wake()
 
+    def clear(self) -> None:
+        self._messages.clear()
+
     def finish(self) -> None:
-        if not self.end.done():
-            self.end.set_result(None)
-            self._wake()
+        self.end.set()
+        self._wake()
 
     def __aiter__(self) -> _Queue:
         return self
 
     async def __anext__(self) -> Any:
         while not self._messages:
-            if self.has_ended:
+            if self.end.is_set():
                 raise StopAsyncIteration
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader

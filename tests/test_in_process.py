@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,68 @@ async def test_a_call_that_is_given_up_cancels_its_handler(serving: Any, how: st
             await reading
         with pytest.raises((asyncio.InvalidStateError, asyncio.CancelledError)):
             await call.write(step(2))
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+async def test_what_was_not_read_is_gone_with_a_call_that_is_given_up(serving: Any, how: str) -> None:
+    async def handler(requests: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
+        for number in (1, 2, 3):
+            await context.write(verify_pb2.VerifyResponse(step=number))
+        await anext(requests)
+
+    async with serving(handler) as channel:
+        call = verify_pb2_grpc.VerifyServiceStub(channel).Verify(timeout=0.5 if how == "deadline" else 30)
+        assert (await call.read()).step == 1
+        if how == "cancel":
+            call.cancel()
+        await call.code()
+        for _ in range(2):
+            with pytest.raises(grpc.aio.AioRpcError if how == "deadline" else asyncio.CancelledError):
+                await call.read()
+
+
+async def test_what_a_handler_does_once_its_call_is_given_up_is_not_told(serving: Any) -> None:
+    ended = asyncio.Event()
+
+    async def handler(requests: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
+        try:
+            await anext(requests)
+        finally:
+            ended.set()
+            raise RuntimeError("boom")
+
+    async with serving(handler) as channel:
+        call = verify_pb2_grpc.VerifyServiceStub(channel).Verify(timeout=0.5)
+        with pytest.raises(grpc.aio.AioRpcError):
+            await call.read()
+        await asyncio.wait_for(ended.wait(), 10)
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_a_call_that_has_ended_is_not_cancelled_any_more(serving: Any) -> None:
+    async def handler(_: AsyncIterator[verify_pb2.VerifyRequest], context: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED, "by the worker")
+
+    async with serving(handler) as channel:
+        call = verify_pb2_grpc.VerifyServiceStub(channel).Verify(timeout=30)
+        await call.code()
+        call.cancel()
+        with pytest.raises(grpc.aio.AioRpcError, match="by the worker"):
+            await call.read()
+        assert await call.code() is grpc.StatusCode.CANCELLED
+
+
+async def test_a_handler_knows_nothing_of_its_caller_s_context(serving: Any) -> None:
+    variable = ContextVar("variable", default="nobody's")
+    seen: list[str] = []
+
+    async def handler(_: AsyncIterator[verify_pb2.VerifyRequest], __: Any) -> None:
+        seen.append(variable.get())
+
+    async with serving(handler) as channel:
+        variable.set("the caller's")
+        assert await verify_pb2_grpc.VerifyServiceStub(channel).Verify(timeout=30).read() is grpc.aio.EOF
+    assert seen == ["nobody's"]
 
 
 async def test_a_call_with_one_answer(serving: Any) -> None:
