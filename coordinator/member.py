@@ -14,7 +14,7 @@ from coordinator.admission import Room
 from sequoia.border import error_from
 from sequoia.channels import Channels
 from sequoia.errors import Unavailable
-from sequoia.rpc import Dial, open_channel
+from sequoia.rpc import Dial, StubChannel, open_channel
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
@@ -41,7 +41,7 @@ class WorkerLink:
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
 
     @property
-    def channel(self) -> grpc.aio.Channel:
+    def channel(self) -> StubChannel:
         """For the next session."""
         return self._channels.current
 

@@ -19,6 +19,7 @@ from sequoia.addresses import is_local
 from sequoia.border import abort, unreadable
 from sequoia.credentials import channel_credentials, server_credentials
 from sequoia.errors import InvalidArgument
+from sequoia.in_process import LocalServices
 from sequoia.tls import PLAIN, Tls
 
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -61,10 +62,14 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
+# What stubs take.
+StubChannel = grpc.aio.Channel | LocalServices
+
+
 class Dial(Protocol):
     """What opens a channel to an address, as `open_channel` does."""
 
-    def __call__(self, address: str, tls: Tls, /, *, server_name: str) -> grpc.aio.Channel: ...
+    def __call__(self, address: str, tls: Tls, /, *, server_name: str) -> StubChannel: ...
 
 
 def open_channel(address: str, tls: Tls = PLAIN, *, server_name: str = "") -> grpc.aio.Channel:

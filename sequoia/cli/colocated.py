@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import grpc
-
 from coordinator.server import CoordinatorConfig
 from coordinator.server import serve as serve_clients
 from draft_worker.server import DRAFT
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
 from sequoia.in_process import LocalServices
-from sequoia.rpc import open_channel
+from sequoia.rpc import StubChannel, open_channel
 from sequoia.telemetry import configure_logging
 from sequoia.tls import Tls
 from sequoia.tracing import tracing_as_asked
@@ -60,9 +58,7 @@ def main() -> None:
         fail(str(error))
 
 
-def _dial(
-    services: Mapping[str, LocalServices], address: str, tls: Tls, *, server_name: str = ""
-) -> grpc.aio.Channel | LocalServices:
+def _dial(services: Mapping[str, LocalServices], address: str, tls: Tls, *, server_name: str = "") -> StubChannel:
     return services.get(address) or open_channel(address, tls, server_name=server_name)
 
 

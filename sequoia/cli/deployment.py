@@ -270,7 +270,9 @@ class Deployment:
         self._stack.callback(stop, started)
         for name, each in programs.items():
             environment = {**_environment(each.num_threads), **each.secrets}
-            started.append(ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores, each.service))
+            started.append(
+                ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores, each.service)
+            )
         for process in wait_until_serving(started, on_progress):
             self._steps.say(f"  process {process.pid} is {process.name}")
         self.processes.update((process.name, process) for process in started)

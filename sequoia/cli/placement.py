@@ -1,4 +1,4 @@
-"""Where coordinator and workers run: in one process, whose models take turns, or each in its own, on cores of its own."""
+"""Where coordinator and workers run: in one process, or each in its own; there also on cores of its own."""
 
 from __future__ import annotations
 
