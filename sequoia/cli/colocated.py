@@ -22,7 +22,8 @@ from sequoia.worker import serve
 from sequoia.worker_config import WorkerConfig
 from verify_worker.server import VERIFY
 
-_OF_THE_PROCESS = ("num_threads", "log_level")
+# Whose settings must agree, as they are the process's.
+_OF_THE_PROCESS = {"num_threads": ("target", "draft"), "log_level": ("target", "draft", "coordinator")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +38,10 @@ class ColocatedConfig:
     coordinator: CoordinatorConfig
 
     def __post_init__(self) -> None:
-        for name in _OF_THE_PROCESS:
-            if getattr(self.target, name) != getattr(self.draft, name):
-                flag = name.replace("_", "-")
-                raise ValueError(f"--target-{flag} and --draft-{flag} must be the same: both are of one process")
+        for name, groups in _OF_THE_PROCESS.items():
+            if len({getattr(getattr(self, group), name) for group in groups}) > 1:
+                *flags, last = (f"--{group}-{name.replace('_', '-')}" for group in groups)
+                raise ValueError(f"{', '.join(flags)} and {last} must be the same: they are of one process")
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def wait_until_serving(
         event = _event(line)
         if event.get("event") == "progress":
             on_progress(event["done"], event["total"])
-        elif event.get("event") == "serving" and process.service in ("", event["service"]):
+        elif event.get("event") == "serving" and process.service in ("", event.get("service")):
             process.address = event["address"]
             waiting.discard(process)
             yield process
