@@ -1,4 +1,4 @@
-"""The whole system on this machine: Redis, two workers and the coordinator, as processes that talk to each other."""
+"""The whole system on this machine: Redis, and two workers and the coordinator, in one process or in three."""
 
 from __future__ import annotations
 
