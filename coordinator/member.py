@@ -14,7 +14,7 @@ from coordinator.admission import Room
 from sequoia.border import error_from
 from sequoia.channels import Channels
 from sequoia.errors import Unavailable
-from sequoia.rpc import open_channel
+from sequoia.rpc import Dial, StubChannel, open_channel
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
@@ -33,15 +33,15 @@ _HANGS, _LEAST_HANG_SECONDS = 10.0, 5.0
 
 
 class WorkerLink:
-    """A channel to one worker. Raises InvalidArgument for one on another host without TLS."""
+    """A channel to one worker, as `dial` opens it. Raises InvalidArgument for one on another host without TLS."""
 
-    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "") -> None:
+    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "", dial: Dial = open_channel) -> None:
         self.address = address
-        self._channels = Channels(address, tls, partial(open_channel, server_name=server_name))
+        self._channels = Channels(address, tls, partial(dial, server_name=server_name))
         self._recent: deque[float] = deque(maxlen=_REMEMBERED)
 
     @property
-    def channel(self) -> grpc.aio.Channel:
+    def channel(self) -> StubChannel:
         """For the next session."""
         return self._channels.current
 
@@ -88,8 +88,8 @@ class Member:
     reply opens it again.
     """
 
-    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "") -> None:
-        self.link = WorkerLink(address, tls, server_name)
+    def __init__(self, address: str, tls: Tls = PLAIN, server_name: str = "", dial: Dial = open_channel) -> None:
+        self.link = WorkerLink(address, tls, server_name, dial)
         self.description: worker_pb2.WorkerDescription | None = None  # None: it is not there, or does not fit
         self.num_sessions = self.num_tokens = 0  # of this coordinator, and what its sessions may become
         self.problem = ""  # what keeps it from being used

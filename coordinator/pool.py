@@ -12,6 +12,7 @@ from coordinator.background import end
 from coordinator.descriptions import check_description
 from coordinator.member import Member
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.rpc import Dial, open_channel
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
 
@@ -34,9 +35,10 @@ class Pool:
         check: Callable[[worker_pb2.WorkerDescription], None],
         most_waiting: int = 0,
         tls: Tls = PLAIN,
+        dial: Dial = open_channel,
     ) -> None:
-        self.members = [Member(address, tls) for address in addresses]
-        self._role, self._check, self._tls = role, check, tls
+        self.members = [Member(address, tls, dial=dial) for address in addresses]
+        self._role, self._check, self._tls, self._dial = role, check, tls, dial
         self._watchers: dict[Member, asyncio.Task[None]] = {}
         self._is_watching = False
         self.problem = ""
@@ -126,7 +128,7 @@ class Pool:
             member.stays(member.link.address in places)
         known = {each.link.address for each in self.members}
         for address in sorted(places.keys() - known):
-            self._join(Member(address, self._tls, places[address]))
+            self._join(Member(address, self._tls, places[address], self._dial))
         self.admission.admit()
 
     def _join(self, member: Member) -> None:

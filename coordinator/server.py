@@ -22,7 +22,7 @@ from sequoia.addresses import is_local
 from sequoia.config import fail, load, setting
 from sequoia.errors import SequoiaError
 from sequoia.redis_connection import check_redis
-from sequoia.rpc import Server, running, stop_signal
+from sequoia.rpc import Dial, Server, open_channel, running, stop_signal
 from sequoia.rules import DEFAULT_RULE, RULES, SAMPLED_RULES
 from sequoia.telemetry import configure_logging
 from sequoia.tls import TlsSettings
@@ -85,17 +85,20 @@ def main() -> None:
     configure_logging("coordinator", config.log_level)
     try:
         with tracing_as_asked("sequoia-coordinator", os.environ) as tracing:
-            uvloop.run(_serve(config, tracing))
+            uvloop.run(serve(config, tracing))
     except SequoiaError as error:
         fail(str(error))
 
 
-async def _serve(config: CoordinatorConfig, tracing: Tracing | None) -> None:
+async def serve(config: CoordinatorConfig, tracing: Tracing | None, dial: Dial = open_channel) -> None:
+    """Serve until told to stop; workers are reached by what `dial` opens. Raises SequoiaError."""
     server, clients = _open_to_clients(config)
     if config.redis:
         check_redis(config.redis, config.tls)
     async with (
-        Workers(config.verify, config.draft, config.start_timeout_seconds, config.max_waiting, config.tls) as workers,
+        Workers(
+            config.verify, config.draft, config.start_timeout_seconds, config.max_waiting, config.tls, dial=dial
+        ) as workers,
         TreePlans(config.redis, workers, config.plan_refresh_seconds, RULES[config.rule]) as plans,
         Learning(config.redis, workers, config.plan_refresh_seconds) as learning,
     ):

@@ -12,6 +12,7 @@ from coordinator.discovery import LOOKUP_SECONDS, Discovery, Resolver, parse_pla
 from coordinator.member import Member
 from coordinator.pool import POLL_SECONDS, Pool, check_same
 from sequoia.errors import FailedPrecondition, SequoiaError, Unavailable
+from sequoia.rpc import Dial, open_channel
 from sequoia.tls import PLAIN, Tls
 from sequoia.v1 import worker_pb2
 
@@ -31,12 +32,13 @@ class Workers:
         most_waiting: int = 0,
         tls: Tls = PLAIN,
         *,
+        dial: Dial = open_channel,
         resolver: Resolver = resolve,
         lookup_seconds: float = LOOKUP_SECONDS,
     ) -> None:
         verify, draft = parse_places(verify_addresses), parse_places(draft_addresses)
-        self.verify = Pool(verify.addresses, worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting, tls)
-        self.draft = Pool(draft.addresses, worker_pb2.WORKER_ROLE_DRAFT, self._check_draft, tls=tls)
+        self.verify = Pool(verify.addresses, worker_pb2.WORKER_ROLE_VERIFY, self._check_target, most_waiting, tls, dial)
+        self.draft = Pool(draft.addresses, worker_pb2.WORKER_ROLE_DRAFT, self._check_draft, tls=tls, dial=dial)
         self.is_speculation_configured = any(draft)
         self._verify_discovery = Discovery(self.verify, verify, resolver, lookup_seconds)
         self._draft_discovery = Discovery(self.draft, draft, resolver, lookup_seconds)

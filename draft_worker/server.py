@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-import grpc
-
 from draft_worker.model_free import start
 from draft_worker.servicer import DraftServicer
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
-from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
-from sequoia.tracing import Tracing
 from sequoia.v1 import draft_pb2_grpc, worker_pb2
 from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
@@ -29,11 +25,14 @@ def main() -> None:
         fail(str(error))
 
 
-def _add_servicer(worker: Worker, server: grpc.aio.Server, tracing: Tracing | None) -> None:
-    draft_pb2_grpc.add_DraftServiceServicer_to_server(DraftServicer(worker, tracing), server)
-
-
-DRAFT = WorkerKind(worker_pb2.WORKER_ROLE_DRAFT, "sequoia.v1.DraftService", "sequoia-draft", _add_servicer, start)
+DRAFT = WorkerKind(
+    worker_pb2.WORKER_ROLE_DRAFT,
+    "sequoia.v1.DraftService",
+    "sequoia-draft",
+    DraftServicer,
+    draft_pb2_grpc.add_DraftServiceServicer_to_server,
+    start,
+)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-import grpc
-
 from sequoia.credentials import Renewed
 from sequoia.tls import Tls
 
-Channel = TypeVar("Channel", grpc.Channel, grpc.aio.Channel)
+Channel = TypeVar("Channel")
 
 
 class Channels(Generic[Channel]):

@@ -8,7 +8,7 @@ import json
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -19,6 +19,7 @@ from sequoia.addresses import is_local
 from sequoia.border import abort, unreadable
 from sequoia.credentials import channel_credentials, server_credentials
 from sequoia.errors import InvalidArgument
+from sequoia.in_process import LocalServices
 from sequoia.tls import PLAIN, Tls
 
 MAX_REQUEST_BYTES = 4 * 2**20
@@ -59,6 +60,16 @@ _SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     # Two servers on one port would share its connections in silence.
     ("grpc.so_reuseport", 0),
 )
+
+
+# What stubs take.
+StubChannel = grpc.aio.Channel | LocalServices
+
+
+class Dial(Protocol):
+    """What opens a channel to an address, as `open_channel` does."""
+
+    def __call__(self, address: str, tls: Tls, /, *, server_name: str) -> StubChannel: ...
 
 
 def open_channel(address: str, tls: Tls = PLAIN, *, server_name: str = "") -> grpc.aio.Channel:

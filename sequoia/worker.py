@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import grpc
 import uvloop
 from filelock import FileLock
 
@@ -25,6 +24,7 @@ from sequoia.engine.tensor_parallel.mirrored import follow
 from sequoia.engine.tensor_parallel.ranks import Ranks
 from sequoia.engine.warmup import measure_profile
 from sequoia.errors import InvalidArgument
+from sequoia.in_process import LocalServices
 from sequoia.loaded_worker import Worker, start_worker
 from sequoia.request_scope import request_scope
 from sequoia.rpc import Server, running, stop_signal
@@ -43,7 +43,8 @@ class WorkerKind:
     role: worker_pb2.WorkerRole
     service: str
     traced_as: str  # its name in traces
-    add_servicer: Callable[[Worker, grpc.aio.Server, Tracing | None], None]
+    make_servicer: Callable[[Worker, Tracing | None], Any]
+    add_to_server: Callable[[Any, Any], None]
     start: Callable[[WorkerConfig, worker_pb2.WorkerRole, Executor], Worker] = start_worker
 
 
@@ -88,8 +89,17 @@ async def session_border(context: Any, tracing: Tracing | None, name: str) -> As
                 yield span
 
 
-def serve(*hosted: tuple[WorkerKind, WorkerConfig], environ: Mapping[str, str]) -> None:
-    """Run workers, whose models share one thread, until SIGTERM or SIGINT. OTEL_* of `environ` may ask for traces.
+async def _until_stopped(_: Mapping[str, LocalServices]) -> None:
+    await stop_signal()
+
+
+def serve(
+    *hosted: tuple[WorkerKind, WorkerConfig],
+    environ: Mapping[str, str],
+    until: Callable[[Mapping[str, LocalServices]], Awaitable[None]] = _until_stopped,
+) -> None:
+    """Run workers, whose models share one thread, until SIGTERM or SIGINT, or while `until` runs, which gets to know
+    their services by address and watches for the signals itself. OTEL_* of `environ` may ask for traces.
 
     Prints one JSON line with the address of each when all serve. Of several ranks only the first serves; the others end
     with it.
@@ -107,7 +117,7 @@ def serve(*hosted: tuple[WorkerKind, WorkerConfig], environ: Mapping[str, str]) 
             return
         for worker in workers:
             worker.executor.call(partial(measure, worker))
-        uvloop.run(_serve(hosted, workers, tracings))
+        uvloop.run(_serve(hosted, workers, tracings, until))
         if ranks:
             workers[0].executor.call(ranks.end)
 
@@ -143,15 +153,20 @@ async def _serve(
     hosted: Sequence[tuple[WorkerKind, WorkerConfig]],
     workers: Sequence[Worker],
     tracings: Sequence[Tracing | None],
+    until: Callable[[Mapping[str, LocalServices]], Awaitable[None]],
 ) -> None:
     servers: dict[Server, Sequence[str]] = {}
+    services: dict[str, LocalServices] = {}
     for (kind, config), worker, tracing in zip(hosted, workers, tracings, strict=True):
         server = Server(config.listen, config.tls)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker), server.grpc_server)
-        kind.add_servicer(worker, server.grpc_server, tracing)
+        services[config.listen] = LocalServices()
+        worker_servicer, servicer = WorkerServicer(worker), kind.make_servicer(worker, tracing)
+        for each in (server.grpc_server, services[config.listen]):
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker_servicer, each)
+            kind.add_to_server(servicer, each)
         servers[server] = (kind.service, "sequoia.v1.WorkerService")
     async with running(servers):
-        await stop_signal()
+        await until(services)
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):

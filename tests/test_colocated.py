@@ -1,4 +1,4 @@
-"""Both workers in one process: the same text as of two, on the same contract, and one loss that is told clearly."""
+"""Coordinator and workers in one process: the same text as of three, and one loss that is told clearly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,12 +19,14 @@ from conftest import System, start_tiny_system
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny_models import write_tiny_pair
 
+from sequoia import attempts
 from sequoia.cli import colocated
 from sequoia.errors import Unavailable
 from sequoia.rpc import open_sync_channel
 from sequoia.topology import Topology
 from sequoia.v1 import worker_pb2, worker_pb2_grpc
 
+linux = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 PROMPT = list(range(40, 70))
 TREE = Topology((-1, 0, 0, 1, 1, 3))
 SERVICES = {"verify": "sequoia.v1.VerifyService", "draft": "sequoia.v1.DraftService"}
@@ -58,8 +61,8 @@ def test_requests_at_the_same_time_get_their_own_text(colocated_system: System) 
         assert list(pool.map(generate, prompts)) == alone
 
 
-def test_workers_are_one_process_on_one_device(colocated_system: System) -> None:
-    assert list(colocated_system.deployment.processes) == ["workers", "coordinator"]
+def test_all_is_one_process_and_the_workers_are_on_one_device(colocated_system: System) -> None:
+    assert list(colocated_system.deployment.processes) == ["system"]
     pair = colocated_system.client.describe_pair()
     assert pair.verify.device_id == pair.draft.device_id
     assert len({pair.verify.instance_id, pair.draft.instance_id}) == 2
@@ -88,19 +91,49 @@ def test_the_other_service_is_not_there(colocated_system: System, name: str) -> 
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-@pytest.mark.parametrize(("placement", "process"), [("split", "verify"), ("colocated", "workers")])
-def test_a_crash_of_the_target_s_process_is_told_alike(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, placement: str, process: str
-) -> None:
-    monkeypatch.setenv("SEQUOIA_FAILOVER_SECONDS", "3")
-    for system in start_tiny_system(tmp_path, "llama", placement=placement):
-        address = system.deployment.addresses["verify"]
+@linux
+def test_the_coordinator_has_no_connection_to_its_workers(tmp_path: Path) -> None:
+    for system in start_tiny_system(tmp_path, "llama", placement="colocated"):
+        addresses = system.deployment.addresses.values()
+        answer = system.client.generate(PROMPT, max_tokens=16, temperature=0, speculation=TREE)
+        assert answer.speculation.num_drafted_steps > 0
+        assert [num_sockets(address) for address in addresses] == [1, 1], "those that listen"
+        with open_sync_channel(system.deployment.addresses["verify"]) as channel:
+            worker_pb2_grpc.WorkerServiceStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=5)
+            assert [num_sockets(address) for address in addresses] == [2, 1]
+
+
+def num_sockets(address: str) -> int:
+    """Ends of sockets there: the one that listens, and one for each connection."""
+    path = address.removeprefix("unix:")
+    return [line.split()[-1] for line in Path("/proc/net/unix").read_text().splitlines()].count(path)
+
+
+def test_sigterm_lets_a_running_request_end(tmp_path: Path) -> None:
+    arguments = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "speculation": TREE}
+    for system in start_tiny_system(tmp_path, "llama", placement="colocated"):
+        undisturbed = system.client.generate(PROMPT, **arguments)
+        stream = system.client.stream(PROMPT, **arguments)
+        chunks = [next(stream)]
+        process = system.deployment.processes["system"]
+        process.terminate()
+        chunks += stream
+        assert tuple(token for chunk in chunks for token in chunk.token_ids) == undisturbed.token_ids
+        assert chunks[-1].generation.speculation.num_drafted_steps > 0
+        assert "was ended by" not in process.obituary()
+
+
+def test_a_crash_of_the_process_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "_RETRY_SECONDS", 2.0)
+    for system in start_tiny_system(tmp_path, "llama", placement="colocated"):
+        told = f"^no coordinator answers at {system.deployment.address}"
         stream = system.client.stream(PROMPT, max_tokens=400, temperature=0, speculation=TREE)
         next(stream)
-        system.deployment.kill(process)
-        told = f"^(the verify worker at {address} is lost|no verify worker is there .*{address})"
+        system.deployment.kill("system")
+        killed = time.monotonic()
         with pytest.raises(Unavailable, match=told):
             list(stream)
+        assert time.monotonic() - killed < 10
         with pytest.raises(Unavailable, match=told):
             system.client.generate(PROMPT, max_tokens=4, temperature=0)
 
@@ -124,12 +157,13 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
-def test_up_has_one_process_for_both_workers_and_leaves_no_socket_behind(tmp_path: Path) -> None:
+@linux
+def test_up_has_one_process_for_all_and_leaves_no_socket_behind(tmp_path: Path) -> None:
     with up(tmp_path, "--placement", "auto") as (process, system):
         assert system["placement"] == "colocated"
+        assert list(system["processes"]) == ["system"]
         redis = 1
-        assert len(children(process.pid)) == redis + len(system["processes"]) == 3
+        assert len(children(process.pid)) == redis + len(system["processes"]) == 2
         sockets = [Path(address.removeprefix("unix:")) for address in system["workers"].values()]
         assert all(socket.is_socket() for socket in sockets)
         assert {socket.parent.stat().st_mode & 0o777 for socket in sockets} == {0o700}
@@ -138,12 +172,12 @@ def test_up_has_one_process_for_both_workers_and_leaves_no_socket_behind(tmp_pat
     assert not any(socket.parent.exists() for socket in sockets)
 
 
-def test_up_ends_and_says_why_when_the_workers_crash(tmp_path: Path) -> None:
+def test_up_ends_and_says_why_when_the_system_crashes(tmp_path: Path) -> None:
     with up(tmp_path, "--placement", "colocated") as (process, system):
-        os.kill(system["processes"]["workers"], signal.SIGKILL)
+        os.kill(system["processes"]["system"], signal.SIGKILL)
         _, error = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "error: the workers process was ended by SIGKILL" in error
+    assert "error: the system process was ended by SIGKILL" in error
 
 
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="needs two cores")
@@ -162,6 +196,16 @@ def describe(address: str) -> worker_pb2.WorkerDescription:
         return worker_pb2_grpc.WorkerServiceStub(channel).Describe(worker_pb2.DescribeRequest(), timeout=5).worker
 
 
+REQUIRED = ("--target-model", "t", "--draft-model", "d", "--coordinator-verify", "unix:/t")
+
+
+def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["colocated", *REQUIRED[:-2]])
+    with pytest.raises(SystemExit):
+        colocated.main()
+    assert capsys.readouterr().err.startswith("error: --coordinator-verify (SEQUOIA_VERIFY) is required")
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
@@ -169,12 +213,18 @@ def describe(address: str) -> worker_pb2.WorkerDescription:
         (("--draft-num-threads", "2"), "error: --target-num-threads and --draft-num-threads must be the same"),
         (("--draft-prefill-chunk", "0"), "error: --draft-prefill-chunk (SEQUOIA_PREFILL_CHUNK) must be at least 1"),
         (("--draft-dtype", "float8"), "error: --draft-dtype (SEQUOIA_DTYPE) is 'float8'"),
+        (("--coordinator-rule", "luck"), "error: --coordinator-rule (SEQUOIA_RULE) is 'luck'"),
+        (("--coordinator-verify", "dns:///x"), "error: --coordinator-verify (SEQUOIA_VERIFY): "),
+        (
+            ("--coordinator-log-level", "debug"),
+            "error: --target-log-level, --draft-log-level and --coordinator-log-level must be the same",
+        ),
     ],
 )
 def test_a_bad_flag_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: tuple[str, str], error: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["colocated", "--target-model", "t", "--draft-model", "d", *flags])
+    monkeypatch.setattr(sys, "argv", ["colocated", *REQUIRED, *flags])
     monkeypatch.setattr(colocated, "configure_logging", lambda *_: None)
     with pytest.raises(SystemExit) as raised:
         colocated.main()

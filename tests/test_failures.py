@@ -12,7 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import System
+from conftest import System, start_tiny_system
 from rich.console import Console
 from tiny_models import write_tiny_model
 
@@ -75,6 +75,20 @@ async def test_who_asks_as_others_did_that_have_just_gone_gets_the_same_text(own
 
     async with AsyncClient(own_tiny_system.deployment.address) as many:
         await asyncio.gather(*(leave_and_ask(many, seed) for seed in range(6)))
+
+
+def test_a_crash_of_the_only_target_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEQUOIA_FAILOVER_SECONDS", "3")
+    for system in start_tiny_system(tmp_path, "llama"):
+        address = system.deployment.addresses["verify"]
+        stream = system.client.stream(PROMPT, max_tokens=400, temperature=0, speculation=TREE)
+        next(stream)
+        system.deployment.kill("verify")
+        told = f"^(the verify worker at {address} is lost|no verify worker is there .*{address})"
+        with pytest.raises(Unavailable, match=told):
+            list(stream)
+        with pytest.raises(Unavailable, match=told):
+            system.client.generate(PROMPT, max_tokens=4, temperature=0)
 
 
 def test_wedged_draft_is_never_awaited_before_the_first_token(own_tiny_system: System) -> None:

@@ -91,7 +91,7 @@ def test_a_bad_flag_of_up_is_named_before_anything_starts(
 
 
 def test_the_placement_is_told_to_people() -> None:
-    assert describe("colocated", {}) == "colocated, the workers take turns in one process"
+    assert describe("colocated", {}) == "colocated, all in one process, where the models take turns"
     assert describe("split", CORES) == "split, a process for each worker, verify on cores 0, draft on cores 1"
 
 

@@ -47,7 +47,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture(scope="module")
 def system(collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    """All processes, the gateway too; both workers are one of them."""
+    """Both processes: the coordinator with its workers, and the gateway."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://{collector.address}")
         patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
@@ -128,7 +128,7 @@ def test_a_header_is_followed_through_a_stream_of_the_gateway(system: System, co
     assert gateway.end >= generate.end - 2e-3, "it ends with its stream"
     assert {span.attributes["request_id"] for span in spans if "request_id" in span.attributes} == {"mine-1"}
     fields = {"request_id": "mine-1", "trace_id": TRACE_ID}
-    for name, event in (("coordinator", "generated"), ("gateway", "answered"), ("workers", "session begins")):
+    for name, event in (("system", "generated"), ("gateway", "answered"), ("system", "session begins")):
         assert eventually(partial(has_line, system, name, fields | {"event": event})), name
 
 

@@ -6,13 +6,9 @@ import os
 import sys
 from collections.abc import Mapping
 
-import grpc
-
 from sequoia.config import fail, load
 from sequoia.errors import SequoiaError
-from sequoia.loaded_worker import Worker
 from sequoia.telemetry import configure_logging
-from sequoia.tracing import Tracing
 from sequoia.v1 import verify_pb2_grpc, worker_pb2
 from sequoia.worker import WorkerKind, serve
 from sequoia.worker_config import WorkerConfig
@@ -38,11 +34,13 @@ def check_world(num_ranks: int, environ: Mapping[str, str]) -> None:
         fail(f"{problem}; start it by torchrun --nproc-per-node {num_ranks} -m verify_worker.server")
 
 
-def _add_servicer(worker: Worker, server: grpc.aio.Server, tracing: Tracing | None) -> None:
-    verify_pb2_grpc.add_VerifyServiceServicer_to_server(VerifyServicer(worker, tracing), server)
-
-
-VERIFY = WorkerKind(worker_pb2.WORKER_ROLE_VERIFY, "sequoia.v1.VerifyService", "sequoia-verify", _add_servicer)
+VERIFY = WorkerKind(
+    worker_pb2.WORKER_ROLE_VERIFY,
+    "sequoia.v1.VerifyService",
+    "sequoia-verify",
+    VerifyServicer,
+    verify_pb2_grpc.add_VerifyServiceServicer_to_server,
+)
 
 
 if __name__ == "__main__":

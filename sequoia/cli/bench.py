@@ -56,7 +56,7 @@ BENCHMARKS = {
         "sequoia.cli.benchmarks.ahead", "drafting ahead on against off: hits, steps, and seconds per token in pairs"
     ),
     "placement": Benchmark(
-        "sequoia.cli.benchmarks.placement", "colocated workers against split ones: seconds per token in pairs"
+        "sequoia.cli.benchmarks.placement", "a colocated system against a split one: seconds per token in pairs"
     ),
     "offload": Benchmark(
         "sequoia.cli.benchmarks.offload",

@@ -1,4 +1,4 @@
-"""The whole system on this machine: Redis, two workers and the coordinator, as processes that talk to each other."""
+"""The whole system on this machine: Redis, and two workers and the coordinator, in one process or in three."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from sequoia.errors import InvalidArgument
 
 # Nodes of a tree, at most, where a forward costs what it costs to read the weights.
 _OFFLOADED_TREE_SIZE = 768
+_COORDINATOR = "sequoia.v1.CoordinatorService"
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,15 @@ class _Program:
     num_threads: int
     cores: tuple[int, ...] = ()  # that it is pinned to; empty: none
     secrets: Mapping[str, str] = field(default_factory=dict)  # variables: flags are read by whoever lists processes
+    service: str = ""  # whose address is the process's; empty: the first that it tells
 
 
 class Deployment:
     """A running system, from `with` to its end: the coordinator stops first, then the workers, then Redis.
 
     `address` is the coordinator's, `redis_url` that of its Redis, `addresses` are those of "verify" and "draft" (unless
-    left out), and `url` is the OpenAI API's, if there is one. `processes` are these two, or "workers" when `placement`
-    is colocated, "coordinator", and "gateway" if there is one. Raises InvalidArgument for a placement that cannot be,
+    left out), and `url` is the OpenAI API's, if there is one. `processes` are these two and "coordinator", or "system"
+    when `placement` is colocated, and "gateway" if there is one. Raises InvalidArgument for a placement that cannot be,
     and Unavailable, with the end of its log, when a process ends before it serves.
 
     >>> with Deployment(DeploymentSettings(listen="127.0.0.1:0"), Steps(Console())) as system:
@@ -164,7 +166,7 @@ class Deployment:
     @property
     def address(self) -> str:
         """Where the coordinator listens."""
-        return self.processes["coordinator"].address
+        return self.processes["system" if self.placement == "colocated" else "coordinator"].address
 
     @property
     def url(self) -> str | None:
@@ -216,15 +218,17 @@ class Deployment:
             self._steps.say(f"  {name} serves on {address}")
 
     def _start_colocated(self, on_progress: Progress) -> None:
-        """Both workers in one process, each on a socket in a folder that nobody else may enter."""
+        """All in one process; the workers have sockets, too, in a folder that nobody else may enter."""
         folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sequoia-"))
         self.addresses = {name: f"unix:{folder}/{name}" for name in self._settings.models}
         flags: dict[str, object] = {}
         for name, address in self.addresses.items():
             own = {**self._settings.worker_flags(name), "listen": address}
             flags |= {f"{FLAG_PREFIX[name]}-{flag}": value for flag, value in own.items()}
-        num_threads = self._settings.num_threads_of("verify")
-        self._start({"workers": _Program("sequoia.cli.colocated", flags, num_threads)}, on_progress)
+        flags |= {f"coordinator-{flag}": value for flag, value in self._coordinator_flags().items()}
+        num_threads, secrets = self._settings.num_threads_of("verify"), {"SEQUOIA_REDIS": self.redis_url}
+        program = _Program("sequoia.cli.colocated", flags, num_threads, secrets=secrets, service=_COORDINATOR)
+        self._start({"system": program}, on_progress)
 
     def _start_split(self, on_progress: Progress) -> None:
         settings = self._settings
@@ -242,11 +246,15 @@ class Deployment:
         )
         self.addresses = {name: self.processes[name].address for name in settings.models}
 
+    def _coordinator_flags(self) -> dict[str, object]:
+        return {"listen": self._settings.listen, "draft": "", **self.addresses}
+
     def _start_coordinator(self) -> None:
-        flags = {"listen": self._settings.listen, "draft": "", **self.addresses}
+        if self.placement == "colocated":
+            return
         secrets = {"SEQUOIA_REDIS": self.redis_url}
         num_threads = self._settings.num_threads or num_cores()
-        program = _Program("coordinator.server", flags, num_threads, secrets=secrets)
+        program = _Program("coordinator.server", self._coordinator_flags(), num_threads, secrets=secrets)
         with self._steps.step("starting the coordinator") as on_progress:
             self._start({"coordinator": program}, on_progress)
 
@@ -262,7 +270,9 @@ class Deployment:
         self._stack.callback(stop, started)
         for name, each in programs.items():
             environment = {**_environment(each.num_threads), **each.secrets}
-            started.append(ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores))
+            started.append(
+                ServerProcess(name, each.module, each.flags, environment, self._log_dir, each.cores, each.service)
+            )
         for process in wait_until_serving(started, on_progress):
             self._steps.say(f"  process {process.pid} is {process.name}")
         self.processes.update((process.name, process) for process in started)

@@ -1,4 +1,4 @@
-"""Where the two workers run: in one process, whose models take turns, or in two, on cores of their own if wanted."""
+"""Where coordinator and workers run: in one process, or each in its own; there also on cores of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def decide(asked: str, devices: Sequence[str], cores: Cores) -> str:
 def describe(placement: str, cores: Cores) -> str:
     """For people."""
     if placement == "colocated":
-        return "colocated, the workers take turns in one process"
+        return "colocated, all in one process, where the models take turns"
     pinned = (f"{name} on cores {', '.join(map(str, numbers))}" for name, numbers in cores.items())
     return ", ".join(["split, a process for each worker", *pinned])
 

@@ -39,8 +39,9 @@ class ServerProcess:
         environment: Mapping[str, str],
         log_dir: Path,
         cores: Collection[int] = (),
+        service: str = "",
     ) -> None:
-        self.name = name
+        self.name, self.service = name, service
         self.address = ""
         self.log_path = log_dir / f"{name}.log"
         arguments = [text for flag, value in flags.items() for text in (f"--{flag}", str(value))]
@@ -102,7 +103,7 @@ def wait_until_serving(
         event = _event(line)
         if event.get("event") == "progress":
             on_progress(event["done"], event["total"])
-        elif event.get("event") == "serving":
+        elif event.get("event") == "serving" and process.service in ("", event.get("service")):
             process.address = event["address"]
             waiting.discard(process)
             yield process

@@ -92,8 +92,8 @@ def add_placement(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> 
         "--placement",
         default=DeploymentSettings.placement,
         choices=PLACEMENTS,
-        help="colocated: both workers in one process, taking turns; split: a process each; auto (default): colocated "
-        "where both are on one device",
+        help="colocated: coordinator and workers in one process, the models taking turns; split: a process each; auto "
+        "(default): colocated where both workers are on one device",
     )
     for role in ("target", "draft"):
         cores = f"pin the {role}'s process to N cores, apart from the other's; makes auto split"

@@ -31,7 +31,7 @@ class BenchSystem:
     url: str | None = None  # of its OpenAI API, if it has a gateway
 
     def peak_bytes(self, *, with_draft: bool) -> int | None:
-        """Of its processes; the draft worker's is left out where no draft is needed."""
+        """Of its processes; where no draft is needed, without that of a draft worker if it has one of its own."""
         return peak_bytes(pid for name, pid in self.process_ids.items() if with_draft or name != "draft")
 
 

@@ -1,4 +1,4 @@
-"""`sequoia bench placement`: both workers in one process, taking turns, against a process each."""
+"""`sequoia bench placement`: all in one process, the models taking turns, against a process each."""
 
 from __future__ import annotations
 
