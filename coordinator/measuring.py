@@ -28,10 +28,10 @@ PLAIN = Topology.root_only()
 # 22 nodes, 5 levels: eight ranks under the root, and fewer below it, where text that is easy to guess leads.
 MEASURING_TREE = Topology((-1, *[0] * 8, *[1] * 4, *[2] * 2, *[9] * 4, *[15] * 3))
 # Beside it, where the rule is exact with any shape: shapes of each step's own, of at most so many nodes and levels.
-_DYNAMIC_SIZE, _DYNAMIC_LEVELS, _DYNAMIC_WIDTHS = 32, 16, (2, 4)
+_DYNAMIC_SIZE, _DYNAMIC_LEVELS, _DYNAMIC_WIDTHS = 48, 24, (2, 4)
 # What the dynamic ones are limited by is worth what it costs at about this speedup.
 _HOPED_SPEEDUP = 1.6
-_LARGEST_LIMIT = 0.9
+_LARGEST_LIMIT = 0.8
 # Of the tokens of a step, by their mean.
 _USUAL_DEVIATION = 0.8
 # And, in turns, for what a step of another size takes.
@@ -62,7 +62,10 @@ async def measure(
     max_tokens: int,
     on_prompt: Callable[[], None],
 ) -> list[SpeculationFigures]:
-    """Every prompt continued with the measuring trees and, by half as many tokens, in one of the other ways."""
+    """Every prompt continued with the measuring trees and, by half as many tokens, in one of the other ways.
+
+    With dynamic trees by more: towards the end of an answer they are not what they were asked to be.
+    """
     limit = max_tree_size(pair.verify, pair.draft)
     dynamic = dynamic_shapes(pair) if rule.takes_any_shape else []
 
@@ -75,8 +78,8 @@ async def measure(
 
     figures: list[SpeculationFigures] = []
     for index, prompt in enumerate(prompts):
-        trees: list[TreeShape] = [MEASURING_TREE, *dynamic]
-        figures += [await generate(prompt, tree, max_tokens) for tree in trees]
+        figures.append(await generate(prompt, MEASURING_TREE, max_tokens))
+        figures += [await generate(prompt, shape, max_tokens + shape.levels) for shape in dynamic]
         figures.append(await generate(prompt, _OTHERS[index % len(_OTHERS)], (max_tokens + 1) // 2))
         on_prompt()
     return figures
@@ -125,7 +128,7 @@ def measured_dynamic(figures: Sequence[SpeculationFigures], shapes: Iterable[Dyn
     """What those of the dynamic trees that were used brought, and how large they became."""
     found = []
     for shape in shapes:
-        usages = [usage for usage in _usages(figures) if usage.shape == shape]
+        usages = [usage for each in figures for usage in each.trees if usage.shape == shape]
         if not usages:
             continue
         names = ("num_steps", "num_tokens", "num_nodes", "num_levels")

@@ -13,8 +13,8 @@ from sequoia.sampling import Decoding
 
 # Before anything is learnt: q itself; and what a coupled race was once measured to take.
 FIRST = {"top": 1.0, "coupled": 0.8}
-# Values that are considered, by the first one, which counts as if it were known to a factor of e.
-_FACTORS = 2.0 ** np.arange(-6.0, 1.5, 0.5)
+# Values that are considered, by the first one, which counts as if it were known to that factor.
+_FACTORS, _FACTOR_KNOWN = 2.0 ** np.arange(-6.0, 1.5, 0.5), 8.0
 # A token forgets this much of those before it.
 _FORGOTTEN = 0.002
 
@@ -43,7 +43,7 @@ class Sharpness:
             likelihoods += _likelihoods(seen, _values(decoding))
 
     def _of(self, decoding: Decoding) -> np.ndarray:
-        return self._likelihoods.setdefault(decoding.rule.name, -0.5 * np.log(_FACTORS) ** 2)
+        return self._likelihoods.setdefault(decoding.rule.name, -0.5 * (np.log(_FACTORS) / math.log(_FACTOR_KNOWN)) ** 2)
 
 
 def _values(decoding: Decoding) -> np.ndarray:

@@ -192,7 +192,7 @@ async def test_acceptance_is_measured_with_a_wide_tree_that_both_workers_take(
     first, dynamic, wide, plain, *_ = coordinator.requests
     assert (first.text, first.max_tokens, first.sampling.temperature) == ("a", 9, 0.0)
     assert tuple(first.speculation.topology.parents) == MEASURING_TREE.parents[:16]
-    assert (dynamic.text, dynamic.max_tokens) == (wide.text, wide.max_tokens) == ("a", 9)
+    assert (dynamic.text, dynamic.max_tokens, wide.text, wide.max_tokens) == ("a", 9 + 9, "a", 9 + 5)
     # What a token takes 1.6 times as fast is 0.0625; a node takes the target 0.001 and a level the draft 0.001.
     for request, levels, width in ((dynamic, 9, 2), (wide, 5, 4)):
         shape = shape_from_wire(request.speculation, GREEDY, 16)
