@@ -46,6 +46,13 @@ class DraftStream:
         """Whether the session is being opened: the draft reads the prompt, and will soon be there."""
         return self._call is not None and self._pending is not None and not self._step
 
+    @property
+    def shares_device(self) -> bool:
+        """Whether the worker that would be opened on, or is, computes on the target's own device."""
+        member = self._member or self._pool.best()
+        there = member.description if member is not None else None
+        return there is not None and there.device_id == self._verify_device_id
+
     def open(self, token_ids: Sequence[int]) -> None:
         """Start opening the session where there is room; nothing waits for it."""
         if (member := self._pool.best()) is None or member.description is None:
@@ -64,9 +71,11 @@ class DraftStream:
     async def tree_or_none(self, committed: Sequence[int], shape: TreeShape) -> draft_pb2.DraftResponse | None:
         """A tree for the next step, or None: the draft is not ready, late, or lost."""
         if self._call is None or self._member is None:
-            self.reason, self.cause = self.reason or "draft: opening", Fallback.OPENING
-            self.open(committed)
-            return None
+            self.open(committed[:-1])  # a step brings a token
+            if self._member is None or self._has_own_device:
+                self.reason, self.cause = self.reason or "draft: opening", Fallback.OPENING
+                return None
+            await self._opened(self._member)
         if self._pending is not None and not self._take_late_reply():
             return None
         self._step += 1
@@ -86,6 +95,11 @@ class DraftStream:
             self.reason, self.cause = f"draft: no tree within {patience:.3g} s", Fallback.LATE
             return None
         return self._reply(pending)
+
+    async def _opened(self, member: Member) -> None:
+        """Wait for it, for a while: on the target's own device plain steps would only make it longer."""
+        assert self._pending is not None
+        await asyncio.wait((self._pending,), timeout=member.patience_seconds(self._reply_timeout_seconds))
 
     def take_opening_seconds(self) -> float:
         """That the target's device was busy with the prompt for this draft; 0 on another device, and once told."""

@@ -46,11 +46,13 @@ class Report:
         """The coordinator's own work, and the client's reading, end here: a step begins."""
         self.step_seconds, self.fallback = coordinator_pb2.StageSeconds(host=self._lap()), None
 
-    def drafted(self, response: draft_pb2.DraftResponse) -> None:
-        """A tree has arrived."""
-        seconds = self._lap()
+    def drafted(self, response: draft_pb2.DraftResponse, reading_seconds: float = 0.0) -> None:
+        """A tree has arrived; before, the step may have waited for the draft to read the text, which is prefill."""
+        waited = max(0.0, self._lap() - response.worker_seconds)
+        reading = min(waited, reading_seconds)
+        self.message.stages.prefill += reading
         self.step_seconds.draft += response.worker_seconds
-        self.step_seconds.network += max(0.0, seconds - response.worker_seconds)
+        self.step_seconds.network += waited - reading
         self.step_seconds.draft_forwards += response.times.forwards
         self.step_seconds.draft_work += response.times.work
         self._split(response.times)

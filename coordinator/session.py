@@ -47,10 +47,11 @@ class Session:
     async def run(self) -> AsyncGenerator[Step]:
         """The steps of the answer; the last one has a finish reason. The draft is never awaited before the first.
 
-        One that is only tried does not read while the first is waited for.
+        It reads meanwhile only where that takes nothing of the target's time, and where it is not only tried.
         """
         self._choose(self._transcript.num_tokens_left)
-        if self._draft is not None and self._choice.shape != PLAIN and not self._choice.is_tried:
+        is_wanted = self._choice.shape != PLAIN and not self._choice.is_tried
+        if self._draft is not None and is_wanted and not self._draft.shares_device:
             self._draft.open(self._transcript.token_ids)
         verdict = await self._verify.open(self._transcript.token_ids)
         self.num_cached_prompt_tokens = min(verdict.num_reused_tokens, self._transcript.num_prompt_tokens)
@@ -89,12 +90,12 @@ class Session:
         if self._draft is None or shape == PLAIN:
             return await self._verified(None, min(most, self._choice.num_plain_steps))
         draft = await self._draft.tree_or_none(self._transcript.token_ids, shape)
-        if seconds := self._draft.take_opening_seconds():
-            self._speculation.opened(seconds, len(self._transcript.token_ids))
+        if reading_seconds := self._draft.take_opening_seconds():
+            self._speculation.opened(reading_seconds, len(self._transcript.token_ids))
         if draft is None:
             self.report.fell_back(self._draft.reason, self._draft.cause)
             return await self._verified(None, 0 if self._draft.is_opening else min(most, _FALLBACK_STEPS))
-        self.report.drafted(draft)
+        self.report.drafted(draft, reading_seconds)
         self._speculation.drafted(draft.ahead)
         return await self._verified(draft, 0)
 

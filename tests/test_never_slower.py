@@ -53,7 +53,7 @@ def test_bytes_to_both_workers_are_counted(tiny_system: System, undisturbed: Gen
 async def tree(stream: DraftStream, committed: list[int]) -> draft_pb2.DraftResponse:
     """Opens the session if need be, which takes its time."""
     async with asyncio.timeout(20):
-        response = await stream.tree_or_none(committed[:-1], TREE)
+        response = await stream.tree_or_none(committed, TREE)
         while response is None:
             await asyncio.sleep(0.01)
             response = await stream.tree_or_none(committed, TREE)

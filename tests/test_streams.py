@@ -38,6 +38,7 @@ class Workers(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyService
 
     def __init__(self) -> None:
         self.draft_opening: asyncio.Future[draft_pb2.DraftOpen] = asyncio.get_running_loop().create_future()
+        self.overlaps, self.was_draft_asked = True, False
 
     async def Draft(
         self, requests: AsyncIterator[draft_pb2.DraftRequest], context: Context
@@ -50,7 +51,9 @@ class Workers(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyService
         self, requests: AsyncIterator[verify_pb2.VerifyRequest], context: Context
     ) -> AsyncIterator[verify_pb2.VerifyResponse]:
         await anext(requests)
-        await self.draft_opening
+        if self.overlaps:
+            await self.draft_opening
+        self.was_draft_asked = self.draft_opening.done()
         yield verify_pb2.VerifyResponse(verdict=verify_pb2.Verdict(bonus_token_id=40))
         await asyncio.Event().wait()
 
@@ -115,19 +118,31 @@ def session(pool: Pool, *, has_own_device: bool = True, has_draft: bool = True) 
     )
 
 
-@pytest.mark.parametrize("has_own_device", [True, False])
-async def test_prefill_of_both_overlaps_and_the_drafts_is_not_awaited(
-    workers: Workers, pool: Pool, has_own_device: bool
-) -> None:
+async def test_prefill_of_both_overlaps_and_the_drafts_is_not_awaited(workers: Workers, pool: Pool) -> None:
     """The first token comes although the drafter has not answered, and not before it has got the prompt."""
-    running = session(pool, has_own_device=has_own_device)
+    running = session(pool)
     async with asyncio.timeout(20), aclosing(running.run()) as steps:
         first = await anext(steps)
     running.close()
     assert first.token_ids == (40,)
     opening = workers.draft_opening.result()
     assert tuple(opening.token_ids) == PROMPT
-    assert opening.has_own_device == has_own_device
+    assert opening.has_own_device
+
+
+async def test_a_draft_on_the_targets_own_device_reads_when_the_first_token_is_out(
+    workers: Workers, pool: Pool
+) -> None:
+    workers.overlaps = False
+    running = session(pool, has_own_device=False)
+    async with asyncio.timeout(20), aclosing(running.run()) as steps:
+        first = await anext(steps)
+        opening = await workers.draft_opening
+    running.close()
+    assert first.token_ids == (40,)
+    assert not workers.was_draft_asked
+    assert tuple(opening.token_ids) == PROMPT  # the first token comes with the step that asks for a tree
+    assert not opening.has_own_device
 
 
 class Nonsense(draft_pb2_grpc.DraftServiceServicer, verify_pb2_grpc.VerifyServiceServicer):
