@@ -43,7 +43,8 @@ class Sharpness:
             likelihoods += _likelihoods(seen, _values(decoding))
 
     def _of(self, decoding: Decoding) -> np.ndarray:
-        return self._likelihoods.setdefault(decoding.rule.name, -0.5 * (np.log(_FACTORS) / math.log(_FACTOR_KNOWN)) ** 2)
+        first = -0.5 * (np.log(_FACTORS) / math.log(_FACTOR_KNOWN)) ** 2
+        return self._likelihoods.setdefault(decoding.rule.name, first)
 
 
 def _values(decoding: Decoding) -> np.ndarray:
