@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tree",
         metavar="TREE",
-        help="the tree to use: each node's parent, as in -1,0,0,1; or NODESxLEVELSdWIDTH, as in 16x5d4, a dynamic one",
+        help="the tree to use: each node's parent, as in -1,0,0,1; or NODESxLEVELSdWIDTH, as in 16x5d4, a dynamic one, "
+        "with least chance and least gain 48x24d2c.05g.8",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print one JSON object at the end, figures included")
