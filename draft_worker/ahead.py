@@ -10,6 +10,7 @@ from draft_worker.growing import AnyGrowth, begun
 from draft_worker.growth import Stem, grow_levels
 from draft_worker.mixture import NgramSource
 from sequoia.acceptance import PRIOR
+from sequoia.engine.children import Calibration
 from sequoia.engine.executor import Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.topology import Topology, TreeShape
@@ -61,13 +62,13 @@ class Ahead:
         slot: KVSlot,
         last: AnyGrowth,
         chooser: Chooser,
-        sharpness: float,
+        calibration: Calibration,
         num_guesses: int,
         max_num_tokens: int,
         ngrams: NgramSource | None = None,
     ) -> None:
         self._slot, self._last, self._chooser, self._ngrams = slot, last, chooser, ngrams
-        self._sharpness, self._num_guesses, self._max_num_tokens = sharpness, num_guesses, max_num_tokens
+        self._calibration, self._num_guesses, self._max_num_tokens = calibration, num_guesses, max_num_tokens
         self._has_forwarded_leaves = False
         self._trees: list[AnyGrowth] = []
 
@@ -120,7 +121,7 @@ class Ahead:
         path_rows = tuple(rows[each] for each in tree.follow(tokens))
         shape = self._last.shape
         mixture = self._ngrams.mixture(committed, shape.levels - 1) if self._ngrams else None
-        return begun(shape, committed, self._sharpness, Stem(path_rows, num_rows), mixture)
+        return begun(shape, committed, self._calibration, Stem(path_rows, num_rows), mixture)
 
 
 def _acceptance(rank: int) -> float:

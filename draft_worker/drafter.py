@@ -10,16 +10,17 @@ from typing import TypeVar
 import numpy as np
 
 from draft_worker.ahead import Ahead
+from draft_worker.calibrator import Calibrator
 from draft_worker.choosing import Chooser, Tokens
 from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growing import AnyGrowth, begun
 from draft_worker.growth import grow_levels
 from draft_worker.mixture import NgramSource
 from draft_worker.planned import PlannedGrowth
-from draft_worker.sharpness import Sharpness
 from draft_worker.unseen import grow_unseen
 from draft_worker.whole import grow_whole
 from sequoia.engine.attention import chunk_segment
+from sequoia.engine.children import Calibration
 from sequoia.engine.executor import Executor, Job
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.errors import InvalidArgument
@@ -40,7 +41,7 @@ class DraftLimits:
     reads_once: bool = False  # grow trees where the logits are, and read them when they are whole
     grows_whole: bool = False  # the engine grows a tree in one turn
     mixes_ngrams: bool = False  # what the session's tokens repeat is mixed into q
-    sharpness: Sharpness = field(default_factory=Sharpness)  # learnt by all sessions
+    calibrator: Calibrator = field(default_factory=Calibrator)  # taught by all sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +95,8 @@ class DraftSession:
         return self._chooser.decoding.rule
 
     @property
-    def _sharpness(self) -> float:
-        return self._limits.sharpness.value(self._chooser.decoding)
+    def _calibration(self) -> Calibration:
+        return self._limits.calibrator.value(self._chooser.decoding)
 
     def commit(self, base_len: int, token_ids: Tokens) -> None:
         """Take `token_ids` as the committed tokens from `base_len` on. Raises InvalidArgument when they contradict what
@@ -132,7 +133,7 @@ class DraftSession:
         assert self._last is not None, "there is no tree yet"
         most = self._max_num_tokens
         self._ahead = Ahead(
-            self._slot, self._last, self._ahead_chooser, self._sharpness, num_guesses, most, self._ngrams
+            self._slot, self._last, self._ahead_chooser, self._calibration, num_guesses, most, self._ngrams
         )
         return self._ahead.job()
 
@@ -147,7 +148,7 @@ class DraftSession:
         logits = yield chunk_segment(self._slot, root, logits=True)
         self._slot.keep(range(len(root)))
         mixture = self._ngrams.mixture(self._committed, shape.levels - 1) if self._ngrams else None
-        growth = begun(shape, self._committed, self._sharpness, mixture=mixture)
+        growth = begun(shape, self._committed, self._calibration, mixture=mixture)
         is_unseen = bool(growth.frontier) and self._chooser.can_grow_unseen(self._committed)
         # Levels of several sessions share forwards, which is quicker than a tree after another.
         if is_unseen and self._limits.grows_whole and self._slot.is_alone:
@@ -162,7 +163,7 @@ class DraftSession:
         """What the committed tokens say of the last tree's scores and mixture, and what they repeat from now on."""
         last = self._last
         if isinstance(last, DynamicGrowth):
-            self._limits.sharpness.learn(self._chooser.decoding, last, self._committed[len(last.committed) :])
+            self._limits.calibrator.learn(self._chooser.decoding, last, self._committed[len(last.committed) :])
         if self._ngrams is None:
             return
         if last is not None and last.mixture is not None and self.num_committed > len(last.committed):

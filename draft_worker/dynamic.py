@@ -10,7 +10,7 @@ from torch import Tensor
 from draft_worker.choosing import NUM_SPARES, Chooser, Level, Tokens
 from draft_worker.growth import DEAD, Growth, Stem
 from draft_worker.mixture import Mixture
-from sequoia.engine.children import ScoredTokens
+from sequoia.engine.children import Calibration, ScoredTokens
 from sequoia.engine.whole_tree import GrownDynamicTree, log_limits, most_children
 from sequoia.topology import DynamicShape
 
@@ -18,21 +18,21 @@ from sequoia.topology import DynamicShape
 class DynamicGrowth(Growth[DynamicShape]):
     """After every level the nodes of the largest scores are kept, and the others dropped for good.
 
-    A node's score is the logarithm of the chance that the draft gives its path, by `sharpness`. It falls along a path,
-    and of equal ones the nearer node counts as the larger, so that what is kept has its ancestors, and the siblings
-    before it. Rows of nodes that were forwarded and dropped stay behind, unseen.
+    A node's score is the logarithm of the chance that the draft gives its path, by its calibration. It falls along a
+    path, and of equal ones the nearer node counts as the larger, so that what is kept has its ancestors, and the
+    siblings before it. Rows of nodes that were forwarded and dropped stay behind, unseen.
     """
 
     def __init__(
         self,
         shape: DynamicShape,
         committed: Tokens,
-        sharpness: float,
+        calibration: Calibration,
         stem: Stem | None = None,
         mixture: Mixture | None = None,
     ) -> None:
         super().__init__(shape, committed, stem, mixture)
-        self.sharpness = sharpness
+        self.calibration = calibration
         self._scores = [0.0]
         self.ranked: dict[int, ScoredTokens] = {}  # the children and what comes behind them, of nodes forwarded
 
@@ -50,7 +50,7 @@ class DynamicGrowth(Growth[DynamicShape]):
     def level(self, chooser: Chooser, nodes: Sequence[int], logits: Tensor) -> Level:
         """By the rule, with scores."""
         paths = self.paths(nodes, chooser.decoding.num_prompt_tokens)
-        return chooser.scored_level(logits, paths, self.child_counts(nodes), self.sharpness, self.mixture)
+        return chooser.scored_level(logits, paths, self.child_counts(nodes), self.calibration.sharpness, self.mixture)
 
     def add(self, level: Level) -> None:
         """Propose children of the frontier's nodes, now forwarded, keep the best, and find the next frontier."""
@@ -60,7 +60,7 @@ class DynamicGrowth(Growth[DynamicShape]):
             for token, score in zip(tokens, level.scores[index], strict=False):
                 self._parents.append(node)
                 self._tokens.append(token)
-                self._scores.append(self._scores[node] + score)
+                self._scores.append(self._scores[node] + score + math.log(self.calibration.hit))
         self._pass(self.frontier)
         least = log_limits(self.shape)[0]
         likely = (node for node in range(1, len(self._tokens)) if self._scores[node] > least)

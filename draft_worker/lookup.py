@@ -17,6 +17,7 @@ from draft_worker.growing import AnyGrowth, begun
 from draft_worker.ngram import NgramIndex, Tokens
 from sequoia.engine.children import (
     DRAFT_WIDTH,
+    Calibration,
     Float,
     ScoredTokens,
     distributions_of,
@@ -33,7 +34,7 @@ from sequoia.topology import Int, TreeShape
 # Nodes of a trie, at most: more than the trees of a worker have.
 _MOST_NODES = 128
 # By which races are scored; it is not learnt here.
-_SHARPNESS = 0.8
+_CALIBRATION = Calibration(0.8, 1.0)
 
 
 class LookupSession:
@@ -73,7 +74,7 @@ class LookupSession:
         """The tree of that shape as far as the text has been there before: the root alone where it has not."""
         yield from self.prefill()
         trie = self._index.continuations(self._committed, shape.levels - 1, _MOST_NODES)
-        growth = begun(shape, self._committed, _SHARPNESS)
+        growth = begun(shape, self._committed, _CALIBRATION)
         while trie and growth.frontier:
             growth.add(self._level(trie, growth))
         tree = growth.tree()
@@ -101,7 +102,7 @@ class LookupSession:
         sampling = self._decoding.sampling
         assert sampling.seed is not None, "the coupled rule needs a seed"
         races = logs + gumbel_noise(sampling.seed, position, torch.from_numpy(ids)).numpy()
-        return scored(ids, races, sampling.temperature / _SHARPNESS, count)
+        return scored(ids, races, sampling.temperature / _CALIBRATION.sharpness, count)
 
 
 AnySession: TypeAlias = DraftSession | LookupSession

@@ -35,7 +35,7 @@ def _grow_dynamic(slot: KVSlot, growth: DynamicGrowth, chooser: Chooser, logits:
         sampling,
         chooser.vocab_size,
         num_ranked,
-        growth.sharpness,
+        growth.calibration,
         _trie_of(growth),
     )
     _read_shares(growth, grown.trie_shares)

@@ -21,11 +21,12 @@ from tiny_models import write_tiny_model
 from torch import Tensor
 
 from draft_worker.ahead import likely_guesses
+from draft_worker.calibrator import Calibrator
 from draft_worker.choosing import Level, score_level
 from draft_worker.drafter import DraftLimits, DraftSession
 from draft_worker.dynamic import DynamicGrowth
 from draft_worker.growth import DEAD
-from draft_worker.sharpness import Sharpness
+from sequoia.engine.children import Calibration
 from sequoia.engine.noise import gumbel_noise
 from sequoia.engine.sampling import Path as TokenPath
 from sequoia.engine.verification import walk
@@ -127,7 +128,7 @@ def level_of(growth: DynamicGrowth, chances: Chances) -> Level:
 
 
 def grown(shape: DynamicShape, chances: Chances) -> DynamicGrowth:
-    growth = DynamicGrowth(shape, (0,), 1.0)
+    growth = DynamicGrowth(shape, (0,), Calibration(1.0, 1.0))
     while growth.frontier:
         growth.add(level_of(growth, chances))
     return growth
@@ -254,7 +255,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(folder)
 
 
-class Unlearnt(Sharpness):
+class Unlearnt(Calibrator):
     """What was drafted before changes no score."""
 
     def learn(self, decoding: Decoding, growth: DynamicGrowth, tokens: tuple[int, ...]) -> None:
@@ -264,7 +265,7 @@ class Unlearnt(Sharpness):
 @contextmanager
 def session(bench: Bench, mode: str, *, reads_once: bool = False) -> Iterator[DraftSession]:
     rule, sampling = MODES[mode]
-    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once, sharpness=Unlearnt())
+    limits = DraftLimits(prefill_chunk=8, vocab_size=400, reads_once=reads_once, calibrator=Unlearnt())
     with bench.engine.cache.slot() as slot:
         yield DraftSession(slot, Decoding(rule, sampling, 1), np.random.default_rng(0), limits, 200)
 
@@ -388,34 +389,48 @@ def test_children_that_are_drawn_are_never_scored() -> None:
 @pytest.mark.parametrize(("rule", "sampling"), [(GREEDY, COOL), (COUPLED, Sampling(0.7, seed=5))])
 def test_sharpness_is_learnt_from_what_the_target_chose(rule: Rule, sampling: Sampling, true: float) -> None:
     """Targets whose choices have the chances of the logits by a sharpness that nobody tells."""
-    decoding, sharpness, generator = Decoding(rule, sampling, 1), Sharpness(), np.random.default_rng(1)
-    first = sharpness.value(decoding)
+    decoding, calibrator, generator = Decoding(rule, sampling, 1), Calibrator(), np.random.default_rng(1)
+    first = calibrator.value(decoding).sharpness
     for _ in range(400):
         logits = np.sort(generator.normal(0.0, 1.0, 6))[::-1]
         chances = torch.from_numpy(logits / (true * first)).softmax(0).numpy()
         growth = grown(DynamicShape(7, 2, 6), lambda _, law=chances: list(enumerate(law.tolist(), start=1)))  # type: ignore[misc]
-        growth.sharpness = true * first
-        sharpness.learn(decoding, growth, (1 + int(generator.choice(6, p=chances)),))
-    assert sharpness.value(decoding) == pytest.approx(true * first, rel=0.5)
+        growth.calibration = Calibration(true * first, 1.0)
+        calibrator.learn(decoding, growth, (1 + int(generator.choice(6, p=chances)),))
+    assert calibrator.value(decoding).sharpness == pytest.approx(true * first, rel=0.5)
+    assert calibrator.value(decoding).hit > 0.99
 
 
-def test_nothing_is_learnt_where_the_target_draws_freely_or_chose_another_token() -> None:
+def test_nothing_is_learnt_where_the_target_draws_freely() -> None:
     growth = grown(DynamicShape(3, 2, 2), lambda context: [(1, 0.6), (2, 0.4)])
-    sharpness = Sharpness()
-    for decoding in (Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1), Decoding(GREEDY, COOL, 1)):
-        before = sharpness.value(decoding)
-        for _ in range(50):
-            sharpness.learn(decoding, growth, (9,))
-        assert sharpness.value(decoding) == before
-    for _ in range(50):
-        sharpness.learn(Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1), growth, (2,))
-    assert sharpness.value(Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1)) == 0.7
+    calibrator, decoding = Calibrator(), Decoding(SAMPLE_AND_WALK, Sampling(0.7), 1)
+    for token in (1, 2, 9):
+        calibrator.learn(decoding, growth, (token,) * 1)
+    assert calibrator.value(decoding) == Calibration(0.7, 1.0)
+
+
+def test_choices_that_the_draft_did_not_rank_make_every_level_less_likely() -> None:
+    growth = grown(DynamicShape(3, 2, 2), lambda context: [(1, 0.6), (2, 0.4)])
+    calibrator, decoding = Calibrator(), Decoding(GREEDY, COOL, 1)
+    before = calibrator.value(decoding)
+    for index in range(1000):
+        calibrator.learn(decoding, growth, (9 if index % 5 == 0 else 1,))
+    found = calibrator.value(decoding)
+    assert found.sharpness < before.sharpness
+    assert found.hit == pytest.approx(0.8, abs=0.03)
+    chances: Chances = lambda context: [(1, 1.0)]  # noqa: E731
+    shape = DynamicShape(32, 16, 1, 0.0, 0.5)
+    growth = DynamicGrowth(shape, (0,), found)
+    while growth.frontier:
+        growth.add(level_of(growth, chances))
+    # 0.8 ** 3 is above 0.5, and 0.8 ** 4 below.
+    assert growth.num_levels_grown == 4
 
 
 def test_sessions_of_a_draft_learn_together(bench: Bench) -> None:
     limits = DraftLimits(prefill_chunk=8, vocab_size=400)
     decoding = Decoding(GREEDY, COOL, 1)
-    before = limits.sharpness.value(decoding)
+    before = limits.calibrator.value(decoding).sharpness
     with bench.engine.cache.slot() as slot:
         drafting = DraftSession(slot, decoding, np.random.default_rng(0), limits, 200)
         committed = PROMPT
@@ -426,7 +441,7 @@ def test_sessions_of_a_draft_learn_together(bench: Bench) -> None:
             drafting.commit(len(committed), news)
             committed += news
         bench.run(drafting.grow(USUAL))
-    assert limits.sharpness.value(decoding) < before
+    assert limits.calibrator.value(decoding).sharpness < before
 
 
 # ---- the law ----

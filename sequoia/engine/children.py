@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +83,13 @@ class ScoredTokens:
 
     token_ids: tuple[int, ...]
     scores: tuple[float, ...]  # falling, at most 0
+
+
+class Calibration(NamedTuple):
+    """How the chances of a node's tokens follow from a draft's logits."""
+
+    sharpness: float  # see `scored_top_children`
+    hit: float  # the chance, above 0, that the target's choice is one of the tokens that are ranked
 
 
 def scored_top_children(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sequoia.engine.children import ScoredTokens
+from sequoia.engine.children import Calibration, ScoredTokens
 from sequoia.engine.draft_vocabulary import DraftVocabulary
 from sequoia.engine.kv_cache import KVSlot
 from sequoia.engine.trie import Trie
@@ -93,9 +93,14 @@ class WholeDynamicTree:
     sampling: Sampling  # what the scores are the chances by; its temperature is above 0
     vocab_size: int  # tokens that may be chosen
     num_ranked: int  # tokens a node at most, children and spares
-    sharpness: float  # see `children.scored_top_children`
+    calibration: Calibration
     trie: Trie | None = None  # mixed into q; the root's logits may be written over
     vocabulary: DraftVocabulary | None = None  # of the model that grows it, filled in by its engine
+
+    @property
+    def sharpness(self) -> float:
+        """Of its calibration."""
+        return self.calibration.sharpness
 
     @property
     def num_levels(self) -> int:

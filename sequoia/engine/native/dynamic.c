@@ -14,7 +14,7 @@ typedef struct {
     int64_t size, num_levels, width; /* as of `DynamicShape`; the root's level is one */
     int64_t most_children;           /* proposed under a node */
     int64_t first_row, num_valid_rows, root_position;
-    double least_chance, least_gain; /* their logarithms */
+    double least_chance, least_gain, hit; /* their logarithms; hit: of `Calibration` in children.py */
 } DynamicTree;
 
 typedef struct {
@@ -149,7 +149,7 @@ static void propose(const DynamicTree *tree, const Ranker *ranker, const Dynamic
         int64_t parent = memory->frontier[i], index = grown->num_ranked + i, num_tokens = grown->num_tokens[index];
         for (int64_t rank = 0; rank < num_tokens && rank < tree->most_children; rank++)
             grown->nodes[grown->num_nodes++] =
-                (Node){grown->nodes[parent].score + grown->scores[index * ranker->width + rank], parent,
+                (Node){grown->nodes[parent].score + grown->scores[index * ranker->width + rank] + tree->hit, parent,
                        grown->token_ids[index * ranker->width + rank], -1, -1};
     }
 }

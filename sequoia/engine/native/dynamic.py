@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 
 import numpy as np
 
@@ -20,7 +21,7 @@ class _Tree(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("size", "num_levels", "width", "most_children")),
         *((name, ctypes.c_int64) for name in ("first_row", "num_valid_rows", "root_position")),
-        *((name, ctypes.c_double) for name in ("least_chance", "least_gain")),
+        *((name, ctypes.c_double) for name in ("least_chance", "least_gain", "hit")),
     )
 
 
@@ -60,11 +61,12 @@ class DynamicGrower:
         sizes = BATCH_ARRAYS * shape.width + 1, shape.width * shape.levels, shape.size, num_nodes, shape.width
         numbers = [np.empty(size, np.int64) for size in sizes]
         root_logits, trie = root_logits_of(wanted), NativeTrie.of(wanted)
+        limits = *log_limits(shape), math.log(wanted.calibration.hit)
         grown = _Grown(address(nodes), 0, *map(address, (token_ids, num_tokens, scores)))
         self._grow(
             ctypes.byref(model),
             ctypes.byref(scratch),
-            ctypes.byref(_Tree(shape.size, shape.levels, shape.width, most, *place(wanted), *log_limits(shape))),
+            ctypes.byref(_Tree(shape.size, shape.levels, shape.width, most, *place(wanted), *limits)),
             ctypes.byref(ranker_for(wanted, self._padded_vocab_size)),
             None if trie is None else ctypes.byref(trie.structure),
             ctypes.c_void_p(root_logits.data_ptr()),
