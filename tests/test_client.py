@@ -20,7 +20,7 @@ from sequoia.v1 import coordinator_pb2 as pb
 from sequoia.v1 import coordinator_pb2_grpc, tree_pb2
 from sequoia.v1.sampling_pb2 import RULE_COUPLED
 
-NEVER_AHEAD = {"ahead_hits": 0, "ahead_misses": 0, "hit_draft_seconds": 0.0}
+NEVER_AHEAD = {"ahead_hits": 0, "ahead_misses": 0, "hit_draft_seconds": 0.0, "nodes": 0, "levels_grown": 0}
 STAGES = ("draft", "verify", "network", "host", "prefill", "forwards", "work", "draft_forwards", "draft_work")
 PIECES = [
     pb.GenerateResponse(request_id="r1", num_prompt_tokens=5, text="Hel", token_ids=[10]),
@@ -196,6 +196,8 @@ async def test_to_dict_is_what_the_command_prints(client: AsyncClient) -> None:
                     "ahead_hits": 1,
                     "ahead_misses": 2,
                     "hit_draft_seconds": 0.01,
+                    "nodes": 0,
+                    "levels_grown": 0,
                 },
             ],
             "num_fallback_steps": 1,
