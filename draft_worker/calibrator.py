@@ -18,6 +18,8 @@ FIRST = {"top": 1.0, "coupled": 0.8}
 _FACTORS, _FACTOR_KNOWN = 2.0 ** np.arange(-6.0, 1.5, 0.5), 8.0
 # Choices that are taken to have been seen before the first, and those of them that were none of the draft's.
 _FIRST_CHOICES, _FIRST_MISSES = 100.0, 1.0
+# However seldom a draft ranks what is chosen, its chances are above 0.
+_LEAST_HIT = 0.001
 # A choice forgets this much of those before it.
 _FORGOTTEN = 0.002
 
@@ -59,7 +61,7 @@ class _Seen:
 
     @property
     def calibration(self) -> Calibration:
-        hit = 1.0 - self._num_misses / self._num_choices
+        hit = max(_LEAST_HIT, 1.0 - self._num_misses / self._num_choices)
         return Calibration(float(self._values[self._likelihoods.argmax()]), hit)
 
     def add(self, choices: Sequence[tuple[np.ndarray, int]]) -> None:

@@ -427,6 +427,16 @@ def test_choices_that_the_draft_did_not_rank_make_every_level_less_likely() -> N
     assert growth.num_levels_grown == 4
 
 
+def test_a_draft_that_never_ranks_what_is_chosen_still_grows_trees() -> None:
+    growth = grown(DynamicShape(3, 2, 2), lambda context: [(1, 0.6), (2, 0.4)])
+    calibrator, decoding = Calibrator(), Decoding(GREEDY, COOL, 1)
+    for _ in range(30_000):
+        calibrator.learn(decoding, growth, (9,))
+    growth = DynamicGrowth(DynamicShape(3, 2, 2), (0,), calibrator.value(decoding))
+    growth.add(level_of(growth, lambda context: [(1, 0.6), (2, 0.4)]))
+    assert growth.tree().topology.size == 3
+
+
 def test_sessions_of_a_draft_learn_together(bench: Bench) -> None:
     limits = DraftLimits(prefill_chunk=8, vocab_size=400)
     decoding = Decoding(GREEDY, COOL, 1)

@@ -75,6 +75,8 @@ DYNAMIC_SHAPES = {
     "deep": DynamicShape(12, 12, 1),
     "few nodes for so many levels": DynamicShape(5, 5, 4),
     "more than a node may have children": DynamicShape(60, 3, 12),
+    "likely nodes only": DynamicShape(24, 8, 4, least_chance=0.02),
+    "levels that gain": DynamicShape(24, 8, 4, least_gain=0.3),
 }
 DYNAMIC_KINDS = [name for name, (rule, _) in KINDS.items() if rule.takes_any_shape]
 
